@@ -1,0 +1,38 @@
+# One verb, one line each. Everything is installed into .venv; `make VENV=…` puts it elsewhere.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.export        ## set up; export the embedded checkpoint + adapter, rerank, show parity
+	$(BIN)/python -m m0kit_parity.demo
+
+test: $(VENV)/.dev check     ## set up; the whole test suite
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+check: $(VENV)/.dev          ## set up; linter, formatter, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev          ## set up; whole-pair ratios against transformers on this machine
+	$(BIN)/m0kit bench pairs
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch comes first and alone: a range would take the newest build, on Linux with gigabytes of CUDA.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+
+$(VENV)/.export: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/.export

@@ -1,0 +1,1 @@
+"""How weights become fewer bits: schemes and recipes. Full precision needs only what is here."""
