@@ -1,0 +1,13 @@
+"""m0kit: score (query, document) pairs with an exported jina-reranker-m0, without PyTorch.
+
+from m0kit import Reranker
+
+reranker = Reranker.load("m0-fp32")
+scores = reranker.score([("slm markdown", Path("page.png")), ("slm markdown", "some text")])
+"""
+
+from m0kit.errors import M0kitError
+from m0kit.reranker import Reranker, Result
+
+__version__ = "0.1.0"
+__all__ = ["M0kitError", "Reranker", "Result", "__version__"]

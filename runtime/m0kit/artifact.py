@@ -1,0 +1,222 @@
+"""The artifact: a folder with graphs, tokenizer and one manifest. Owns its format, reading and checking.
+
+Who writes one (`m0kit_export`) fills a `Manifest` and calls `write_manifest` last, in a folder not yet in
+its final place. Who reads one calls `read_manifest`, then `verify_files` before any engine opens a file.
+
+    manifest = read_manifest(Path("m0-fp32"))
+    verify_files(Path("m0-fp32"), manifest)
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m0kit.config import ModelConfig
+from m0kit.errors import (
+    ArtifactDamagedError,
+    ArtifactError,
+    ArtifactNotFoundError,
+    ArtifactVersionError,
+)
+
+FORMAT = "m0kit-artifact"
+FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder rightly
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+GRAPHS = ("vision", "decoder", "head")
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the folder."""
+
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All the runtime needs to know of a model, and where it came from."""
+
+    model: ModelConfig
+    scheme: str  # how the weights are stored: "fp32", "fp16"
+    graphs: Mapping[str, Any]  # name → {"inputs": [{name, dtype, shape}], "outputs": […]}
+    files: Mapping[str, FileEntry]
+    provenance: Mapping[str, Any]  # base, adapters with hashes, licence, tool versions
+
+    @property
+    def licence(self) -> str:
+        """The weights' licence, as the checkpoint states it."""
+        return str(self.provenance.get("licence") or "not stated by the checkpoint")
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size for entry in self.files.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and hashes of all files: what a cached value may be keyed by."""
+        text = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`. Hashes are not checked here.
+
+    Raises ArtifactNotFoundError, ArtifactVersionError, ArtifactDamagedError; ArtifactError for another kind of
+    file or one that may not be read.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise ArtifactNotFoundError(f"{folder}: no such folder. Give the folder that `m0kit export` wrote.")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtifactNotFoundError(
+            f"{folder}: there is no {MANIFEST}, so this is not a finished artifact. "
+            "Give the folder that `m0kit export` wrote, or export again."
+        ) from None
+    except OSError as error:
+        raise ArtifactError(_unreadable(path, error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactDamagedError(
+            f"{path}: cannot be read as JSON ({type(error).__name__}). Copy the whole artifact again, or export again."
+        ) from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ArtifactError(f'{path}: not an m0kit manifest (expected "format": "{FORMAT}").')
+    version = raw.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ArtifactDamagedError(f"{path}: format_version is {version!r}, expected a whole number from 1.")
+    if version > FORMAT_VERSION:
+        raise ArtifactVersionError(
+            f"{path}: format version {version}; this m0kit reads up to {FORMAT_VERSION}. Update m0kit."
+        )
+    try:
+        files = {str(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        manifest = Manifest(
+            ModelConfig.from_dict(raw["model"]),
+            str(raw["scheme"]),
+            _object(raw, "graphs"),
+            files,
+            _object(raw, "provenance"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactDamagedError(f"{path}: {type(error).__name__}: {error}. Export again.") from error
+    needed = {TOKENIZER, *(f"{name}.onnx" for name in GRAPHS)}
+    if missing := sorted(needed - set(files)):
+        raise ArtifactDamagedError(f"{path}: does not list {', '.join(missing)}. Export again.")
+    for name in files:
+        if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST) or "\\" in name or ":" in name:
+            raise ArtifactDamagedError(f"{path}: {name!r} is not a plain file name inside the artifact.")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder/manifest.json` and flush it to disk. The caller renames the folder into place."""
+    raw = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "scheme": manifest.scheme,
+        "model": manifest.model.to_dict(),
+        "graphs": manifest.graphs,
+        "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(manifest.files.items())},
+        "provenance": manifest.provenance,
+    }
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(raw, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """Hash a file in pieces; `progress` is told the bytes of each."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest: plain file, size, sha256.
+
+    A hash is computed once per change of a file: what was verified is remembered with size, times and
+    inode in the user's cache folder, so a start does not reread gigabytes. Raises ArtifactDamagedError, and
+    ArtifactError for a file that may not be read.
+    """
+    memory = _Verified.load()
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            what = "is a link" if path.is_symlink() else "is missing"
+            raise ArtifactDamagedError(f"{path}: {what}. Copy the whole artifact again, or export again.")
+        stat = path.stat()
+        if stat.st_size != entry.size:
+            raise ArtifactDamagedError(
+                f"{path}: {stat.st_size} bytes, the manifest says {entry.size}. Copy or export again."
+            )
+        stamp = [entry.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        key = str(path.resolve())
+        if memory.stamps.get(key) == stamp:
+            continue
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            raise ArtifactError(_unreadable(path, error)) from error
+        if digest != entry.sha256:
+            raise ArtifactDamagedError(
+                f"{path}: its content has changed since the export (sha256 differs). Copy or export again."
+            )
+        memory.stamps[key] = stamp
+        memory.changed = True
+    memory.save()
+
+
+def _object(raw: Mapping[str, Any], field: str) -> dict[str, Any]:
+    if not isinstance(raw[field], dict):
+        raise ValueError(f"{field}: expected an object, got {type(raw[field]).__name__}")
+    return dict(raw[field])
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be read: {os.strerror(error.errno or 0)}. See to it that you may read the artifact's files."
+
+
+@dataclass(slots=True)
+class _Verified:
+    """Which files were hashed before: path → [sha256, size, mtime, ctime, inode]."""
+
+    path: Path
+    stamps: dict[str, list[Any]]
+    changed: bool = False
+
+    @classmethod
+    def load(cls) -> "_Verified":
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        path = Path(root) / "m0kit" / "verified.json"
+        try:
+            stamps = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            stamps = {}
+        return cls(path, stamps if isinstance(stamps, dict) else {})
+
+    def save(self) -> None:
+        """Best effort: without a writable cache folder the files are simply hashed again next time."""
+        if not self.changed:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=self.path.parent)
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump({k: v for k, v in self.stamps.items() if os.path.exists(k)}, file)
+            os.replace(aside, self.path)
+        except OSError:
+            pass

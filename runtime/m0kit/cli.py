@@ -1,0 +1,271 @@
+"""The `m0kit` command: rerank, score, inspect, and whatever the other folders add through entry points.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 all well · 1 an error, or a check that
+failed · 2 wrong usage · 3 some inputs could not be scored, the others were · 130 interrupted.
+Every option is also read from the environment: `m0kit rerank --device` from M0KIT_RERANK_DEVICE.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m0kit.artifact import read_manifest, verify_files
+from m0kit.errors import InputError, M0kitError
+from m0kit.reranker import Reranker, Result
+
+PARTLY = 3
+
+
+class _Commands(click.Group):
+    """Our own commands and those of the entry-point group; theirs import what is heavy when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self._found()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = self._found().get(cmd_name)
+        if found is None:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = found.load()
+        return command
+
+    @staticmethod
+    def _found() -> dict[str, EntryPoint]:
+        return {entry.name: entry for entry in entry_points(group="m0kit.commands")}
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="m0kit")
+def cli() -> None:
+    """Export jina-reranker-m0 to ONNX, score with it without PyTorch, prove it equal."""
+
+
+def main() -> None:
+    """Entry point of the console script: errors become one line and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False, auto_envvar_prefix="M0KIT")
+    except M0kitError as error:
+        click.echo(f"error: {error}", err=True)
+        code = 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("m0kit", "m0kit_export", "m0kit_parity"):
+            raise
+        click.echo(f"error: this command needs {error.name}. pip install 'm0kit[export]'", err=True)
+        code = 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away; Python would complain about it at exit
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_DEVICE = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cpu, cuda, cuda:1, or the name of an execution provider.",
+)
+_THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores by default.")
+_PIXELS = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    help="Shrink images above this size; the checkpoint's own limit by default.",
+)
+_RAW = click.option("--raw", is_flag=True, help="Print logits instead of scores between 0 and 1.")
+_STRICT = click.option("--strict", is_flag=True, help="Stop at the first input that cannot be scored.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@_ARTIFACT
+@click.argument("documents", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--query", help="The query as text.")
+@click.option("--query-image", type=click.Path(path_type=Path), help="The query as an image file.")
+@click.option("--top-n", type=click.IntRange(1), help="Print the best N only.")
+@_RAW
+@_STRICT
+@_JSON
+@_DEVICE
+@_THREADS
+@_PIXELS
+@click.pass_context
+def rerank(
+    ctx: click.Context,
+    artifact: Path,
+    documents: tuple[Path, ...],
+    query: str | None,
+    query_image: Path | None,
+    top_n: int | None,
+    raw: bool,
+    strict: bool,
+    as_json: bool,
+    device: str,
+    threads: int | None,
+    max_pixels: int | None,
+) -> None:
+    """Order DOCUMENTS, files, by their relevance to a query, best first.
+
+    A file that is valid UTF-8 is a text document, any other is opened as an image.
+    """
+    if (query is None) == (query_image is None):
+        raise click.UsageError("Give either --query or --query-image.")
+    reranker = _load(artifact, device, threads, max_pixels)
+    names = [click.format_filename(path) for path in documents]
+    asked = query_image if query is None else query
+    results = _evaluate(reranker, [(asked, _document(path)) for path in documents], names, strict)
+    values = [result.logit if raw else result.score for result in results]
+    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))
+    for rank, i in enumerate(order[:top_n]):
+        error = results[i].error
+        if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
+            line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": str(documents[i])}
+            line |= {"error": str(error)} if error else {"score": values[i]}
+            click.echo(json.dumps(line))
+        else:
+            click.echo(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
+    ctx.exit(PARTLY if any(result.error for result in results) else 0)
+
+
+@cli.command()
+@_ARTIFACT
+@click.argument("pairs", type=click.File(encoding="utf-8"), default="-")
+@_RAW
+@_STRICT
+@_DEVICE
+@_THREADS
+@_PIXELS
+@click.pass_context
+def score(
+    ctx: click.Context,
+    artifact: Path,
+    pairs: Any,
+    raw: bool,
+    strict: bool,
+    device: str,
+    threads: int | None,
+    max_pixels: int | None,
+) -> None:
+    """Score PAIRS, JSON lines from a file or stdin; prints one JSON line for each.
+
+    A line is {"query": …, "document": …}, each a string (text), {"text": …} or {"image": …}, where an
+    image is a data URI or the path of a file, relative to the file of PAIRS.
+    """
+    folder = Path(pairs.name).parent if pairs.name not in ("-", "<stdin>") else Path()
+    values = dict(_read_pairs(pairs, folder))
+    reranker = _load(artifact, device, threads, max_pixels)
+    results = _evaluate(reranker, list(values.values()), [f"line {number}" for number in values], strict)
+    for result in results:
+        value = result.logit if raw else result.score
+        click.echo(json.dumps({"error": str(result.error)} if result.error else {"score": value}))
+    ctx.exit(PARTLY if any(result.error for result in results) else 0)
+
+
+@cli.command()
+@_ARTIFACT
+@click.option("--verify", is_flag=True, help="Also check every file against its hash.")
+@_JSON
+def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
+    """Show what an artifact is, what it was made from, and under which licence its weights stand."""
+    manifest = read_manifest(artifact)
+    if verify:
+        verify_files(artifact, manifest)
+    if as_json:
+        facts = {
+            "artifact": str(artifact),
+            "scheme": manifest.scheme,
+            "bytes": manifest.num_bytes,
+            "fingerprint": manifest.fingerprint,
+            "licence": manifest.licence,
+            "model": manifest.model.to_dict(),
+            "provenance": dict(manifest.provenance),
+            "graphs": dict(manifest.graphs),
+        }
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
+    adapters = ", ".join(str(a.get("source")) for a in manifest.provenance.get("adapters", [])) or "none"
+    rows = [
+        ("artifact", f"{artifact}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}"),
+        ("base", manifest.provenance.get("base")),
+        ("adapters", adapters),
+        ("licence", manifest.licence),
+        (
+            "decoder",
+            f"{decoder.num_layers} layers of width {decoder.hidden_size}, {decoder.vocab_size} tokens",
+        ),
+        ("vision", f"{vision.depth} blocks of width {vision.width}"),
+        ("images", f"{image.min_pixels}–{image.max_pixels} pixels"),
+        ("prompt", f"up to {manifest.model.prompt.max_length} tokens"),
+        ("fingerprint", manifest.fingerprint),
+    ]
+    if verify:
+        rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
+    for name, value in rows:
+        click.echo(f"{name:12} {value}")
+
+
+def _load(artifact: Path, device: str, threads: int | None, max_pixels: int | None) -> Reranker:
+    try:
+        return Reranker.load(artifact, device=device, threads=threads, max_pixels=max_pixels)
+    except M0kitError:
+        raise
+    except ValueError as error:  # a limit that this model cannot have
+        raise click.UsageError(f"--max-pixels: {error}.") from None
+
+
+def _evaluate(reranker: Reranker, pairs: list[Any], names: list[str], strict: bool) -> list[Result]:
+    results = reranker.evaluate(pairs, on_error="raise" if strict else "mark", progress=sys.stderr.isatty())
+    for name, result in zip(names, results, strict=True):
+        if result.error:
+            click.echo(f"error: {name}: {result.error}", err=True)
+        for what in result.truncated:
+            click.echo(f"note: {name}: the {what} was too long and was cut", err=True)
+    return results
+
+
+def _document(path: Path) -> str | Path | bytes:
+    """Text of a UTF-8 file; the path itself for anything else."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return path  # reported by the reranker, like any image that cannot be read
+    try:
+        return raw.decode("utf-8") if b"\0" not in raw else path
+    except UnicodeDecodeError:
+        return path
+
+
+def _read_pairs(lines: Any, folder: Path) -> Iterator[tuple[int, Any]]:
+    """Number of the line and its pair. Raises InputError."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            pair = json.loads(line)
+            if isinstance(pair, dict):
+                pair = {key: _resolve(value, folder) for key, value in pair.items()}
+            yield number, pair
+    except UnicodeDecodeError:
+        raise InputError(f"{lines.name}: not UTF-8 text. Write one pair per line as JSON, in UTF-8.") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"line {number}: not JSON. Write one pair per line.") from None
+
+
+def _resolve(value: Any, folder: Path) -> Any:
+    """An image named by a path becomes one; on the command line that is the user's own file system."""
+    if isinstance(value, dict) and isinstance(value.get("image"), str) and not value["image"].startswith("data:"):
+        return {**value, "image": folder / value["image"]}
+    return value

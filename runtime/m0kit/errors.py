@@ -1,0 +1,69 @@
+"""Every error m0kit raises on purpose. Owns the names and nothing else.
+
+    M0kitError
+    ├── InputError (ValueError)            a query, document or pair that cannot be scored
+    │   └── ImageError                     … because of its image
+    ├── ArtifactError (ValueError)         a folder that is not a usable artifact
+    │   ├── ArtifactNotFoundError (FileNotFoundError)
+    │   ├── ArtifactDamagedError           a file changed, missing or not as the manifest says
+    │   └── ArtifactVersionError           written by a newer m0kit
+    ├── CheckpointError (ValueError)       a checkpoint that cannot be read as jina-reranker-m0
+    │   └── AdapterError                   … or an adapter that does not fit it
+    ├── OutputError (OSError)              the result cannot be written: exists, no space, no permission
+    ├── DeviceError (RuntimeError)         a device or execution provider that is not there
+    └── DependencyError (ImportError)      an optional package is missing; the message names the extra
+
+Each class is also a builtin, so callers may catch ours or Python's. A message says what we got, what
+we accept and what to do. Messages never carry a raw exception text of an image or inference library.
+
+    >>> issubclass(ImageError, ValueError)
+    True
+"""
+
+
+class M0kitError(Exception):
+    """Root of the tree: `except M0kitError` catches everything m0kit raises on purpose."""
+
+
+class InputError(M0kitError, ValueError):
+    """A query, document or pair that cannot be scored."""
+
+
+class ImageError(InputError):
+    """An image that cannot be decoded, or whose size the model cannot take."""
+
+
+class ArtifactError(M0kitError, ValueError):
+    """A folder that is not a usable artifact."""
+
+
+class ArtifactNotFoundError(ArtifactError, FileNotFoundError):
+    """There is no artifact at that path."""
+
+
+class ArtifactDamagedError(ArtifactError):
+    """A file of the artifact is missing, changed, or not what the manifest says."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """The artifact was written in a newer format than this m0kit reads."""
+
+
+class CheckpointError(M0kitError, ValueError):
+    """A checkpoint that cannot be read as jina-reranker-m0 or a fine-tune of it."""
+
+
+class AdapterError(CheckpointError):
+    """An adapter that PEFT cannot read, or that was trained on another model."""
+
+
+class OutputError(M0kitError, OSError):
+    """The result cannot be written: the place exists, is full, or may not be written."""
+
+
+class DeviceError(M0kitError, RuntimeError):
+    """A device or execution provider that this installation does not have."""
+
+
+class DependencyError(M0kitError, ImportError):
+    """A package is missing; the message names the extra that brings it."""

@@ -1,0 +1,162 @@
+"""From an image to patches, bit for bit what transformers' Pillow processor for Qwen2-VL makes of it.
+
+Owns decoding, orientation, alpha, resizing, normalisation and the order of patches. One rule per form:
+
+* a file (path, bytes, data URI): first frame, turned as its EXIF orientation says, converted to RGB; an alpha
+  channel is dropped with the conversion, a single transparent colour (tRNS, GIF) becomes white;
+* a PIL image: taken as it is, no EXIF turn; alpha and transparent colours are put on white.
+
+These are the rules of `load_image` followed by `Qwen2VLImageProcessorPil` (transformers 5.23).
+
+    pixels = resize(Picture(b"…", "key"), config, "pair 0: document")
+    patches = patchify(pixels, config)
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from m0kit.config import ImageConfig
+from m0kit.errors import ImageError
+from m0kit.inputs import Picture
+
+# Formats handed to Pillow; the others it knows are rare, or run programs (EPS), or are lists of other files.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's smart_resize
+# Pixels of a file, read from its header before anything is decoded: Pillow's own limit for a warning
+# (a quarter of a gibibyte in RGB). 4K is a tenth of it.
+MAX_DECODED_PIXELS = 89_478_485
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """An image as the model will see it, before normalisation."""
+
+    values: NDArray[np.uint8]  # (height, width, 3), sides multiples of 28
+    grid_thw: NDArray[np.int64]  # (3,) 1, rows and columns of patches
+    num_tokens: int  # V, visual tokens: 2×2 patches each
+
+    @property
+    def num_patches(self) -> int:
+        return int(self.grid_thw.prod())
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """An image as the vision encoder takes it."""
+
+    values: NDArray[np.float32]  # (P, 1176): channel, frame, row, column of a 14×14 patch
+    grid_thw: NDArray[np.int64]  # (3,)
+
+
+def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    """The size to which an image is resized: (height, width) in multiples of 28 within the pixel limits.
+
+    Mirrors transformers' `smart_resize` for Qwen2-VL, with Python's rounding half to even.
+    Raises ValueError when one side is more than 200 times the other.
+    """
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(f"aspect ratio {max(height, width) / min(height, width):.1f}")
+    factor = config.factor
+    rows, columns = (round(side / factor) * factor for side in (height, width))
+    if rows * columns > config.max_pixels:
+        shrink = math.sqrt((height * width) / config.max_pixels)
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rows * columns < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
+    """Decode a picture and bring it to the model's size. Raises ImageError naming `where`."""
+    image = _decode(picture.source, where) if isinstance(picture.source, bytes) else picture.source
+    width, height = image.size
+    if not width or not height:
+        raise ImageError(f"{where}: the image has no pixels ({width}×{height}).")
+    try:
+        rows, columns = smart_resize(height, width, config)
+    except ValueError:
+        raise ImageError(
+            f"{where}: an image of {width}×{height} pixels is too narrow; one side may be at most "
+            f"{MAX_ASPECT_RATIO} times the other. Cut it into parts."
+        ) from None
+    try:
+        resized = _on_white(image).resize((columns, rows), Image.Resampling.BICUBIC)
+    except MemoryError:
+        raise
+    except Exception as error:  # a lazily opened PIL image decodes here; Pillow raises what it likes
+        raise ImageError(
+            f"{where}: the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
+        ) from error
+    grid = np.array([1, rows // config.patch_size, columns // config.patch_size], np.int64)
+    return Pixels(np.asarray(resized), grid, int(grid.prod()) // config.merge_size**2)
+
+
+def patchify(pixels: Pixels, config: ImageConfig) -> Patches:
+    """Normalise and cut into patches, those of one 2×2 group next to each other.
+
+    The single frame stands for all of a temporal patch. A byte has 256 values, so rescaling (in float64)
+    and normalising (in float32) are one table per channel: the processor's arithmetic, done once.
+    """
+    table = _normalised(config)
+    _, rows, columns = pixels.grid_thw.tolist()
+    merge, patch, frames = config.merge_size, config.patch_size, config.temporal_patch_size
+    split = pixels.values.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    ordered = split.transpose(0, 3, 1, 4, 6, 2, 5)  # group row, group column, row, column, channel, y, x
+    values = np.empty((*ordered.shape[:5], frames, patch, patch), np.float32)
+    for channel in range(3):
+        values[:, :, :, :, channel] = table[channel][ordered[:, :, :, :, channel]][:, :, :, :, None]
+    return Patches(values.reshape(rows * columns, -1), pixels.grid_thw)
+
+
+@lru_cache(maxsize=4)
+def _normalised(config: ImageConfig) -> NDArray[np.float32]:
+    """(3, 256): what each byte becomes in each channel."""
+    rescaled = (np.arange(256, dtype=np.float64) * config.rescale).astype(np.float32)
+    mean, std = (np.array(v, np.float32)[:, None] for v in (config.mean, config.std))
+    table: NDArray[np.float32] = (rescaled[None] - mean) / std
+    return table
+
+
+def _decode(raw: bytes, where: str) -> Image.Image:
+    """The first frame of a file, upright, in RGB. Raises ImageError."""
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning where it is made an error
+        raise ImageError(
+            f"{where}: the image has more than the limit of {MAX_DECODED_PIXELS} pixels. Shrink it."
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(
+            f"{where}: not an image that can be read ({len(raw)} bytes). Accepted: {', '.join(FORMATS)}."
+        ) from error
+    width, height = image.size
+    if width * height > MAX_DECODED_PIXELS:
+        raise ImageError(
+            f"{where}: an image of {width}×{height} pixels is over the limit of {MAX_DECODED_PIXELS}. Shrink it."
+        )
+    try:
+        turned = ImageOps.exif_transpose(image)
+        return turned.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(
+            f"{where}: the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
+        ) from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, transparency on white. A colour that was transparent in a file is still noted in `info`."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
