@@ -1,0 +1,1 @@
+"""From a checkpoint and adapters to an artifact, in bounded memory."""

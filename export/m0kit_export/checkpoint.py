@@ -1,0 +1,697 @@
+"""A checkpoint of jina-reranker-m0, or of a fine-tune: its dimensions, and its tensors one at a time.
+
+Owns the layout of the published files (config.json in its old and new forms, the two namings of tensors,
+shards) and refuses whatever it does not know. Weights stay memory-mapped: a tensor costs memory only while
+it is in use. Never runs code of the checkpoint and never opens a pickle. Knows nothing about adapters.
+
+    >>> checkpoint = open_checkpoint("jinaai/jina-reranker-m0")         # doctest: +SKIP
+    >>> checkpoint.read("model.norm.weight").shape                      # doctest: +SKIP
+    torch.Size([1536])
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError, safe_open
+
+from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
+from m0kit.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+
+_DOWNLOADED = ("*.safetensors", "*.json", "README.md", "LICENSE*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+# transformers 4.52 moved both towers under `model.`; one published source names the head's layers by role.
+_RENAMED_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("score.dense.", "score.0."),
+    ("score.out_proj.", "score.2."),
+)
+
+# What a field that config.json leaves out means. A config saved by transformers omits what equals the
+# defaults of its class, and transformers fills the same defaults when it loads; so these are the defaults
+# of the classes (Qwen2VLTextConfig, Qwen2VLVisionConfig: those of a 72B model), not the values of the
+# published 2B. Guessing the 2B's would turn an omitted rms_norm_eps of 1e-5 silently into 1e-6, while a
+# wrong width, depth or vocabulary can never pass: the shapes of the tensors contradict it.
+_TEXT_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+}
+_VISION_DEFAULTS: Mapping[str, Any] = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "hidden_size": 3584,
+    "hidden_act": "quick_gelu",
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_TOKEN_DEFAULTS: Mapping[str, int] = {
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+}
+_TOKEN_TEXTS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+}
+_ROPE_THETA = 1e6  # Qwen2VLTextConfig.default_theta
+_MROPE_SECTION = (16, 24, 24)  # Qwen2VLRotaryEmbedding, when rope_parameters has none
+_VISION_ROPE_THETA = 1e4
+_VISION_NORM_EPS = 1e-6  # fixed in Qwen2VLVisionBlock and PatchMerger
+
+# compute_score of the published code hands these two to the processor whatever preprocessor_config.json
+# says. A smaller limit in the file is taken as meant; a larger one (12845056, inherited from Qwen2-VL) the
+# published scores have never seen.
+_MIN_PIXELS = 4 * 28 * 28
+_MAX_PIXELS = 768 * 28 * 28
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LICENCE_TITLES = {
+    "attribution-noncommercial 4.0": "cc-by-nc-4.0",
+    "apache license version 2.0": "apache-2.0",
+    "mit license": "mit",
+}
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    file: str
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint: exactly the tensors of `expected_shapes`, each with its shape."""
+
+    source: str  # folder or hub id, as given
+    folder: Path
+    config: ModelConfig
+    names: tuple[str, ...]  # canonical (published, before transformers 4.52), in the model's order
+    dropped: tuple[str, ...]  # ("lm_head.weight",) when the file holds it: scoring has no use for it
+    licence: str | None  # "cc-by-nc-4.0"
+    tokenizer_file: Path
+    _stored: Mapping[str, _Stored] = field(repr=False)
+    _files: tuple[str, ...] = field(repr=False)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it. Raises CheckpointError for a name not in `names`."""
+        return self._locate(name).shape
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU as stored (fp32, fp16 or bf16), mapped from its file: do not write into it.
+
+        Raises CheckpointError when it holds a NaN or an infinity, or the file changed since it was opened.
+        """
+        stored = self._locate(name)
+        tensor = read_tensor(self.folder / stored.file, stored.name)
+        if tuple(tensor.shape) != stored.shape:
+            raise CheckpointError(
+                f"{stored.file} changed while in use: {stored.name} had shape {list(stored.shape)}, now has "
+                f"{list(tensor.shape)}. Open the checkpoint again once nothing writes to it"
+            )
+        return tensor
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in `names`, as stored."""
+        stored = (self._stored[name] for name in self.names)
+        return sum(math.prod(s.shape) * _ITEM_BYTES[s.dtype] for s in stored)
+
+    def fingerprint(self) -> dict[str, str]:
+        """sha256 (hex) of every file the checkpoint was read from, by file name. Reads all of them."""
+        return {name: file_sha256(self.folder / name) for name in self._files}
+
+    def _locate(self, name: str) -> _Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.source} has no tensor {name!r} in use; see Checkpoint.names")
+        return self._stored[name]
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+    """Read and check everything but the tensors' values.
+
+    source: a folder, or a hub id "organisation/name", of which only weights, JSON files, README and licence
+    are downloaded. revision and cache_dir concern hub ids only. Raises CheckpointError.
+    """
+    folder = _find_folder(source, revision, cache_dir)
+    raw = read_json_object(folder / "config.json")
+    weight_files, stored = _read_headers(folder)
+    image_files, image = _read_image_config(folder)
+    tokens = _read_token_ids(folder, raw)
+    try:
+        config = ModelConfig(
+            decoder=_decoder_config(raw),
+            vision=_vision_config(raw),
+            image=image,
+            prompt=PromptConfig(
+                vision_start_id=tokens["vision_start_token_id"],
+                vision_end_id=tokens["vision_end_token_id"],
+                image_pad_id=tokens["image_token_id"],
+            ),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:  # our own sentences, from m0kit.config
+        raise CheckpointError(f"{folder.name}: {error}. Correct config.json or the preprocessing file") from None
+    _check_fit(config, raw, len(stored))
+    names, dropped, in_use = _match_tensors(expected_shapes(config), stored, config.decoder)
+    return Checkpoint(
+        source=str(source),
+        folder=folder,
+        config=config,
+        names=names,
+        dropped=dropped,
+        licence=find_licence(folder, raw),
+        tokenizer_file=folder / TOKENIZER,
+        _stored=in_use,
+        _files=tuple(sorted({"config.json", TOKENIZER, *image_files, *weight_files})),
+    )
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of every tensor that scoring uses, in the order of the computation."""
+    v, d = config.vision, config.decoder
+    size, merged = d.hidden_size, v.width * v.merge_size**2
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.patch_embed.proj.weight": (
+            v.width,
+            v.in_channels,
+            v.temporal_patch_size,
+            v.patch_size,
+            v.patch_size,
+        )
+    }
+
+    def linear(name: str, rows: int, columns: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def layer_norm(name: str) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (v.width,)
+
+    for i in range(v.depth):
+        block = f"visual.blocks.{i}"
+        layer_norm(f"{block}.norm1")
+        layer_norm(f"{block}.norm2")
+        linear(f"{block}.attn.qkv", 3 * v.width, v.width)
+        linear(f"{block}.attn.proj", v.width, v.width)
+        linear(f"{block}.mlp.fc1", v.mlp_size, v.width)
+        linear(f"{block}.mlp.fc2", v.width, v.mlp_size)
+    layer_norm("visual.merger.ln_q")
+    linear("visual.merger.mlp.0", merged, merged)
+    linear("visual.merger.mlp.2", size, merged)
+
+    shapes["model.embed_tokens.weight"] = (d.vocab_size, size)
+    for i in range(d.num_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (size,)
+        linear(f"{layer}.self_attn.q_proj", d.num_heads * d.head_dim, size)
+        linear(f"{layer}.self_attn.k_proj", d.kv_size, size)
+        linear(f"{layer}.self_attn.v_proj", d.kv_size, size)
+        linear(f"{layer}.self_attn.o_proj", size, d.num_heads * d.head_dim, bias=False)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (size,)
+        linear(f"{layer}.mlp.gate_proj", d.intermediate_size, size, bias=False)
+        linear(f"{layer}.mlp.up_proj", d.intermediate_size, size, bias=False)
+        linear(f"{layer}.mlp.down_proj", size, d.intermediate_size, bias=False)
+    shapes["model.norm.weight"] = (size,)
+    linear("score.0", size, size)
+    linear("score.2", 1, size)
+    return shapes
+
+
+def canonical_name(name: str) -> str:
+    """The published name of a tensor or module stored under either naming scheme."""
+    for old, new in _RENAMED_PREFIXES:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name → (shape, safetensors dtype) of a safetensors file. Raises CheckpointError that names the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError):
+        raise CheckpointError(
+            f"{path.name} is not a readable safetensors file: missing, truncated, damaged or a placeholder "
+            "of a download that never finished. Fetch it again"
+        ) from None
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file, memory-mapped. Raises CheckpointError on NaN, infinity or damage."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError):
+        raise CheckpointError(
+            f"cannot read {name} from {path.name}: the file changed or is damaged. Fetch it again"
+        ) from None
+    # In pieces: the mask of the whole embedding would be a quarter of a gigabyte.
+    if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 1 << 24)):
+        raise CheckpointError(
+            f"{name} in {path.name} holds NaN or infinite values: the training diverged or the file is "
+            "damaged. Export an earlier state, or fetch it again"
+        )
+    return tensor
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file as hex, read in pieces. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        raise CheckpointError(f"cannot read {path.name} in {path.parent.name}") from None
+
+
+def find_licence(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """Licence id of a model folder: README front matter, then LICENSE, then the config's own field."""
+    readme = _read_text(folder / "README.md")
+    front = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
+    fields = re.findall(r"^(license|license_name):[ \t]*['\"]?([\w.+-]+)", front[1] if front else "", re.MULTILINE)
+    stated: dict[str, str] = dict(fields)
+    licence = stated.get("license")
+    if licence == "other":  # the hub's word for a licence outside its list
+        licence = stated.get("license_name")
+    if licence is not None:
+        return licence
+    for path in sorted(folder.glob("LICENSE*")):
+        text = " ".join(_read_text(path).split()).lower()
+        for title, name in _LICENCE_TITLES.items():
+            if title in text:
+                return name
+    named = raw.get("license")
+    return named if isinstance(named, str) else None
+
+
+def read_json_object(path: Path, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object from a file. Raises `error` that names the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path.parent.name} has no {path.name}. Give the folder that holds it") from None
+    except (OSError, ValueError, RecursionError):
+        raise error(f"{path.name} in {path.parent.name} is not readable JSON. Fetch it again") from None
+    if not isinstance(raw, dict):
+        raise error(f"{path.name} in {path.parent.name} holds {type(raw).__name__}, not an object")
+    return raw
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(1 << 16)  # the front matter or the title of a licence
+    except OSError:
+        return ""
+
+
+def _find_folder(source: str | Path, revision: str | None, cache_dir: Path | None) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"revision {revision!r} was given with the folder {path.name}; it needs a hub id")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path.name} is a file. Give the folder that holds it")
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"there is no folder {str(source)!r}, and it is not a hub id of the form 'organisation/name'"
+        )
+    where = source if revision is None else f"{source} at revision {revision}"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=list(_DOWNLOADED),
+                ignore_patterns=["*/*"],  # other people's exports live in sub-folders
+            )
+        )
+    except hub_errors.GatedRepoError:
+        raise CheckpointError(
+            f"{where} is gated: accept its terms on its page and log in with `hf auth login`"
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise CheckpointError(f"{source} has no revision {revision!r}") from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise CheckpointError(
+            f"there is no folder or public hub repository {source!r}: check the name, or log in"
+        ) from None
+    except OSError:  # offline, timeouts, a full disk: every network error of the hub client is one
+        raise CheckpointError(
+            f"cannot download {where}: the hub does not answer or the disk is full, and no complete copy is "
+            "in the cache. Go online, or give a folder"
+        ) from None
+
+
+def _read_headers(folder: Path) -> tuple[list[str], list[_Stored]]:
+    """Weight files (with the index) and everything they hold."""
+    single, index = (folder / WEIGHTS).exists(), (folder / INDEX).exists()
+    if single and index:
+        raise CheckpointError(f"{folder.name} holds both {WEIGHTS} and {INDEX}: remove the one that is out of date")
+    if not single and not index:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{folder.name} holds its weights as a pickle ({pickles[0]}), which can run code when it is "
+                "opened. Convert it with transformers' save_pretrained, which writes safetensors"
+            )
+        raise CheckpointError(f"{folder.name} holds neither {WEIGHTS} nor {INDEX}")
+    if single:
+        return [WEIGHTS], _stored_in(folder, WEIGHTS)
+
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise CheckpointError(f"{INDEX} sends {name} to {file!r}: expected the plain name of a shard")
+    shards = sorted(set(weight_map.values()))
+    stored: list[_Stored] = []
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise CheckpointError(f"shard {shard} of {INDEX} is missing. Fetch it again")
+        stored += _stored_in(folder, shard)
+    for tensor in stored:
+        if weight_map.get(tensor.name) != tensor.file:
+            raise CheckpointError(
+                f"{tensor.file} holds {tensor.name}, which {INDEX} "
+                + ("expects elsewhere" if tensor.name in weight_map else "does not know")
+                + ": index and shards are not of one model"
+            )
+    lost = sorted(set(weight_map) - {tensor.name for tensor in stored})
+    if lost:
+        raise CheckpointError(f"{weight_map[lost[0]]} lacks {_some(lost)}, promised by {INDEX}")
+    return [INDEX, *shards], stored
+
+
+def _stored_in(folder: Path, file: str) -> list[_Stored]:
+    header = read_header(folder / file)
+    return [_Stored(file, name, shape, dtype) for name, (shape, dtype) in header.items()]
+
+
+def _match_tensors(
+    expected: Mapping[str, tuple[int, ...]], stored: list[_Stored], decoder: DecoderConfig
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, _Stored]]:
+    """(names, dropped, name → stored). Raises CheckpointError on anything missing, unknown or mis-shaped."""
+    allowed = {**expected, "lm_head.weight": (decoder.vocab_size, decoder.hidden_size)}
+    found: dict[str, _Stored] = {}
+    for tensor in stored:
+        name = canonical_name(tensor.name)
+        if name not in allowed:
+            raise CheckpointError(
+                f"{tensor.file} holds {tensor.name}, which jina-reranker-m0 does not have. Quantised and "
+                "adapted checkpoints must be merged to plain weights first"
+            )
+        if name in found:
+            raise CheckpointError(
+                f"{found[name].name} in {found[name].file} and {tensor.name} in {tensor.file} are the same "
+                "tensor under two names. Remove one"
+            )
+        if tensor.shape != allowed[name]:
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(allowed[name])}"
+            )
+        if tensor.dtype not in _ITEM_BYTES:
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.file} is {tensor.dtype}; weights must be "
+                f"{', '.join(_ITEM_BYTES)}. Save the checkpoint unquantised"
+            )
+        found[name] = tensor
+    missing = [name for name in expected if name not in found]
+    if missing and all(name.startswith("score.") for name in missing):
+        raise CheckpointError(f"the scoring head is missing ({_some(missing)}): this is a Qwen2-VL, not a reranker")
+    if missing:
+        raise CheckpointError(f"tensors are missing: {_some(missing)}. The checkpoint is incomplete")
+    names = tuple(expected)
+    dropped = tuple(name for name in found if name not in expected)
+    return names, dropped, {name: found[name] for name in names}
+
+
+class _Section:
+    """One object of a config file: typed fields, and messages that name file and field."""
+
+    def __init__(self, where: str, values: object, defaults: Mapping[str, Any]) -> None:
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{where} holds {values!r:.40}, expected an object")
+        self.where, self.values, self.defaults = where, values, defaults
+
+    def get(self, name: str) -> Any:
+        return self.values[name] if name in self.values else self.defaults.get(name)
+
+    def whole(self, name: str) -> int:
+        value = self.get(name)
+        if type(value) is not int or not 0 <= value < 1 << 31:
+            raise CheckpointError(f"{self.where}: {name} is {value!r:.40}, expected a whole number")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
+            raise CheckpointError(f"{self.where}: {name} is {value!r:.40}, expected a number")
+        return float(value)
+
+    def triple(self, name: str) -> tuple[Any, Any, Any]:
+        value = self.get(name)
+        if not isinstance(value, list | tuple) or len(value) != 3:
+            raise CheckpointError(f"{self.where}: {name} is {value!r:.60}, expected three numbers")
+        for i, item in enumerate(value):
+            _Section(self.where, {f"{name}[{i}]": item}, {}).number(f"{name}[{i}]")
+        return value[0], value[1], value[2]
+
+    def require(self, name: str, *accepted: object) -> None:
+        value = self.get(name)
+        if value not in accepted:
+            raise CheckpointError(
+                f"{self.where}: {name} is {value!r:.60}; jina-reranker-m0 has " + " or ".join(repr(a) for a in accepted)
+            )
+
+
+def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
+    top = _Section("config.json", raw, {})
+    top.require("model_type", "qwen2_vl")
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            "config.json has a quantization_config: dequantise the checkpoint and save it as bf16 or fp32"
+        )
+    id2label = raw.get("id2label")
+    labels = raw.get("num_labels", len(id2label) if isinstance(id2label, dict) else 1)
+    if labels not in (1, 2):  # 2 is transformers' default; the published code ignores it and has one logit
+        raise CheckpointError(f"config.json: num_labels is {labels!r:.40}; a reranker gives one score")
+
+    nested = raw.get("text_config")
+    text = _Section("config.json" if nested is None else "text_config", nested or raw, _TEXT_DEFAULTS)
+    if nested is not None:
+        # transformers 4.52 to 4.57 wrote these fields at both levels and reads the inner one
+        for name in _TEXT_DEFAULTS:
+            if name in raw and raw[name] != text.get(name):
+                raise CheckpointError(
+                    f"config.json: {name} is {raw[name]!r:.40}, in its text_config {text.get(name)!r:.40}. "
+                    "Remove the wrong one"
+                )
+    text.require("hidden_act", "silu")
+    text.require("use_sliding_window", None, False)
+    kinds = text.get("layer_types")
+    if kinds and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        raise CheckpointError(
+            f"{text.where}: layer_types is {kinds!r:.60}; jina-reranker-m0 has full attention everywhere"
+        )
+    hidden, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
+    if heads == 0 or hidden % heads:
+        raise CheckpointError(f"{text.where}: hidden_size ({hidden}) does not split into {heads} heads")
+    text.require("head_dim", None, hidden // heads)
+    theta, section = _rope(text)
+    return DecoderConfig(
+        hidden_size=hidden,
+        num_layers=text.whole("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads if text.get("num_key_value_heads") is None else text.whole("num_key_value_heads"),
+        head_dim=hidden // heads,
+        intermediate_size=text.whole("intermediate_size"),
+        rms_norm_eps=text.number("rms_norm_eps"),
+        rope_theta=theta,
+        mrope_section=section,
+        vocab_size=text.whole("vocab_size"),
+        max_positions=text.whole("max_position_embeddings"),
+    )
+
+
+def _rope(text: _Section) -> tuple[float, tuple[int, int, int]]:
+    """(theta, mrope_section) from rope_scaling (before transformers 5) or rope_parameters."""
+    rope = _Section(
+        f"{text.where}: rope_scaling",
+        text.get("rope_scaling") or text.get("rope_parameters") or {},
+        {"mrope_section": list(_MROPE_SECTION)},
+    )
+    rope.require("type", None, "mrope", "default")
+    rope.require("rope_type", None, "mrope", "default")
+    thetas = {float(section.number("rope_theta")) for section in (rope, text) if section.get("rope_theta") is not None}
+    if len(thetas) > 1:
+        raise CheckpointError(f"{text.where}: rope_theta has two values, {sorted(thetas)}. Remove the wrong one")
+    sections = rope.triple("mrope_section")
+    if any(type(s) is not int for s in sections):
+        raise CheckpointError(f"{rope.where}: mrope_section is {list(sections)}, expected whole numbers")
+    return (thetas.pop() if thetas else _ROPE_THETA), sections
+
+
+def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+    vision = _Section("vision_config", raw.get("vision_config") or {}, _VISION_DEFAULTS)
+    vision.require("model_type", None, "qwen2_vl", "qwen2_vl_vision")
+    vision.require("hidden_act", "quick_gelu")
+    channels = vision.whole("in_channels")
+    vision.require("in_chans", None, channels)  # the name in the published file; transformers never read it
+    width, ratio = vision.whole("embed_dim"), vision.number("mlp_ratio")
+    rope = _Section("vision_config: rope_parameters", vision.get("rope_parameters") or {}, {})
+    rope.require("rope_type", None, "axial", "default")
+    theta = _VISION_ROPE_THETA if rope.get("rope_theta") is None else rope.number("rope_theta")
+    patch = vision.whole("patch_size")
+    vision.require("spatial_patch_size", None, patch)
+    return VisionConfig(
+        depth=vision.whole("depth"),
+        width=width,
+        num_heads=vision.whole("num_heads") or 1,
+        mlp_size=int(width * ratio),
+        in_channels=channels,
+        patch_size=patch,
+        temporal_patch_size=vision.whole("temporal_patch_size"),
+        merge_size=vision.whole("spatial_merge_size"),
+        layer_norm_eps=_VISION_NORM_EPS,
+        rope_theta=theta,
+    )
+
+
+def _check_fit(config: ModelConfig, raw: Mapping[str, Any], num_tensors: int) -> None:
+    """What no single part of the config can see."""
+    decoder, vision, prompt = config.decoder, config.vision, config.prompt
+    output = (raw.get("vision_config") or {}).get("hidden_size", _VISION_DEFAULTS["hidden_size"])
+    if output != decoder.hidden_size:
+        raise CheckpointError(
+            f"vision_config: hidden_size is {output!r:.40}, the decoder's is {decoder.hidden_size}: "
+            "images would not fit between the words"
+        )
+    if decoder.num_layers + vision.depth > num_tensors:  # also keeps a nonsense depth from filling the memory
+        raise CheckpointError(
+            f"config.json speaks of {decoder.num_layers} + {vision.depth} layers, the files hold only "
+            f"{num_tensors} tensors"
+        )
+    for name in ("vision_start_id", "vision_end_id", "image_pad_id", "score_token_id"):
+        if getattr(prompt, name) >= decoder.vocab_size:
+            raise CheckpointError(f"{name} is {getattr(prompt, name)}, the vocabulary ends at {decoder.vocab_size - 1}")
+
+
+def _read_token_ids(folder: Path, raw: Mapping[str, Any]) -> dict[str, int]:
+    """The special ids of config.json, which must agree with tokenizer.json where it names them."""
+    stated = _Section("config.json", raw, _TOKEN_DEFAULTS)
+    ids = {name: stated.whole(name) for name in _TOKEN_DEFAULTS}
+    tokenizer = read_json_object(folder / TOKENIZER)
+    if not isinstance(tokenizer.get("model"), dict) or not isinstance(tokenizer.get("added_tokens", []), list):
+        raise CheckpointError(f"{TOKENIZER} in {folder.name} is not a tokenizer. Fetch it again")
+    added = [t for t in tokenizer.get("added_tokens", []) if isinstance(t, dict)]
+    known = {str(t.get("content")): t.get("id") for t in added}
+    for name, text in _TOKEN_TEXTS.items():
+        if text in known and known[text] != ids[name]:
+            raise CheckpointError(
+                f"config.json: {name} is {ids[name]}, but {TOKENIZER} gives {text} the id "
+                f"{known[text]!r:.40}. The files are not of one model"
+            )
+    return ids
+
+
+def _read_image_config(folder: Path) -> tuple[list[str], ImageConfig]:
+    """(file names, preprocessing). transformers 5 nests it in processor_config.json."""
+    found: dict[str, ImageConfig] = {}
+    if (folder / "preprocessor_config.json").exists():
+        found["preprocessor_config.json"] = _image_config(
+            "preprocessor_config.json", read_json_object(folder / "preprocessor_config.json")
+        )
+    if (folder / "processor_config.json").exists():
+        nested = read_json_object(folder / "processor_config.json").get("image_processor")
+        if nested is not None:
+            found["processor_config.json"] = _image_config("processor_config.json", nested)
+    if not found:
+        raise CheckpointError(f"{folder.name} has no preprocessor_config.json. Copy it from the published model")
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"{' and '.join(found)} disagree about images. Remove the one out of date")
+    return list(found), next(iter(found.values()))
+
+
+def _image_config(where: str, raw: object) -> ImageConfig:
+    values = _Section(
+        where,
+        raw,
+        {
+            "image_mean": list(_CLIP_MEAN),
+            "image_std": list(_CLIP_STD),
+            "rescale_factor": 1 / 255,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
+    )
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        values.require(name, None, True)
+    values.require("resample", None, _BICUBIC)
+    size = _Section(f"{where}: size", values.get("size") or {}, {})
+
+    def limit(name: str, edge: str, default: int) -> int:
+        # the order of Qwen2VLImageProcessor: its own argument, then the size in either spelling
+        for section, key in ((values, name), (size, edge), (size, name)):
+            if section.get(key) is not None:
+                return section.whole(key)
+        return default
+
+    mean, std = values.triple("image_mean"), values.triple("image_std")
+    try:
+        return ImageConfig(
+            min_pixels=limit("min_pixels", "shortest_edge", _MIN_PIXELS),
+            max_pixels=min(limit("max_pixels", "longest_edge", _MAX_PIXELS), _MAX_PIXELS),
+            mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+            std=(float(std[0]), float(std[1]), float(std[2])),
+            rescale=values.number("rescale_factor"),
+            patch_size=values.whole("patch_size"),
+            temporal_patch_size=values.whole("temporal_patch_size"),
+            merge_size=values.whole("merge_size"),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}. Correct the file") from None
+
+
+def _some(names: list[str]) -> str:
+    """A few of many names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

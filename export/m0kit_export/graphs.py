@@ -1,0 +1,312 @@
+"""The three graphs of jina-reranker-m0 in standard ONNX operators (opset 23): vision, decoder, head.
+
+Written out module by module with the checkpoint's own tensor names, not traced. Owns what is computed;
+how nodes and weights are put together is `m0kit_export.builder`.
+
+Everything is *packed*: tokens of all pairs (and patches of all images) stand in one row-major table without
+batch axis and without padding. Attention runs in a Loop over `pieces`, rows of a table of indices that
+say which rows ask and which answer. A piece never holds more than a few hundred query rows, so
+memory grows with the length and not with its square, images never see each other, and one prefix can
+answer to any number of suffixes, whether it was computed in this run or comes from a cache.
+
+    graph = decoder_graph(config, np.float32)
+
+Sources: Qwen2-VL (arXiv:2409.12191), transformers' `modeling_qwen2_vl`, the ONNX operators Attention,
+RMSNormalization and RotaryEmbedding (opset 23), LayerNormalization (17), Gelu (20).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from onnx import TensorProto, helper
+
+from m0kit.config import DecoderConfig, ModelConfig
+from m0kit_export.builder import Builder, Graph, Port
+
+F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
+
+# Columns of the piece tables; the planner of the runtime fills them. All are row numbers, ends exclusive.
+VISION_PIECE = ("q0", "q1", "k0", "k1")
+DECODER_PIECE = ("q0", "q1", "a0", "a1", "b0", "b1", "p0", "p1")
+
+# Rows that go through an MLP at once: enough for full speed, few enough to need little memory.
+CHUNK_ROWS = 1024
+
+
+def build_graphs(config: ModelConfig, storage: DTypeLike) -> dict[str, Graph]:
+    """All three by name; `storage` is float32 or float16."""
+    return {
+        "vision": vision_graph(config, storage),
+        "decoder": decoder_graph(config.decoder, storage),
+        "head": head_graph(config.decoder, storage),
+    }
+
+
+def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
+    """Patches of any number of images → one embedding per 2×2 patches.
+
+    patches (P, 1176) float32 in merge order · positions (P, 2) row and column · pieces (N, 4) int64:
+    rows q0:q1 of the patches look at rows k0:k1 (their image) → image_embeds (P/4, D) float32.
+    The convolution's kernel equals its stride, so it is a product with the flattened kernel.
+    """
+    vision, width = config.vision, config.vision.width
+    b = Builder("vision", storage)
+    x = b.linear("visual.patch_embed.proj", "patches", (width, vision.patch_values), bias=False)
+    # Rotary frequencies: the first half of a head's pairs turns with the row, the second with the column.
+    pairs = vision.head_dim // 2
+    frequency = _inverse_frequency(vision.rope_theta, pairs)
+    axis = np.repeat([0, 1], pairs // 2)
+    cos, sin = _cos_sin(b, "positions", axis, np.tile(frequency, 2), position_axis=1)
+    for i in range(vision.depth):
+        block = f"visual.blocks.{i}"
+        h = _layer_norm(b, f"{block}.norm1", x, width, vision.layer_norm_eps)
+        qkv = b.linear(f"{block}.attn.qkv", h, (3 * width, width), bias=True, half=True)
+        q, k, v = b.split(qkv, [width] * 3)
+        q = _rotary(b, q, cos, sin, vision.num_heads, width)
+        k = _rotary(b, k, cos, sin, vision.num_heads, width)
+        a = _attention(b, q, k, v, vision.num_heads, vision.num_heads, vision.head_dim)
+        x = b.op("Add", x, b.linear(f"{block}.attn.proj", a, (width, width), bias=True, half=True))
+        h = _layer_norm(b, f"{block}.norm2", x, width, vision.layer_norm_eps)
+        h = _in_chunks(b, h, width, partial(_quick_mlp, b, f"{block}.mlp", width, vision.mlp_size))
+        x = b.op("Add", x, h)
+    merged = width * vision.merge_size**2
+    h = _layer_norm(b, "visual.merger.ln_q", x, width, vision.layer_norm_eps)
+    h = b.op("Reshape", h, b.const([-1, merged]))
+    h = b.op("Gelu", b.linear("visual.merger.mlp.0", h, (merged, merged), bias=True))
+    b.linear("visual.merger.mlp.2", h, (config.decoder.hidden_size, merged), bias=True, out="image_embeds")
+    return b.finish(
+        [
+            Port("patches", F32, ("P", vision.patch_values)),
+            Port("positions", I64, ("P", 2)),
+            Port("pieces", I64, ("N", len(VISION_PIECE))),
+        ],
+        [Port("image_embeds", F32, ("V", config.decoder.hidden_size))],
+    )
+
+
+def decoder_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
+    """Tokens of any number of pairs → hidden state of the last token of each, after the final norm.
+
+    token_ids (T,) · image_embeds (V, D), put in the place of rows image_token_index (V,) ·
+    positions (3, T) · pieces (N, 8): rows q0:q1 look at past rows p0:p1, then rows a0:a1 (a prefix of
+    this run), then rows b0:b1, the last of which is row q1 − 1; each sees what is not after itself ·
+    last_index (B,) the rows wanted · last_pieces (B, 8) the same for them, where q counts in last_index ·
+    past_key_values.{i}.key/.value (T_past, K·C), rotated → hidden (B, D), present.{i}.key/.value
+    (T, K·C): the new rows alone. `layers.{i}` names the residual stream after layer i.
+
+    In the last layer only the wanted rows ask and go through the MLP.
+    """
+    D, F, KV = config.hidden_size, config.intermediate_size, config.kv_size
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    b = Builder("decoder", storage)
+    embedding = b.weight("model.embed_tokens.weight", (config.vocab_size, D))
+    x = b.op("Gather", embedding, "token_ids", axis=0)
+    if b.storage != F32:
+        x = b.cast(x, F32)
+    x = b.op("ScatterND", x, b.op("Reshape", "image_token_index", b.const([-1, 1])), "image_embeds")
+    frequency = _inverse_frequency(config.rope_theta, config.head_dim)
+    axis = np.repeat([0, 1, 2], config.mrope_section)
+    cos, sin = _cos_sin(b, "positions", axis, frequency, position_axis=0)
+    last_cos, last_sin = (b.op("Gather", table, "last_index", axis=1) for table in (cos, sin))
+    presents = []
+    for i in range(config.num_layers):
+        layer, last = f"model.layers.{i}", i == config.num_layers - 1
+        h = _rms_norm(b, f"{layer}.input_layernorm", x, D, config.rms_norm_eps)
+        k = b.linear(f"{layer}.self_attn.k_proj", h, (KV, D), bias=True, half=True)
+        k = _rotary(b, k, cos, sin, kv_heads, KV, out=f"present.{i}.key")
+        v = b.linear(f"{layer}.self_attn.v_proj", h, (KV, D), bias=True, half=True, out=f"present.{i}.value")
+        presents += [k, v]
+        if last:
+            x, h = (b.op("Gather", rows, "last_index", axis=0) for rows in (x, h))
+            cos, sin = last_cos, last_sin
+        q = b.linear(f"{layer}.self_attn.q_proj", h, (heads * config.head_dim, D), bias=True, half=True)
+        q = _rotary(b, q, cos, sin, heads, heads * config.head_dim)
+        past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+        pieces = "last_pieces" if last else "pieces"
+        a = _attention(b, q, k, v, heads, kv_heads, config.head_dim, pieces=pieces, past=past)
+        o = b.linear(f"{layer}.self_attn.o_proj", a, (D, heads * config.head_dim), bias=False, half=True)
+        x = b.op("Add", x, o)
+        h = _rms_norm(b, f"{layer}.post_attention_layernorm", x, D, config.rms_norm_eps)
+        h = _in_chunks(b, h, D, partial(_gated_mlp, b, f"{layer}.mlp", D, F))
+        x = b.op("Add", x, h, out=f"layers.{i}")
+    _rms_norm(b, "model.norm", x, D, config.rms_norm_eps, out="hidden")
+    pasts = [f"past_key_values.{i}.{kv}" for i in range(config.num_layers) for kv in ("key", "value")]
+    return b.finish(
+        [
+            Port("token_ids", I64, ("T",)),
+            Port("image_embeds", F32, ("V", D)),
+            Port("image_token_index", I64, ("V",)),
+            Port("positions", I64, (3, "T")),
+            Port("pieces", I64, ("N", len(DECODER_PIECE))),
+            Port("last_index", I64, ("B",)),
+            Port("last_pieces", I64, ("B", len(DECODER_PIECE))),
+            *(Port(name, F32, ("T_past", KV)) for name in pasts),
+        ],
+        [Port("hidden", F32, ("B", D)), *(Port(name, F32, ("T", KV)) for name in presents)],
+    )
+
+
+def head_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
+    """hidden (B, D) float32 → logit (B,) float32: Linear, ReLU, Linear to one value."""
+    D = config.hidden_size
+    b = Builder("head", storage)
+    h = b.op("Relu", b.linear("score.0", "hidden", (D, D), bias=True))
+    h = b.linear("score.2", h, (1, D), bias=True)
+    b.op("Reshape", h, b.const([-1]), out="logit")
+    return b.finish([Port("hidden", F32, ("B", D))], [Port("logit", F32, ("B",))])
+
+
+def _gated_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
+    """SiLU(gate) · up → down. The product of the two can pass float16, so down is not half."""
+    gate = b.linear(f"{name}.gate_proj", x, (inner, width), bias=False, half=True)
+    up = b.linear(f"{name}.up_proj", x, (inner, width), bias=False, half=True)
+    h = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
+    return b.linear(f"{name}.down_proj", h, (width, inner), bias=False)
+
+
+def _quick_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
+    """fc1 → QuickGELU → fc2. Both pass float16 on real images (reference.md), so neither is half."""
+    h = b.linear(f"{name}.fc1", x, (inner, width), bias=True)
+    gate = b.op("Sigmoid", b.op("Mul", h, b.const(1.702, F32)))
+    return b.linear(f"{name}.fc2", b.op("Mul", h, gate), (width, inner), bias=True)
+
+
+def _in_chunks(b: Builder, x: str, width: int, layer: Callable[[str], str]) -> str:
+    """`layer`, which maps rows to rows, over CHUNK_ROWS rows of x (·, width) at a time.
+
+    An MLP is six times as wide inside: on a 10,240-token prompt its inner values alone take 1.1 GB at once.
+    """
+    zero, step = b.const([0]), b.const(CHUNK_ROWS)
+    num_rows = b.op("Squeeze", b.op("Shape", x, end=1), zero)
+    count = b.op("Div", b.op("Add", num_rows, b.const(CHUNK_ROWS - 1)), step)
+
+    def body(index: str) -> str:
+        first = b.op("Mul", b.op("Reshape", index, b.const([1])), b.const([CHUNK_ROWS]))
+        return layer(b.op("Slice", x, first, b.op("Add", first, b.const([CHUNK_ROWS])), zero))
+
+    return _collect(b, count, x, width, body)
+
+
+def _collect(b: Builder, count: str, like: str, width: int, body: Callable[[str], str]) -> str:
+    """Run `body`, index → rows (·, width), `count` times and put the rows one below the other.
+
+    Kept to what three engines take: the carried result starts as an empty slice of `like`, because
+    OpenVINO reads an empty constant as a scalar.
+    """
+    zero = b.const([0])
+    initial = b.op("Slice", like, zero, zero, zero)
+    start = b.mark()
+    index, carried, go = f"index_{initial}", f"carried_{initial}", f"go_{initial}"
+    grown = b.op("Concat", carried, body(index), axis=0)
+    goes_on = b.op("Identity", go)
+    value = helper.make_tensor_value_info
+    return b.loop(
+        count,
+        initial,
+        b.subgraph(
+            f"body_{initial}",
+            [
+                value(index, TensorProto.INT64, []),
+                value(go, TensorProto.BOOL, []),
+                value(carried, TensorProto.FLOAT, [None, width]),
+            ],
+            [value(goes_on, TensorProto.BOOL, []), value(grown, TensorProto.FLOAT, [None, width])],
+            start,
+        ),
+    )
+
+
+def _attention(
+    b: Builder,
+    q: str,
+    k: str,
+    v: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    pieces: str = "pieces",
+    past: tuple[str, str] | None = None,
+) -> str:
+    """Attention of packed rows, piece by piece: q (·, H·C), k and v (·, K·C) → (·, H·C).
+
+    Without `past` a piece sees all its keys (vision), with it the causal part of them, counted from the
+    end. Ranks are stated by Reshape where engines lose them.
+    """
+    zero, width = b.const([0]), heads * head_dim
+    count = b.op("Squeeze", b.op("Shape", pieces, end=1), zero)
+    columns = len(DECODER_PIECE if past else VISION_PIECE)
+
+    def body(index: str) -> str:
+        row = b.op("Gather", pieces, b.op("Reshape", index, b.const([1])), axis=0)
+        q0, q1, *spans = b.split(b.op("Reshape", row, b.const([-1])), [1] * columns, axis=0)
+        rows = b.op("Slice", q, q0, q1, zero)
+        if past is None:
+            keys, values = (b.op("Slice", new, *spans, zero) for new in (k, v))
+            mask = []
+        else:
+            a0, a1, b0, b1, p0, p1 = spans
+            keys, values = (
+                b.op(
+                    "Concat",
+                    b.op("Slice", old, p0, p1, zero),
+                    b.op("Slice", new, a0, a1, zero),
+                    b.op("Slice", new, b0, b1, zero),
+                    axis=0,
+                )
+                for old, new in zip(past, (k, v), strict=True)
+            )
+            mask = [_causal_mask(b, rows, keys)]
+        q3 = b.op("Reshape", rows, b.const([1, -1, width]))
+        k3, v3 = (b.op("Reshape", x, b.const([1, -1, kv_heads * head_dim])) for x in (keys, values))
+        a3 = b.op("Attention", q3, k3, v3, *mask, q_num_heads=heads, kv_num_heads=kv_heads)
+        return b.op("Reshape", a3, b.const([-1, width]))
+
+    return _collect(b, count, q, width, body)
+
+
+def _causal_mask(b: Builder, rows: str, keys: str) -> str:
+    """(rows, keys) true where a row may look: the last row sees every key, each row before it one less."""
+    zero, nought, one = b.const([0]), b.const(0), b.const(1)
+    num_keys = b.op("Squeeze", b.op("Shape", keys, end=1), zero)
+    num_rows = b.op("Squeeze", b.op("Shape", rows, end=1), zero)
+    last_seen = b.op("Range", b.op("Sub", num_keys, num_rows), num_keys, one)
+    return b.op("LessOrEqual", b.op("Range", nought, num_keys, one), b.op("Reshape", last_seen, b.const([-1, 1])))
+
+
+def _rotary(b: Builder, x: str, cos: str, sin: str, heads: int, width: int, out: str | None = None) -> str:
+    """Rotate the two halves of each head of x (T, width) by tables (1, T, C/2)."""
+    x3 = b.op("Reshape", x, b.const([1, -1, width]))
+    turned = b.op("RotaryEmbedding", x3, cos, sin, num_heads=heads)
+    return b.op("Reshape", turned, b.const([-1, width]), out=out)
+
+
+def _cos_sin(
+    b: Builder, positions: str, axis: np.ndarray, frequency: np.ndarray, position_axis: int
+) -> tuple[str, str]:
+    """Tables (1, T, C/2): pair j turns by the position on axis[j] times frequency[j], in float32."""
+    chosen = b.op("Gather", positions, b.const(axis), axis=position_axis)
+    if position_axis == 0:
+        chosen = b.op("Transpose", chosen, perm=[1, 0])
+    angle = b.op("Mul", b.cast(chosen, F32), b.const(frequency, F32))
+    table: Callable[[str], str] = lambda f: b.op("Reshape", b.op(f, angle), b.const([1, -1, len(axis)]))  # noqa: E731
+    return table("Cos"), table("Sin")
+
+
+def _inverse_frequency(theta: float, dim: int) -> np.ndarray:
+    """theta^(−2j/dim), (dim/2,). By torch: one last bit of it is 1e-3 radians at position 10,000."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
+    return np.asarray((1.0 / (theta**exponent)).numpy(), np.float32)
+
+
+def _rms_norm(b: Builder, name: str, x: str, width: int, eps: float, out: str | None = None) -> str:
+    weight = b.weight(f"{name}.weight", (width,), F32)
+    return b.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, out=out)
+
+
+def _layer_norm(b: Builder, name: str, x: str, width: int, eps: float) -> str:
+    weight, bias = b.weight(f"{name}.weight", (width,), F32), b.weight(f"{name}.bias", (width,), F32)
+    return b.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)

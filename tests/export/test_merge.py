@@ -1,0 +1,521 @@
+"""Adapters against PEFT itself: the whole tiny model, adapted, saved, loaded and merged the normal way.
+
+Every comparison is exact (torch.equal): both sides run the same PEFT code, in fp32, on matrices of the
+same shape, so there is nothing that could round differently.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from tests.export import _tiny
+from torch import nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from m0kit.errors import AdapterError, CheckpointError
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit_export.merge import AdapterSpec, AdapterStack
+
+Tensors = dict[str, torch.Tensor]
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"target_modules": ["q_proj", "gate_proj"], "use_rslora": True},
+    "dora": {"target_modules": ["q_proj", "qkv", "down_proj"], "use_dora": True},
+    "rslora and dora": {"target_modules": ["k_proj"], "use_rslora": True, "use_dora": True},
+    "all linear": {"target_modules": "all-linear"},
+    "all linear but the images": {"target_modules": "all-linear", "exclude_modules": r".*visual.*"},
+    "regular expression": {"target_modules": r".*language_model.*\.mlp\.(up|down)_proj"},
+    "full names": {"target_modules": ["model.visual.merger.mlp.0", "score.2"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "rank and alpha patterns": {
+        "target_modules": ["q_proj", "k_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {"k_proj": 11, r"^model\.language_model\.layers\.1\.self_attn\.q_proj": 3},
+    },
+    "fan in fan out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
+    "embedding by pattern": {"target_modules": r".*(embed_tokens|o_proj)"},
+    "embedding with dora": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "patches": {"target_modules": ["patch_embed.proj"]},
+    "patches with dora": {"target_modules": ["patch_embed.proj"], "use_dora": True},
+    "all biases": {"target_modules": ["q_proj", "fc1"], "bias": "all"},
+    "adapted biases": {"target_modules": ["q_proj", "fc1"], "bias": "lora_only"},
+    "low-rank biases": {"target_modules": ["q_proj", "fc1"], "lora_bias": True},
+    "head and norms in full": {"target_modules": ["q_proj"], "modules_to_save": ["score", "norm"]},
+    "head in full, all biases": {"target_modules": ["q_proj"], "modules_to_save": ["score"], "bias": "all"},
+    "all of vision in full": {"target_modules": ["q_proj"], "modules_to_save": ["visual"]},
+    "embedding in full": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "classification task": {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
+    "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 100]},
+    "some tokens by name": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 9]},
+    },
+    "pissa": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "olora": {"target_modules": ["q_proj"], "init_lora_weights": "olora"},
+}
+
+
+class Published(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+    """A transformers class with a config, for which PEFT has conversions of its own (unlike _tiny.Reranker)."""
+
+    def __init__(self, config: Qwen2VLConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Identity()
+        self.score = nn.Sequential(nn.Linear(_tiny.HIDDEN, _tiny.HIDDEN), nn.ReLU(), nn.Linear(_tiny.HIDDEN, 1))
+
+
+@pytest.fixture(scope="module")
+def model() -> _tiny.Reranker:
+    return _tiny.make_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: _tiny.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return open_checkpoint(_tiny.write_checkpoint(folder, _tiny.published_tensors(model)))
+
+
+def save_adapter(folder: Path, model: nn.Module, options: Mapping[str, Any], seed: int = 1) -> Path:
+    """An adapter with every trained tensor random: PEFT starts B at zero, where a lost A would go unseen."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 7, **copy.deepcopy(dict(options))})
+    generator = torch.Generator().manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        adapted.save_pretrained(folder)
+    return folder
+
+
+def merge_whole(model: nn.Module, *adapters: tuple[Path, float]) -> Tensors:
+    """The ground truth: PEFT on the whole model, one adapter after the other."""
+    merged: nn.Module = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path, weight in adapters:
+            adapted = peft.PeftModel.from_pretrained(merged, path)
+            for layer in adapted.modules():
+                if isinstance(layer, LoraLayer) and weight != 1.0:
+                    layer.set_scale("default", weight)
+            merged = adapted.merge_and_unload()
+    return _tiny.published_tensors(merged)
+
+
+def open_stack(checkpoint: Checkpoint, *adapters: Path | tuple[Path, float]) -> AdapterStack:
+    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in adapters]
+    return AdapterStack.open([AdapterSpec(path, weight) for path, weight in pairs], checkpoint)
+
+
+def assert_same(stack: AdapterStack, truth: Tensors, base: Tensors) -> None:
+    changed = 0
+    for name, expected in truth.items():
+        merged = stack.merged(name)
+        assert merged.dtype == torch.float32
+        assert merged.is_contiguous()
+        assert torch.equal(merged, expected), name
+        changed += not torch.equal(expected, base[name])
+    assert changed, "the adapter changes nothing: the comparison would prove nothing"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / CONFIG).read_text())
+    _tiny.write_json(folder / CONFIG, {**raw, **changes})
+
+
+def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors | None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edited = edit(tensors)
+    save_file(tensors if edited is None else edited, folder / WEIGHTS)
+
+
+def rename_to_old(tensors: Tensors) -> Tensors:
+    return {_tiny.old_name(key): tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_merged_tensor_is_what_peft_makes_of_the_whole_model(
+    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    truth = merge_whole(model, (adapter, 1.0))
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+@pytest.mark.parametrize("form", ["dora", "head and norms in full", "embedding", "all linear"])
+def test_adapters_trained_on_a_transformers_class_merge_alike(form: str, tmp_path: Path) -> None:
+    model = Published(Qwen2VLConfig(**_tiny.published_config())).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    base = _tiny.published_tensors(model)
+    checkpoint = open_checkpoint(_tiny.write_checkpoint(tmp_path / "checkpoint", base))
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    assert_same(open_stack(checkpoint, adapter), merge_whole(model, (adapter, 1.0)), base)
+
+
+@pytest.mark.parametrize("form", ["all linear", "embedding", "all biases", "some tokens", "all of vision in full"])
+def test_adapters_with_names_from_before_transformers_4_52_merge_alike(
+    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    truth = merge_whole(model, (adapter, 1.0))
+    edit_tensors(adapter, rename_to_old)
+    if form == "all linear":  # PEFT saved the full names it found
+        targets = json.loads((adapter / CONFIG).read_text())["target_modules"]
+        edit_config(adapter, target_modules=[_tiny.old_name(f"{t}.").rstrip(".") for t in targets])
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+def test_expressions_match_the_names_that_the_adapter_was_trained_with(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    options = {
+        "target_modules": r"model\.language_model\.layers\.\d\.self_attn\.[qk]_proj",
+        "alpha_pattern": {r"model\.language_model\.layers\.0\.self_attn\.q_proj": 19},
+    }
+    adapter = save_adapter(tmp_path / "a", model, options)
+    truth = merge_whole(model, (adapter, 1.0))
+    edit_tensors(adapter, rename_to_old)
+    edit_config(
+        adapter,
+        target_modules=r"model\.layers\.\d\.self_attn\.[qk]_proj",
+        alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 19},
+    )
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+def test_renamed_tensors_under_a_config_that_was_not_renamed_still_fit(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["regular expression"])
+    truth = merge_whole(model, (adapter, 1.0))
+    edit_tensors(adapter, rename_to_old)
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+def test_an_alpha_that_only_the_other_naming_knows_is_refused(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    edit_config(adapter, alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 19})
+    with pytest.raises(AdapterError, match=r"alpha_pattern names modules as transformers before 4\.52"):
+        open_stack(checkpoint, adapter)
+
+
+def test_a_pattern_that_no_naming_knows_is_ignored_as_peft_ignores_it(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, {**FORMS["plain"], "alpha_pattern": {"lm_head": 3}})
+    truth = merge_whole(model, (adapter, 1.0))
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+@pytest.mark.parametrize(
+    "form", ["dora", "embedding", "patches", "low-rank biases", "head and norms in full", "some tokens"]
+)
+def test_keys_may_spell_out_the_name_of_the_adapter(
+    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    truth = merge_whole(model, (adapter, 1.0))
+
+    def spell_out(key: str) -> str:
+        if ".lora_magnitude_vector" in key:
+            return f"{key}.default.weight"
+        if ".lora_embedding_" in key or ".trainable_tokens_delta" in key:
+            return f"{key}.default"
+        if ".lora_" in key:
+            return ".default.".join(key.rsplit(".", 1))
+        return key.replace(".score.", ".score.modules_to_save.default.")
+
+    edit_tensors(adapter, lambda tensors: {spell_out(key): tensor for key, tensor in tensors.items()})
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+def test_half_precision_files_are_merged_in_fp32(model: _tiny.Reranker, tmp_path: Path) -> None:
+    base = {name: tensor.bfloat16() for name, tensor in _tiny.published_tensors(model).items()}
+    checkpoint = open_checkpoint(_tiny.write_checkpoint(tmp_path / "checkpoint", base))
+    rounded = copy.deepcopy(model).bfloat16().float()
+    adapter = save_adapter(tmp_path / "a", model, FORMS["dora"])
+    edit_tensors(adapter, lambda tensors: {key: tensor.half() for key, tensor in tensors.items()})
+    truth = merge_whole(rounded, (adapter, 1.0))
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(rounded))
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "b", "a")])
+def test_several_adapters_merge_one_after_another(
+    order: tuple[str, ...], model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "a", model, {"target_modules": ["q_proj"], "modules_to_save": ["score"]}, seed=1)
+    save_adapter(tmp_path / "b", model, {"target_modules": ["q_proj", "score.0"], "use_dora": True}, seed=2)
+    save_adapter(tmp_path / "c", model, {"target_modules": ["fc1"], "modules_to_save": ["score"]}, seed=3)
+    paths = [tmp_path / name for name in order]
+    truth = merge_whole(model, *((path, 1.0) for path in paths))
+    assert_same(open_stack(checkpoint, *paths), truth, _tiny.published_tensors(model))
+    head = load_file(paths[-1] / WEIGHTS)["base_model.model.score.2.weight"]
+    assert torch.equal(truth["score.2.weight"], head), "the later copy wins"
+
+
+@pytest.mark.parametrize("weight", [0.5, -1.25, 0.0])
+@pytest.mark.parametrize(
+    "form", ["all linear", "rslora", "embedding", "patches", "low-rank biases", "rank and alpha patterns"]
+)
+def test_a_weight_is_pefts_scale(
+    form: str, weight: float, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    truth = merge_whole(model, (adapter, weight))
+    stack = open_stack(checkpoint, (adapter, weight))
+    base = _tiny.published_tensors(model)
+    assert all(torch.equal(stack.merged(name), tensor) for name, tensor in truth.items())
+    assert any(not torch.equal(base[name], truth[name]) for name in base) == (weight != 0.0)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "dora",
+        "head and norms in full",
+        "all biases",
+        "adapted biases",
+        "some tokens",
+        "pissa",
+        "embedding in full",
+    ],
+)
+def test_a_weight_is_refused_where_it_has_no_meaning(
+    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    with pytest.raises(AdapterError, match=r"adapter a cannot have weight 0\.5: .* weight 1"):
+        open_stack(checkpoint, (adapter, 0.5))
+
+
+def test_without_adapters_a_tensor_is_the_checkpoints_own_in_fp32(
+    model: _tiny.Reranker, checkpoint: Checkpoint
+) -> None:
+    stack = open_stack(checkpoint)
+    tensor = stack.merged("model.norm.weight")
+    assert torch.equal(tensor, _tiny.published_tensors(model)["model.norm.weight"])
+    tensor.zero_()  # the caller's own: neither the file nor the next call may notice
+    assert not torch.equal(stack.merged("model.norm.weight"), tensor)
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing\.weight'"):
+        stack.merged("model.nothing.weight")
+
+
+def test_a_merge_reads_one_module_and_leaves_the_random_state_alone(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = open_stack(checkpoint, save_adapter(tmp_path / "a", model, FORMS["all linear"]))
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def spy(self: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    before = torch.random.get_rng_state()
+    stack.merged("model.layers.1.self_attn.q_proj.weight")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert read == ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.bias"]
+
+
+def test_provenance_names_hashes_and_licence_but_no_path(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "tuned", model, FORMS["plain"])
+    (adapter / "README.md").write_text("---\nbase_model: x\nlicense: apache-2.0\n---\n")
+    [entry] = open_stack(checkpoint, (adapter, 0.25)).provenance()
+    hashes = entry.pop("sha256")
+    assert entry == {
+        "name": "tuned",
+        "weight": 0.25,
+        "peft_type": "LORA",
+        "rank": 4,
+        "licence": "apache-2.0",
+    }
+    assert set(hashes) == {CONFIG, WEIGHTS}
+    assert all(len(value) == 64 for value in hashes.values())
+    assert str(tmp_path) not in json.dumps(entry)
+
+
+def lose(key: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        del tensors[next(name for name in tensors if key in name)]
+
+    return change
+
+
+def put(key: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({key: tensor})
+
+
+Q0 = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+
+DAMAGED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Any] | None, str]] = {
+    "missing A": ({}, lose("lora_A"), r"lacks .*lora_A\.weight, which its config promises"),
+    "missing module": (
+        {"target_modules": ["q_proj", "v_proj", "k_proj"]},
+        None,
+        r"lacks .*k_proj.* and 3 more",
+    ),
+    "unknown tensor": (
+        {},
+        put(f"{Q0}.lora_C.weight", torch.ones(1)),
+        r"q_proj\.lora_C\.weight of adapter a has no",
+    ),
+    "unknown layer": (
+        {},
+        put(Q0.replace("0", "7") + ".lora_A.weight", torch.ones(4, 48)),
+        "layers.7.* has no place",
+    ),
+    "module not targeted": ({"target_modules": ["q_proj"]}, None, r"v_proj.* has no place"),
+    "no prefix": ({}, put("score.0.weight", torch.ones(48, 48)), "score.0.weight of adapter a has no place"),
+    "another rank": (
+        {"r": 8},
+        None,
+        r"has shape \[4, 48\], this base asks for \[8, 48\].*base_model_name_or_path",
+    ),
+    "another base": (
+        {},
+        put(f"{Q0}.lora_A.weight", torch.ones(4, 1536)),
+        r"shape \[4, 1536\].* asks for \[4, 48\]",
+    ),
+    "twice": ({}, put(f"{Q0}.lora_A.default.weight", torch.ones(4, 48)), "are one tensor twice"),
+    "nan": ({}, put(f"{Q0}.lora_A.weight", torch.full((4, 48), torch.nan)), r"q_proj\.lora_A\.weight .* NaN"),
+    "integers": ({}, put(f"{Q0}.lora_A.weight", torch.ones(4, 48, dtype=torch.int8)), "is I8, expected F32"),
+    "no target": ({"target_modules": ["c_attn"]}, None, r"PEFT cannot put adapter a .*c_attn.*match nothing"),
+    "target is a norm": ({"target_modules": ["norm"]}, None, "something that takes no LoRA"),
+    "broken expression": ({"target_modules": "(q_proj"}, None, "PEFT cannot put adapter a"),
+    "rank of the wrong kind": ({"r": "four"}, None, "PEFT cannot put adapter a"),
+    "copies over lora": ({"modules_to_save": ["tn"]}, None, "modules_to_save also covers"),
+    "other method": ({"peft_type": "IA3"}, None, "PEFT type 'IA3'; m0kit merges LORA"),
+    "no method": ({"peft_type": None}, None, "PEFT type None"),
+    "replicated layers": ({"layer_replication": [[0, 2], [1, 2]]}, None, "uses layer_replication="),
+    "single parameters": ({"target_parameters": ["q_proj.weight"]}, None, "uses target_parameters="),
+    "activated lora": ({"alora_invocation_tokens": [1, 2]}, None, "uses alora_invocation_tokens="),
+    "an option of the future": ({"use_teleport": True}, None, "uses use_teleport=True, which m0kit does not"),
+    "lossy start": ({"init_lora_weights": "loftq"}, None, "initialised with 'loftq'"),
+    "random start": ({"init_lora_weights": "pissa_niter_4"}, None, "initialised with 'pissa_niter_4'"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(
+    damage: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    changes, edit, message = DAMAGED[damage]
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    edit_config(adapter, **changes)
+    if edit is not None:
+        edit_tensors(adapter, edit)
+    with pytest.raises(AdapterError, match=message):
+        open_stack(checkpoint, adapter)
+
+
+def test_options_of_newer_versions_that_are_switched_off_do_not_matter(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    edit_config(adapter, use_teleport=False, teleport_config=None)
+    assert open_stack(checkpoint, adapter).provenance()[0]["name"] == "a"
+
+
+def test_a_low_rank_bias_on_a_module_without_bias_is_refused(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, {"target_modules": ["o_proj"], "lora_bias": True})
+    with pytest.raises(AdapterError, match=r"lora_bias, but .*o_proj has no bias"):
+        open_stack(checkpoint, adapter)
+
+
+def test_biases_that_were_trained_but_never_saved_are_refused(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    edit_config(adapter, bias="lora_only")
+    with pytest.raises(AdapterError, match=r"lacks .*base_layer\.bias"):
+        open_stack(checkpoint, adapter)
+
+
+def test_a_folder_without_the_right_files_is_refused(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match="no adapter folder 'nowhere'"):
+        open_stack(checkpoint, tmp_path / "nowhere")
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="is a pickle"):
+        open_stack(checkpoint, adapter)
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(AdapterError, match=f"has no {WEIGHTS}"):
+        open_stack(checkpoint, adapter)
+    (adapter / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
+        open_stack(checkpoint, adapter)
+    (adapter / CONFIG).unlink()
+    with pytest.raises(AdapterError, match=f"has no {CONFIG}"):
+        open_stack(checkpoint, adapter)
+
+
+def test_weights_that_overflow_are_refused_when_merged(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    edit_tensors(adapter, lambda tensors: {key: tensor * 1e30 for key, tensor in tensors.items()})
+    stack = open_stack(checkpoint, adapter)
+    with pytest.raises(AdapterError, match=r"adapter a makes .*q_proj\.weight overflow"):
+        stack.merged("model.layers.0.self_attn.q_proj.weight")
+
+
+@given(
+    path=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+    weight=st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_a_spec_is_a_path_and_a_number_after_the_last_colon(path: str, weight: float) -> None:
+    assert AdapterSpec.parse(f"{path}:{weight!r}") == AdapterSpec(Path(path), weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [
+        ("tuned", "tuned", 1.0),
+        ("tuned:0.5", "tuned", 0.5),
+        ("tuned:-1", "tuned", -1.0),
+        ("tuned:.25", "tuned", 0.25),
+        ("C:\\tuned", "C:\\tuned", 1.0),
+        ("C:\\tuned:2e-1", "C:\\tuned", 0.2),
+        ("a:b/c", "a:b/c", 1.0),
+        ("run:3:1", "run:3", 1.0),
+        ("tuned:", "tuned:", 1.0),
+        ("tuned:nan", "tuned:nan", 1.0),
+        ("0.5", "0.5", 1.0),
+    ],
+)
+def test_colons_that_no_number_follows_belong_to_the_path(text: str, path: str, weight: float) -> None:
+    assert AdapterSpec.parse(text) == AdapterSpec(Path(path), weight)
+
+
+def test_impossible_specs_are_refused() -> None:
+    with pytest.raises(AdapterError, match="empty"):
+        AdapterSpec.parse("")
+    with pytest.raises(AdapterError, match="weight of adapter tuned is inf"):
+        AdapterSpec.parse("tuned:1e999")
