@@ -1,0 +1,1 @@
+"""The PyTorch reference, checkpoints to prove things on, and the comparison with an artifact."""

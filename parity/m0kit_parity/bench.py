@@ -1,0 +1,402 @@
+"""`m0kit bench`: what scoring costs here, in time and memory, and what an artifact's ranking is worth.
+
+Owns the workloads, the timing and the tables. Time is compared with transformers as a ratio, both sides taking
+turns in one run, because machines are noisy and differ; nothing here passes or fails.
+
+    m0kit bench pairs                   whole pairs against transformers fp32 on full-width layers
+    m0kit bench growth m0-fp32          seconds as pairs, tokens and pixels grow
+    m0kit bench memory m0-fp32          peak memory as tokens and pixels grow, a fresh process for each
+    m0kit bench ranking m0-fp32         nDCG@10 on the evaluation set that m0kit carries
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from tqdm import tqdm
+
+from m0kit.config import ModelConfig
+from m0kit.errors import InputError, M0kitError
+from m0kit.prompt import PromptBuilder
+from m0kit_parity import plot
+
+# Words that stand for one token each in Qwen2's vocabulary behind a blank, and for a few in a small one.
+WORDS: Final = ("the", "model", "page", "text", "small", "language", "score", "image", "data", "report", "line")
+QUERY: Final = "small language model"
+_LIGHT: Final = {"ink": "#1d2430", "faint": "#5b6472", "grid": "#d9dee6", "series-0": "#2f6fd0", "series-1": "#c4641a",
+                 "series-2": "#2b8a57"}  # fmt: skip
+
+Pair = tuple[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One workload on both sides; seconds are medians."""
+
+    name: str
+    ours: float
+    theirs: float
+    ratio: float  # median of the turns' ratios: how many times faster we are
+    low: float
+    high: float
+
+
+def text_of(prompts: PromptBuilder, num_tokens: int, seed: int = 0, query: str = QUERY) -> str:
+    """A document that makes a prompt of exactly `num_tokens` tokens with `query`.
+
+    Raises ValueError when that is too few for the query and the headers.
+    """
+    rng = random.Random(seed)
+    words: list[str] = []
+    text = ""
+    while (length := len(prompts.build(query, text or "a").token_ids)) != num_tokens:
+        if length > num_tokens:
+            if len(words) <= 1:
+                raise ValueError(f"a prompt with this query takes {length} tokens at least, not {num_tokens}")
+            # The last word was too long for the room: letters fit any.
+            words = [*words[: -1 - (length - num_tokens)], "a"]
+        else:
+            words += rng.choices(WORDS, k=max(1, (num_tokens - length) // 3))
+        text = " ".join(words)
+    return text
+
+
+def page_of(visual_tokens: int, seed: int = 0) -> bytes:
+    """A PNG that makes exactly `visual_tokens` visual tokens, as close to a page's shape as that allows."""
+    from m0kit_parity.cases import draw_page, encode
+
+    rows = max(r for r in range(1, visual_tokens + 1) if visual_tokens % r == 0 and r * r <= 2 * visual_tokens)
+    lines = [f"{WORDS[(i + seed) % len(WORDS)]} {i}" for i in range(12)]
+    return encode(draw_page(lines, (28 * visual_tokens // rows, 28 * rows), seed))
+
+
+def workloads(prompts: PromptBuilder, mixed: Sequence[int] = (8, 32)) -> dict[str, list[Pair]]:
+    """The pairs of `m0kit bench pairs`."""
+    loads: dict[str, list[Pair]] = {f"text, {n} tokens": [(QUERY, text_of(prompts, n))] for n in (64, 256, 1024)}
+    loads["page, 768 visual tokens"] = [(QUERY, page_of(768))]
+    for count in mixed:
+        rng = random.Random(count)
+        lengths = [rng.randint(24, 600) for _ in range(count)]
+        loads[f"{count} texts, 24–600 tokens"] = [(QUERY, text_of(prompts, n, seed)) for seed, n in enumerate(lengths)]
+    return loads
+
+
+def take_turns(
+    ours: Callable[[], object], theirs: Callable[[], object], repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Seconds of each side over `repeats` turns, after one turn that does not count."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats + 1):
+        for side, run in zip(times, (ours, theirs), strict=True):
+            start = clock()
+            run()
+            if turn:
+                side.append(clock() - start)
+    return times
+
+
+def ratio_of(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Medians, and the median and range of the ratios turn by turn."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(
+        name, statistics.median(ours), statistics.median(theirs), statistics.median(ratios), min(ratios), max(ratios)
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    cpu = platform.processor() or platform.machine()
+    flags: set[str] = set()
+    if Path("/proc/cpuinfo").is_file():
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+        cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
+        flags = set(fields.get("flags", "").split())
+    wide = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if name in flags]
+    packages = {}
+    for package in ("m0kit", "onnxruntime", "torch", "transformers", "numpy"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"cpu": cpu, "features": wide, "cores": os.cpu_count(), **packages}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need be; the first row is the heading, the first column is set left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def write_plot(path: Path, charts: Iterable[str]) -> None:
+    """Charts one below the other in one self-contained SVG file."""
+    colours = ";".join(f"--{name}:{colour}" for name, colour in _LIGHT.items())
+    style = f"{colours};font:13px sans-serif;fill:{_LIGHT['ink']}"
+    parts, top = [], 0
+    for chart in charts:
+        head, _, rest = chart.partition(">")
+        _, _, width, height = (int(float(v)) for v in head.split('viewBox="')[1].split('"')[0].split())
+        parts.append(f'<svg y="{top}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">{rest}')
+        top += height + 20
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {top}" style="{style}">'
+        f'<rect width="760" height="{top}" fill="#fff"/>{"".join(parts)}</svg>\n',
+        "utf-8",
+    )
+
+
+# --- commands ------------------------------------------------------------------------------------------
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_THREADS = click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
+_PLOT = click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG.")
+_ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
+
+
+@click.group()
+def bench() -> None:
+    """Measure scoring on this machine: time, memory, ranking."""
+
+
+@bench.command()
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Decoder layers, vision blocks.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--only", multiple=True, metavar="TEXT", help="Only workloads whose name holds TEXT; repeatable.")
+@_THREADS
+@_JSON
+def pairs(layers: int, repeats: int, only: tuple[str, ...], threads: int, as_json: bool) -> None:
+    """Whole pairs against transformers fp32 (sdpa, as many threads) on full-width layers with random weights.
+
+    A whole pair is everything between the call and the score: decoding and preparing the image,
+    tokenising, all graphs. The other side is the published scoring call, batches of 8 padded on the left.
+    """
+    import torch
+
+    from m0kit.reranker import Reranker
+    from m0kit_export.export import export_artifact
+    from m0kit_parity.checkpoints import write_checkpoint
+    from m0kit_parity.reference import Reference
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory(prefix="m0kit-bench-") as temporary:
+        checkpoint, artifact = Path(temporary) / "wide", Path(temporary) / "artifact"
+        write_checkpoint(checkpoint, "wide", num_layers=layers, vision_depth=layers, progress=True)
+        export_artifact(checkpoint, artifact)
+        reranker, reference = Reranker.load(artifact, threads=threads), Reference.load(checkpoint)
+        loads = {
+            name: load
+            for name, load in workloads(_prompts(artifact)).items()
+            if not only or any(text in name for text in only)
+        }
+        results = []
+        for name, load in tqdm(loads.items(), unit="workload"):
+            times = take_turns(lambda p=load: reranker.score(p), lambda p=load: reference.compute_score(p), repeats)  # type: ignore[misc]
+            results.append(ratio_of(name, *times))
+    about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
+    if as_json:
+        click.echo(json.dumps({"about": about, "results": [asdict(r) for r in results]}, ensure_ascii=False))
+        return
+    rows = [["whole pairs", "m0kit s", "torch s", "ratio", "range"]]
+    rows += [
+        [r.name, f"{r.ours:.3f}", f"{r.theirs:.3f}", f"{r.ratio:.2f}×", f"{r.low:.2f}–{r.high:.2f}"] for r in results
+    ]
+    click.echo(table(rows))
+    click.echo(_about(about), err=True)
+
+
+@bench.command()
+@_ARTIFACT
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(64), default=4096, show_default=True)
+@click.option("--max-visual-tokens", type=click.IntRange(64), default=768, show_default=True)
+@_THREADS
+@_PLOT
+@_JSON
+def growth(
+    artifact: Path, repeats: int, max_tokens: int, max_visual_tokens: int, threads: int, plot_file: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Seconds as the work grows: pairs of one length, tokens of one pair, visual tokens of one page."""
+    from m0kit.reranker import Reranker
+
+    prompts = _prompts(artifact)
+    reranker = Reranker.load(artifact, threads=threads, max_pixels=max(602_112, max_visual_tokens * 784))
+    loads: dict[str, dict[int, list[Pair]]] = {
+        "pairs of 128 tokens": {
+            n: [(QUERY, text_of(prompts, 128, seed)) for seed in range(n)] for n in (1, 2, 4, 8, 16, 32)
+        },
+        "tokens of a text pair": {n: [(QUERY, text_of(prompts, n))] for n in _doubling(64, max_tokens)},
+        "visual tokens of a page": {n: [(QUERY, page_of(n))] for n in _doubling(48, max_visual_tokens)},
+    }
+    measured: dict[str, dict[int, float]] = {}
+    with tqdm(total=sum(map(len, loads.values())), unit="point") as bar:
+        for kind, points in loads.items():
+            measured[kind] = {}
+            for amount, load in points.items():
+                times, _ = take_turns(lambda p=load: reranker.score(p), lambda: None, repeats)  # type: ignore[misc]
+                measured[kind][amount] = statistics.median(times)
+                bar.update()
+    if plot_file:
+        write_plot(plot_file, [plot.lines({kind: list(p.items())}, kind, "seconds") for kind, p in measured.items()])
+    about = {**machine(), "threads": threads, "artifact": str(artifact), "repeats": repeats}
+    if as_json:
+        click.echo(json.dumps({"about": about, "seconds": measured}, ensure_ascii=False))
+        return
+    for kind, seconds in measured.items():
+        rows = [[kind, "seconds", "per thousand"]]
+        rows += [[str(n), f"{s:.3f}", f"{1000 * s / n:.2f}"] for n, s in seconds.items()]
+        click.echo(table(rows) + "\n")
+    click.echo(_about(about), err=True)
+
+
+# A process of its own for each point: a peak never falls again. No PyTorch, no parity, only the runtime.
+_MEMORY_CHILD: Final = """
+import json, sys, threading, time
+from pathlib import Path
+from m0kit.reranker import Reranker
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+folder, threads, max_pixels, kind, payload = sys.argv[1:]
+reranker = Reranker.load(folder, threads=int(threads), max_pixels=int(max_pixels))
+loaded, anonymous, done = status("VmRSS"), [status("RssAnon")], False
+
+def watch():
+    while not done:
+        anonymous.append(status("RssAnon"))
+        time.sleep(0.01)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+document = Path(payload) if kind == "page" else Path(payload).read_text("utf-8")
+start = time.perf_counter()
+reranker.score([(%r, document)])
+seconds = time.perf_counter() - start
+done = True
+watcher.join()
+print(json.dumps({"loaded": loaded, "peak": status("VmHWM"), "private": max(anonymous), "seconds": seconds}))
+"""
+
+
+@bench.command()
+@_ARTIFACT
+@click.option("--max-tokens", type=click.IntRange(64), default=10_240, show_default=True)
+@click.option("--max-visual-tokens", type=click.IntRange(64), default=3072, show_default=True)
+@_THREADS
+@_PLOT
+@_JSON
+def memory(
+    artifact: Path, max_tokens: int, max_visual_tokens: int, threads: int, plot_file: Path | None, as_json: bool
+) -> None:
+    """Peak memory of one pair as its tokens, or its page's pixels, grow.
+
+    `private` is what scoring itself needs; the rest of the peak are weights mapped from the artifact,
+    which the system takes back when memory is short. Linux only: it reads /proc.
+    """
+    if not Path("/proc/self/status").is_file():
+        raise InputError("m0kit bench memory reads /proc, which this system does not have. Run it on Linux.")
+    prompts = _prompts(artifact)
+    pixels = max(602_112, max_visual_tokens * 784)
+    measured: dict[str, dict[int, dict[str, float]]] = {"text": {}, "page": {}}
+    points = [("text", n) for n in _doubling(256, max_tokens)] + [
+        ("page", n) for n in _doubling(192, max_visual_tokens)
+    ]
+    with tempfile.TemporaryDirectory(prefix="m0kit-bench-") as temporary:
+        for kind, amount in tqdm(points, unit="point"):
+            payload = Path(temporary) / f"{kind}-{amount}"
+            payload.write_bytes(text_of(prompts, amount).encode() if kind == "text" else page_of(amount))
+            arguments = [str(artifact), str(threads), str(pixels), kind, str(payload)]
+            child = [sys.executable, "-c", _MEMORY_CHILD % QUERY, *arguments]
+            done = subprocess.run(child, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise M0kitError(f"{kind} of {amount} tokens: the measuring process failed: {done.stderr[-300:]}")
+            measured[kind][amount] = json.loads(done.stdout)
+    if plot_file:
+        charts = [
+            plot.lines(
+                {what: [(n, m[what]) for n, m in measured[kind].items()] for what in ("peak", "private")},
+                label,
+                "MiB",
+            )
+            for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page"))
+        ]
+        write_plot(plot_file, charts)
+    about = {**machine(), "threads": threads, "artifact": str(artifact)}
+    if as_json:
+        click.echo(json.dumps({"about": about, "mebibytes": measured}, ensure_ascii=False))
+        return
+    for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
+        rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
+        for amount, m in measured[kind].items():
+            rows.append([str(amount), *(f"{m[k]:.0f}" for k in ("loaded", "peak", "private")), f"{m['seconds']:.1f}"])
+        click.echo(table(rows) + "\n")
+    click.echo(_about(about), err=True)
+
+
+@bench.command()
+@_ARTIFACT
+@_THREADS
+@_JSON
+def ranking(artifact: Path, threads: int, as_json: bool) -> None:
+    """nDCG@10 on the evaluation set that m0kit carries, for artifacts of the small checkpoint."""
+    from m0kit.reranker import Reranker
+    from m0kit_parity.cli import SMALL
+    from m0kit_parity.small import evaluate
+
+    reranker = Reranker.load(artifact, threads=threads)
+    results: dict[str, dict[str, float]] = {}
+    for kind in tqdm(evaluate.KINDS, unit="set"):
+        items = evaluate.read_set(SMALL / "eval", kind)
+        values: dict[str, list[float]] = {"m0kit": [], "bm25": [], "chance": []}
+        for item in items:
+            scores = reranker.score([(item.query, document) for document in item.documents])
+            values["m0kit"].append(evaluate.ndcg_at_k(scores.tolist(), item.relevance))
+            values["bm25"].append(evaluate.ndcg_at_k(evaluate.bm25_text(item.query, item.documents), item.relevance))
+            values["chance"].append(evaluate.chance_ndcg(item.relevance))
+        results[kind] = {"queries": len(items), **{name: statistics.fmean(v) for name, v in values.items()}}
+    if as_json:
+        click.echo(json.dumps(results))
+        return
+    rows = [["nDCG@10", "queries", "m0kit", "BM25", "chance"]]
+    for kind, r in results.items():
+        rows.append([kind, str(int(r["queries"])), *(f"{r[name]:.3f}" for name in ("m0kit", "bm25", "chance"))])
+    click.echo(table(rows))
+
+
+def _prompts(artifact: Path) -> PromptBuilder:
+    from m0kit.artifact import TOKENIZER, read_manifest
+
+    config: ModelConfig = read_manifest(artifact).model
+    return PromptBuilder(artifact / TOKENIZER, config.prompt)
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, twice that, … and last."""
+    steps = []
+    while first < last:
+        steps.append(first)
+        first *= 2
+    return [*steps, last]
+
+
+def _about(about: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key} {value}" for key, value in about.items())

@@ -1,0 +1,395 @@
+"""The inputs parity is proved on: small TOML files, one per case, and how their contents are made.
+
+Owns the case format, text and page recipes, and JSON Lines files of a user's own pairs. Does not know
+models, scores or golden folders. Adding a file to the folder `cases` adds a case.
+
+    >>> builtin_cases(["tiny"])[0].name
+    'tiny'
+
+A case file has `why` (one sentence: what breaks if this breaks), `kind`, optionally `heavy = true`
+(minutes on the published model, left out unless asked for), and one or more `[[groups]]`, each a `query`
+and its `documents`, which are ranked against each other. A content is one of
+
+- a string, or `{text = "…"}`; with `times = N` the text is repeated and `{n}` in it counts;
+- `{page = ["line", …], size = [width, height]}`: a drawn page; optional `seed` (another chart on the
+  page), `mode` (Pillow's, default RGB), `format` (PNG, JPEG, WEBP or GIF, default PNG),
+  `orientation` (EXIF, 1 to 8), `form` ("file": the encoded bytes; "pillow": an opened image, default file).
+
+No content is stored as a binary. Pages are drawn the same to the byte by one version of Pillow; a
+golden folder keeps the bytes that were used, so that checking never depends on drawing.
+"""
+
+import hashlib
+import io
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from m0kit.errors import InputError
+
+Form = Literal["text", "file", "pillow"]
+_T = TypeVar("_T")
+
+KINDS: Final = ("text-text", "text-image", "image-text", "image-image", "mixed")
+
+CASES: Final = Path(__file__).parent / "cases"
+
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
+_MODES: Final = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")
+_EXIF_ORIENTATION: Final = 0x0112
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """One query or document as it is handed to both sides, and as a golden folder keeps it.
+
+    `form` says what scoring gets: "text" a string; "file" the bytes of an encoded image; "pillow" an image
+    that Pillow opened from those bytes, which is preprocessed by other rules (no EXIF rotation).
+    """
+
+    form: Form
+    data: bytes  # UTF-8 text, or an encoded image
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def value(self) -> str | bytes | Image.Image:
+        """What `Reranker.trace` and `Reference.trace` take. Raises InputError for an unreadable image."""
+        if self.form == "text":
+            return self.data.decode("utf-8")
+        return self.data if self.form == "file" else self._open()
+
+    def pixels_sha256(self) -> str | None:
+        """Hash over size, mode, palette and pixels as this machine's Pillow decodes them; None for a text."""
+        if self.form == "text":
+            return None
+        image = self._open(load=True)
+        head = f"{image.mode} {image.width}×{image.height}\n".encode()
+        return hashlib.sha256(head + bytes(image.getpalette() or ()) + image.tobytes()).hexdigest()
+
+    def label(self, length: int = 60) -> str:
+        """A few words for tables."""
+        if self.form != "text":
+            image = self._open()
+            return f"[{image.format} {image.mode} {image.width}×{image.height}]"
+        text = " ".join(self.data.decode("utf-8").split())
+        return text if len(text) <= length else f"{text[: length - 1]}…"
+
+    def _open(self, load: bool = False) -> Image.Image:
+        try:
+            image = Image.open(io.BytesIO(self.data))
+            if load:
+                image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"image of {len(self.data)} bytes: Pillow cannot read it; give a PNG, JPEG, WebP or GIF file"
+            ) from error
+        return image
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A query and the documents ranked for it."""
+
+    query: Content
+    documents: tuple[Content, ...]
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            raise ValueError("a query needs at least one document")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case file. `why` ends up in the report."""
+
+    name: str
+    why: str
+    kind: str
+    heavy: bool
+    groups: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if not self.why.strip() or not self.groups:
+            raise ValueError("a case needs a reason (why) and at least one group")
+        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
+            raise ValueError(f"name is {self.name!r}, expected letters, digits, hyphens and underscores")
+
+
+def builtin_cases(names: Iterable[str] = (), heavy: bool = False, folder: Path = CASES) -> tuple[Case, ...]:
+    """The cases of `folder` by name, or all of them; heavy ones only if named or with `heavy`.
+
+    Raises InputError for an unknown name or a file that is not a case.
+    """
+    files = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    wanted = list(dict.fromkeys(names))
+    unknown = [name for name in wanted if name not in files]
+    if unknown:
+        raise InputError(f"no case is called {', '.join(unknown)}; there are {', '.join(files)}")
+    cases = (read_case(files[name]) for name in wanted or files)
+    return tuple(case for case in cases if wanted or heavy or not case.heavy)
+
+
+def read_case(path: Path) -> Case:
+    """Raises InputError that names the file and the field for anything that is not a case."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file in UTF-8") from error
+    try:
+        _known(raw, {"why", "kind", "heavy", "groups"})
+        groups = raw.get("groups")
+        if not isinstance(groups, list):
+            raise ValueError("a case needs [[groups]]")  # noqa: TRY301 - one way out below
+        return Case(
+            name=path.stem,
+            why=_field(raw, "why", str),
+            kind=_field(raw, "kind", str),
+            heavy=_field(raw, "heavy", bool, False),
+            groups=tuple(_group(g, _content) for g in groups),
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A group whose scores were printed by the model's makers."""
+
+    name: str
+    group: Group
+    scores: tuple[float, ...]
+
+
+def published_groups(inputs: Path, path: Path = CASES / "published" / "model_card.toml") -> tuple[Published, ...]:
+    """The published examples with the inputs that the user put into the folder `inputs`.
+
+    Texts are read as they are, images in any of the endings .png, .jpg, .jpeg, .webp, .gif. Raises
+    InputError that lists every missing file and says where the inputs come from.
+    """
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    slots: dict[str, Content] = {}
+    missing = []
+    for slot in dict.fromkeys(
+        name
+        for group in raw["groups"]
+        for name in (*([group["query"]["file"]] if "file" in group["query"] else []), *group["documents"])
+    ):
+        found = [inputs / (slot + ending) for ending in _slot_endings(slot) if (inputs / (slot + ending)).is_file()]
+        if len(found) != 1:
+            missing.append(f"{slot}{{{','.join(_slot_endings(slot))}}}")
+        elif found[0].suffix == ".txt":
+            slots[slot] = text_content(_read_text(found[0]))
+        else:
+            slots[slot] = image_content(found[0])
+    if missing:
+        raise InputError(f"{inputs}: exactly one file each is needed for {', '.join(missing)}.\n{raw['about'].strip()}")
+    return tuple(
+        Published(
+            group["name"],
+            Group(
+                slots[group["query"]["file"]] if "file" in group["query"] else text_content(group["query"]["text"]),
+                tuple(slots[name] for name in group["documents"]),
+            ),
+            tuple(group["scores"]),
+        )
+        for group in raw["groups"]
+    )
+
+
+def _slot_endings(slot: str) -> tuple[str, ...]:
+    return (".txt",) if slot.startswith("text") else (".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+def _read_text(path: Path) -> str:
+    """The file's text with its line ends as they are."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable file in UTF-8") from error
+
+
+def pairs_file(path: Path) -> Case:
+    """A user's own pairs, one JSON object per line: {"query": …, "documents": […]}.
+
+    A content is a string, {"text": …} or {"image": "path relative to the file"}. Raises InputError that
+    names the file and line.
+    """
+    groups = []
+    # Split at line feeds only: JSON strings may hold the other characters that str.splitlines() splits at.
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            groups.append(_group(json.loads(line), lambda raw: _own_content(raw, path.parent)))
+        except ValueError as error:  # of json or ours
+            what = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise InputError(f"{path}, line {number}: {what}") from error
+    if not groups:
+        raise InputError(f'{path}: no pairs; expected lines such as {{"query": "…", "documents": ["…"]}}')
+    kinds = {_kind(group.query, document) for group in groups for document in group.documents}
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in path.stem) or "pairs"
+    return Case(name, f"pairs of {path.name}", kinds.pop() if len(kinds) == 1 else "mixed", False, tuple(groups))
+
+
+def draw_page(lines: Sequence[str], size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """A page as a document scan looks to the model: a title bar, lines of text, a bar chart.
+
+    A faint texture lies over everything, so that every patch differs and a swapped, shifted or
+    dropped patch shows. Equal arguments give equal pixels.
+    """
+    width, height = size
+    # The legacy generator's stream is frozen by numpy's compatibility policy; the newer one's is not.
+    random = np.random.RandomState(seed)
+    texture = random.randint(0, 31, (height, width, 3)).astype(np.uint8)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    accent = tuple(int(v) for v in random.randint(0, 160, 3))
+    step = max(8, min(width, height) // 14)
+    font = ImageFont.load_default(max(6, step * 3 // 4))
+    draw.rectangle((0, 0, width - 1, step), fill=accent)
+    for row, line in enumerate(lines):
+        color = (255, 255, 255) if row == 0 else (20, 20, 20)
+        draw.text((step // 2, row * step + step // 8), line, fill=color, font=font)
+    bars = random.randint(1, 100, 6)
+    left, bottom, top = step // 2, height - step // 2, height * 2 // 3
+    slot = max(1, (width - step) // len(bars))
+    for i, bar in enumerate(bars):
+        x, y = left + i * slot, bottom - (bottom - top) * int(bar) // 100
+        if y < bottom:
+            draw.rectangle((x, y, x + slot * 2 // 3, bottom), fill=accent)
+    image = Image.fromarray((np.asarray(image, np.uint16) * 15 // 17).astype(np.uint8) + texture)
+    if mode in ("RGBA", "LA"):
+        # A gradient of transparency, so that a wrong background colour shows.
+        alpha = np.broadcast_to(np.linspace(0, 255, width).astype(np.uint8), (height, width))
+        image.putalpha(Image.fromarray(np.ascontiguousarray(alpha)))
+        return image if mode == "RGBA" else image.convert("LA")
+    if mode == "P":
+        image = image.quantize(32, dither=Image.Dither.NONE)
+        image.info["transparency"] = int(np.asarray(image)[height // 2, width // 2])
+        return image
+    return image.convert(mode)
+
+
+def encode(image: Image.Image, format_name: str = "PNG", orientation: int | None = None) -> bytes:
+    """The image as file bytes, with an EXIF orientation if given."""
+    out = io.BytesIO()
+    options: dict[str, Any] = {}
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[_EXIF_ORIENTATION] = orientation
+        options["exif"] = exif
+    if format_name == "JPEG":
+        options["quality"] = 90
+    if format_name == "WEBP":
+        options["lossless"] = True
+    image.save(out, format_name, **options)
+    return out.getvalue()
+
+
+def text_content(text: str) -> Content:
+    """A text as both sides get it."""
+    return Content("text", text.encode("utf-8"))
+
+
+def _kind(query: Content, document: Content) -> str:
+    return "-".join("text" if c.form == "text" else "image" for c in (query, document))
+
+
+def _group(raw: object, content: Callable[[object], Content]) -> Group:
+    if not isinstance(raw, Mapping):
+        raise ValueError("expected a query with its documents")
+    _known(raw, {"query", "documents"})
+    documents = raw.get("documents")
+    if "query" not in raw or not isinstance(documents, list):
+        raise ValueError('expected "query" and a list "documents"')
+    return Group(content(raw["query"]), tuple(content(d) for d in documents))
+
+
+def _content(raw: object) -> Content:
+    """A content of a case file."""
+    if isinstance(raw, str):
+        return text_content(raw)
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"a content is a string or a table, got {raw!r}")
+    if "page" in raw:
+        return _page(raw)
+    _known(raw, {"text", "times"})
+    text, times = _field(raw, "text", str), _field(raw, "times", int, 0)
+    if not times:
+        return text_content(text)
+    return text_content("".join(text.replace("{n}", str(n)) for n in range(1, times + 1)))
+
+
+def _page(raw: Mapping[str, Any]) -> Content:
+    _known(raw, {"page", "size", "seed", "mode", "format", "orientation", "form"})
+    lines, size = raw["page"], raw.get("size")
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError("page is a list of lines")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise ValueError(f"size is [width, height] in pixels, got {size!r}")
+    mode = _choice(raw, "mode", _MODES, "RGB")
+    format_name = _choice(raw, "format", _FORMATS, "PNG")
+    form = _choice(raw, "form", ("file", "pillow"), "file")
+    orientation = _field(raw, "orientation", int, 0)
+    if not 0 <= orientation <= 8:
+        raise ValueError(f"orientation is 1 to 8, got {orientation}")
+    image = draw_page(lines, (size[0], size[1]), _field(raw, "seed", int, 0), mode)
+    try:
+        data = encode(image, format_name, orientation or None)
+    except OSError as error:  # Pillow's way to say that a format has no such mode
+        raise ValueError(f"{format_name} cannot hold an image of mode {mode}") from error
+    return Content("file" if form == "file" else "pillow", data)
+
+
+def _own_content(raw: object, folder: Path) -> Content:
+    """A content of a user's file of pairs."""
+    if isinstance(raw, str):
+        return text_content(raw)
+    if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in ("text", "image"):
+        raise ValueError('a content is a string, {"text": "…"} or {"image": "path"}')
+    if "text" in raw:
+        return text_content(_field(raw, "text", str))
+    return image_content(folder / _field(raw, "image", str))
+
+
+def image_content(path: Path) -> Content:
+    """An image file as it is. Raises InputError when it is missing or no image that Pillow knows."""
+    try:
+        content = Content("file", path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: no readable image file there") from error
+    try:
+        content.label()
+    except InputError as error:
+        raise InputError(f"{path}: Pillow cannot read it; give a PNG, JPEG, WebP or GIF file") from error
+    return content
+
+
+def _known(raw: Mapping[str, Any], names: set[str]) -> None:
+    unknown = sorted(set(raw) - names)
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+
+
+def _field(raw: Mapping[str, Any], name: str, kind: type[_T], default: _T | None = None) -> _T:
+    value = raw.get(name, default)
+    if type(value) is not kind:  # a bool is not a whole number here
+        raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _choice(raw: Mapping[str, Any], name: str, allowed: Sequence[str], default: str) -> str:
+    value = raw.get(name, default)
+    if value not in allowed:
+        raise ValueError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
+    return str(value)

@@ -1,0 +1,428 @@
+"""`m0kit parity` and `m0kit checkpoint`: arguments in, exit codes out.
+
+Owns the command lines, the provenance of a recording and the order of the two halves. PyTorch is
+imported only where a recording is made, and in a process of its own when a check follows, so that
+reference and artifact are never in memory together.
+
+    m0kit parity CHECKPOINT ARTIFACT              both halves
+    m0kit parity record CHECKPOINT -o golden      PyTorch once, everything kept
+    m0kit parity check ARTIFACT golden            no PyTorch
+    m0kit parity published ARTIFACT --inputs DIR  against the scores on the model card
+    m0kit checkpoint tiny OUT                     random weights to try all of it on
+
+Exit codes: 0 pass or near-tie, 1 a stage failed; others as for every m0kit command.
+"""
+
+import hashlib
+import platform
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import click
+
+from m0kit.errors import CheckpointError, OutputError
+from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
+from m0kit_parity.compare import Verdict
+from m0kit_parity.golden import Golden, record
+from m0kit_parity.portable import ENGINES
+from m0kit_parity.report import Report, check, check_published, to_html, to_json, to_text
+
+# The trained checkpoint that comes with the package, its adapters and its evaluation set.
+SMALL: Final = Path(__file__).parent / "data" / "small"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# What can change a figure on either side.
+_PACKAGES: Final = ("m0kit", "torch", "transformers", "peft", "tokenizers", "pillow", "numpy", "onnxruntime")
+
+# Nothing in a forward pass draws random numbers; should a library fill a tensor that a checkpoint lacks,
+# it fills it the same way every time.
+_SEED: Final = 0
+
+
+class _ParentContext(click.Context):
+    """The context of the nameless command: usage and environment variables read as the group's own."""
+
+    def __init__(
+        self,
+        command: click.Command,
+        parent: click.Context | None = None,
+        info_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        if parent is not None:
+            extra.setdefault("auto_envvar_prefix", parent.auto_envvar_prefix)
+        super().__init__(command, parent, info_name, **extra)
+
+    @property
+    def command_path(self) -> str:
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class _Both(click.Command):
+    context_class = _ParentContext
+
+
+class _ParityGroup(click.Group):
+    """Runs the nameless command unless the first argument is one of the group's commands.
+
+    A checkpoint folder that is called like a command is reachable as ./record.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = bool(args) and (args[0] in self.commands or args[0] in self.get_help_option_names(ctx))
+        if args and not known:
+            args = ["", *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "":
+            return None, both, args[1:]
+        return super().resolve_command(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with both.make_context(None, [], parent=ctx, resilient_parsing=True) as inner:
+            both.format_help(inner, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    def apply(function: _F) -> _F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_record_options = _options(
+    click.option(
+        "--adapter",
+        multiple=True,
+        metavar="PATH[:WEIGHT]",
+        help="LoRA adapter to merge; repeatable.",
+    ),
+    click.option("--cases", multiple=True, metavar="NAME", help="Only this case; repeatable."),
+    click.option("--heavy", is_flag=True, help="Also the cases that take minutes on the published model."),
+    click.option(
+        "--pairs",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help='Your own pairs, one {"query": …, "documents": […]} per line, in place of the built-in cases '
+        "(with --cases, beside those).",
+    ),
+)
+_layers_option = click.option("--layers", is_flag=True, help="Also the hidden state after each decoder layer.")
+_check_options = _options(
+    click.option("--device", default="cpu", show_default=True, help="Where the artifact runs."),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads of the artifact's side."),
+    click.option(
+        "--engine",
+        type=click.Choice(["onnxruntime", "openvino", "onnx"]),
+        default="onnxruntime",
+        show_default=True,
+        help="What runs the graphs; onnx is the slow reference evaluator.",
+    ),
+    click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report page."),
+    click.option("--json", is_flag=True, help="Print JSON in place of the table."),
+)
+_folder = click.Path(path_type=Path)
+
+
+@click.group(cls=_ParityGroup, no_args_is_help=True)
+def parity() -> None:
+    """Hold an artifact against PyTorch, stage by stage."""
+
+
+@click.command(cls=_Both)
+@click.argument("checkpoint")
+@click.argument("artifact", type=_folder)
+@_record_options
+@_layers_option
+@_check_options
+@click.option("-o", "--output", type=_folder, help="Keep the golden folder here.")
+def both(
+    checkpoint: str,
+    artifact: Path,
+    adapter: tuple[str, ...],
+    cases: tuple[str, ...],
+    heavy: bool,
+    pairs: Path | None,
+    layers: bool,
+    device: str,
+    threads: int | None,
+    engine: str,
+    html: Path | None,
+    json: bool,
+    output: Path | None,
+) -> None:
+    """Hold an artifact against PyTorch, stage by stage: record, then check.
+
+    The table shows how much of each tolerance was used. The two halves run one after the other, never
+    both in memory; alone they are `record`, which needs PyTorch, and `check`, which does not.
+    """
+    from m0kit.artifact import read_manifest
+
+    read_manifest(artifact)  # before minutes of PyTorch
+    arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers)]
+    with tempfile.TemporaryDirectory(prefix="m0kit-parity-") as temporary:
+        golden = output or Path(temporary) / "golden"
+        command = shlex.join(["m0kit", "parity", "record", *arguments, "-o", str(output or "golden")])
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            future = pool.submit(
+                _record_here,
+                checkpoint,
+                golden,
+                adapter,
+                _cases(cases, heavy, pairs),
+                layers,
+                command,
+                threads,
+            )
+            try:
+                future.result()
+            except BrokenProcessPool as error:
+                raise CheckpointError(
+                    f"{checkpoint}: the process that ran PyTorch was ended from outside; that is how Linux "
+                    "answers when memory runs out: close other programs or choose fewer --cases"
+                ) from error
+        _check_here(artifact, golden, (), layers, device, threads, engine, html, json)
+
+
+@parity.command("record")
+@click.argument("checkpoint")
+@_record_options
+@_layers_option
+@click.option("-o", "--output", type=_folder, required=True, help="The golden folder to write.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of PyTorch.")
+def record_command(
+    checkpoint: str,
+    adapter: tuple[str, ...],
+    cases: tuple[str, ...],
+    heavy: bool,
+    pairs: Path | None,
+    layers: bool,
+    output: Path,
+    threads: int | None,
+) -> None:
+    """Run PyTorch once and keep every stage, with its provenance."""
+    arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers), "-o", str(output)]
+    command = shlex.join(["m0kit", "parity", "record", *arguments])
+    _record_here(checkpoint, output, adapter, _cases(cases, heavy, pairs), layers, command, threads)
+    click.echo(str(output))
+
+
+@parity.command("check")
+@click.argument("artifact", type=_folder)
+@click.argument("golden", type=_folder)
+@click.option("--cases", multiple=True, metavar="NAME", help="Only this case; repeatable.")
+@_layers_option
+@_check_options
+def check_command(
+    artifact: Path,
+    golden: Path,
+    cases: tuple[str, ...],
+    layers: bool,
+    device: str,
+    threads: int | None,
+    engine: str,
+    html: Path | None,
+    json: bool,
+) -> None:
+    """Hold an artifact against a golden folder. Needs no PyTorch."""
+    _check_here(artifact, golden, cases, layers, device, threads, engine, html, json)
+
+
+@parity.command("published")
+@click.argument("artifact", type=_folder)
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Folder with the model card's example texts and images; an incomplete one is told what is missing.",
+)
+@_check_options
+def published_command(
+    artifact: Path,
+    inputs: Path,
+    device: str,
+    threads: int | None,
+    engine: str,
+    html: Path | None,
+    json: bool,
+) -> None:
+    """Hold an artifact of the published model against the scores on its model card."""
+    from m0kit.reranker import Reranker
+
+    groups = published_groups(inputs)
+    reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
+    about = {"artifact": str(artifact), "device": device, "reference": "the model card of jina-reranker-m0"}
+    _finish(check_published(groups, reranker, {**about, "versions": _versions()}), html, json)
+
+
+@click.command()
+@click.argument("shape", type=click.Choice(["small", "tiny", "wide", "full"]))
+@click.argument("output", type=_folder)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+def checkpoint(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
+    """Write a checkpoint in the published model's format to try things on.
+
+    small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
+    has the published widths and few layers, full every dimension of the published model.
+    """
+    if shape == "small":
+        if output.exists():
+            raise OutputError(f"{output}: exists. Choose another folder.")
+        shutil.copytree(SMALL / "base", output)
+    else:
+        from m0kit_parity.checkpoints import write_checkpoint
+
+        write_checkpoint(output, shape, seed=seed, progress=True)
+    click.echo(str(output))
+
+
+def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[Case, ...]:
+    if pairs is None:
+        return builtin_cases(names, heavy)
+    own = pairs_file(pairs)
+    return (*(builtin_cases(names, heavy) if names else ()), own)
+
+
+def _record_arguments(
+    adapters: Sequence[str], names: Sequence[str], heavy: bool, pairs: Path | None, layers: bool
+) -> list[str]:
+    """The options of a recording as they would be typed."""
+    arguments = [part for adapter in adapters for part in ("--adapter", adapter)]
+    arguments += [part for name in names for part in ("--cases", name)]
+    arguments += ["--heavy"] * heavy
+    arguments += ["--pairs", str(pairs)] if pairs else []
+    return arguments + ["--layers"] * layers
+
+
+def _record_here(
+    source: str,
+    folder: Path,
+    adapters: Sequence[str],
+    cases: Sequence[Case],
+    layers: bool,
+    command: str,
+    threads: int | None,
+) -> None:
+    """Load the reference in this process and record."""
+    import torch
+
+    from m0kit_export.checkpoint import open_checkpoint
+    from m0kit_export.merge import AdapterSpec
+    from m0kit_parity.reference import Reference
+
+    torch.manual_seed(_SEED)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    specs = [AdapterSpec.parse(adapter) for adapter in adapters]
+    opened = open_checkpoint(source)
+    provenance = {
+        "versions": _versions(),
+        "checkpoint": {
+            "source": str(opened.source),
+            "licence": opened.licence,
+            "fingerprint": opened.fingerprint(),
+        },
+        "adapters": [
+            {"path": str(spec.path), "weight": spec.weight, "sha256": _hashes(Path(spec.path))} for spec in specs
+        ],
+        "seed": _SEED,
+    }
+    _say(f"loading {source} in PyTorch")
+    reference = Reference.load(source, adapters=[(spec.path, spec.weight) for spec in specs])
+    record(
+        folder,
+        cases,
+        reference,
+        model=opened.config,
+        command=command,
+        provenance=provenance,
+        layers=layers,
+        progress=_say,
+    )
+
+
+def _check_here(
+    artifact: Path,
+    folder: Path,
+    names: Sequence[str],
+    layers: bool,
+    device: str,
+    threads: int | None,
+    engine: str,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    from m0kit.artifact import read_manifest
+    from m0kit.reranker import Reranker
+
+    golden = Golden.open(folder)
+    manifest = read_manifest(artifact)
+    golden.require(manifest.model, layers)
+    _say(f"opening {artifact} on {device}")
+    reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
+    about = {
+        "artifact": str(artifact),
+        "scheme": manifest.scheme,
+        "device": device,
+        "engine": engine,
+        "versions": _versions(),
+        "artifact_provenance": manifest.provenance,
+        "golden": {
+            "command": golden.command,
+            "created": golden.created,
+            "provenance": golden.provenance,
+        },
+    }
+    report = check(golden, reranker, manifest.scheme, about, names=names, layers=layers, progress=_say)
+    _finish(report, html, as_json)
+
+
+def _finish(report: Report, html: Path | None, as_json: bool) -> None:
+    """Print, write the page, and leave with the verdict's exit code."""
+    if html is not None:
+        try:
+            html.write_text(to_html(report), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{html}: cannot write the report there; choose another file") from error
+    click.echo(to_json(report) if as_json else to_text(report))
+    if report.verdict is Verdict.FAIL:
+        click.get_current_context().exit(1)
+
+
+def _versions() -> dict[str, str]:
+    """Python, the machine, and every installed package that can change a figure; nothing is imported."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of an adapter."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

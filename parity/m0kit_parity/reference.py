@@ -1,0 +1,305 @@
+"""The PyTorch reference: jina-reranker-m0 on transformers' Qwen2-VL modules, with the published scoring procedure.
+
+What an artifact is held against, so it shares as little as it can with the runtime: prompts by transformers'
+tokenizer, images by its `load_image` and Pillow processor, positions by its `get_rope_index`, adapters by
+PEFT itself. From the exporter it takes only the reader of checkpoints, which refuses missing, unexpected and
+mis-shaped tensors. No code of a checkpoint is ever run.
+
+    reference = Reference.load("jinaai/jina-reranker-m0", adapters=[("./my-lora", 1.0)])
+    reference.score([("slm markdown", Path("page.png"))])
+
+One intended difference from the published code: text of a user never becomes a special token.
+"""
+
+import base64
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from accelerate import init_empty_weights
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
+from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from m0kit.config import ModelConfig
+from m0kit.errors import AdapterError, CheckpointError
+from m0kit.trace import Trace
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
+
+PAD_ID = 0  # masked in every batch, so any token will do
+
+
+class _Published(nn.Module):
+    """Module names as before transformers 4.52: `visual`, `model`, `score`."""
+
+    def __init__(self, core: Qwen2VLModel, score: nn.Module) -> None:
+        super().__init__()
+        self.visual, self.model, self.score = core.visual, core.language_model, score
+
+
+class _New(nn.Module):
+    """Module names as since transformers 4.52: `model.visual`, `model.language_model`, `score`."""
+
+    def __init__(self, core: Qwen2VLModel, score: nn.Module) -> None:
+        super().__init__()
+        self.model, self.score = core, score
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """One pair as tensors."""
+
+    token_ids: list[int]
+    patches: list[torch.Tensor]  # (P, 1176) each
+    grids: list[torch.Tensor]  # (3,) each
+
+
+class Reference:
+    """The model in PyTorch, fp32 unless said otherwise."""
+
+    def __init__(
+        self, core: Qwen2VLModel, score: nn.Module, checkpoint: Checkpoint, max_length: int | None = None
+    ) -> None:
+        self.config: ModelConfig = checkpoint.config
+        self._core, self._score = core, score
+        self._max_length = max_length or self.config.prompt.max_length
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer_file))
+        image = self.config.image
+        self._processor = Qwen2VLImageProcessorPil(
+            min_pixels=image.min_pixels,
+            max_pixels=image.max_pixels,
+            image_mean=list(image.mean),
+            image_std=list(image.std),
+            rescale_factor=image.rescale,
+            patch_size=image.patch_size,
+            temporal_patch_size=image.temporal_patch_size,
+            merge_size=image.merge_size,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        adapters: Sequence[tuple[str | Path, float]] = (),
+        dtype: torch.dtype = torch.float32,
+        *,
+        max_pixels: int | None = None,
+        progress: bool = False,
+    ) -> "Reference":
+        """Load a checkpoint (folder or hub id) and apply adapters in order, each with its weight.
+
+        All but the last adapter are merged by PEFT; the last stays what PEFT runs beside the base.
+        Raises CheckpointError, AdapterError.
+        """
+        checkpoint = open_checkpoint(source)
+        raw = read_json_object(checkpoint.folder / "config.json")
+        known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map")}
+        known["torch_dtype"] = "float32"
+        config = Qwen2VLConfig(**known)
+        width = checkpoint.config.decoder.hidden_size
+        with init_empty_weights(include_buffers=False):
+            core = Qwen2VLModel._from_config(config, attn_implementation="sdpa")
+            score: nn.Module = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        shell = _Published(core, score)
+        for name in tqdm(checkpoint.names, unit="tensor", desc="loading", disable=not progress):
+            _set(shell, name, checkpoint.read(name).to(dtype))
+        if empty := [name for name, p in shell.named_parameters() if p.is_meta]:
+            raise CheckpointError(f"{source}: the model has parameters that no tensor fills: {empty[:3]}")
+        core.eval()
+        for index, (path, weight) in enumerate(adapters):
+            score = _apply(core, score, Path(path), weight, merge=index < len(adapters) - 1)
+        reference = cls(core, score.eval(), checkpoint)
+        if max_pixels is not None:
+            reference._processor.size = {**dict(reference._processor.size), "longest_edge": max_pixels}
+        return reference
+
+    # --- scores ------------------------------------------------------------------------------------
+
+    def score(self, pairs: Iterable[Any], raw: bool = False) -> NDArray[np.float32]:
+        """Scores (or logits) of (query, document) pairs, one at a time and without padding."""
+        logits = [self._logit(self._hidden([self._inputs(pair)])).item() for pair in pairs]
+        return np.asarray(logits if raw else [self._normalise(logit) for logit in logits], np.float32)
+
+    def compute_score(self, pairs: Sequence[Any], batch_size: int = 8) -> list[float]:
+        """The published scoring call: batches padded on the left."""
+        scores: list[float] = []
+        for start in range(0, len(pairs), batch_size):
+            batch = [self._inputs(pair) for pair in pairs[start : start + batch_size]]
+            scores += [self._normalise(logit) for logit in self._logit(self._hidden(batch)).tolist()]
+        return scores
+
+    @torch.inference_mode()
+    def trace(self, pair: Any, layers: bool = False) -> Trace:
+        """Every stage of one pair."""
+        inputs = self._inputs(pair)
+        embeds = [
+            self._core.visual(p, grid_thw=g[None]).pooler_output
+            for p, g in zip(inputs.patches, inputs.grids, strict=True)
+        ]
+        seen: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(
+                lambda _module, _inputs, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+            )
+            for layer in (self._core.language_model.layers if layers else [])
+        ]
+        try:
+            hidden = self._hidden([inputs])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        logit = self._logit(hidden).item()
+        grids = torch.stack(inputs.grids) if inputs.grids else torch.zeros((0, 3), dtype=torch.int64)
+        return Trace(
+            token_ids=np.asarray(inputs.token_ids, np.int64),
+            positions=self._positions([inputs])[0][:, 0].numpy(),
+            grid_thw=grids.numpy(),
+            patches=tuple(p.numpy() for p in inputs.patches),
+            image_embeds=tuple(e.float().numpy() for e in embeds),
+            hidden=hidden[0].float().numpy(),
+            logit=logit,
+            score=self._normalise(logit),
+            layers=torch.stack(seen).float().numpy() if layers else None,
+        )
+
+    def _normalise(self, logit: float) -> float:
+        return float(torch.sigmoid(torch.tensor(logit - self.config.prompt.logit_bias, dtype=torch.float64)))
+
+    @torch.inference_mode()
+    def _logit(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._score(hidden)[:, 0].float()
+        return out
+
+    @torch.inference_mode()
+    def _hidden(self, batch: Sequence[_Inputs]) -> torch.Tensor:
+        """(B, D): the last position after the final norm, prompts padded on the left."""
+        positions, token_ids, mask = self._positions(batch)
+        patches = [p for inputs in batch for p in inputs.patches]
+        grids = [g for inputs in batch for g in inputs.grids]
+        out: torch.Tensor = self._core(
+            input_ids=token_ids,
+            attention_mask=mask if len(batch) > 1 else None,
+            position_ids=positions,
+            pixel_values=torch.cat(patches) if patches else None,
+            image_grid_thw=torch.stack(grids) if grids else None,
+            use_cache=False,
+        ).last_hidden_state
+        return out[:, -1]
+
+    def _positions(self, batch: Sequence[_Inputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Positions (3, B, T), token ids (B, T) and mask (B, T)."""
+        longest = max(len(inputs.token_ids) for inputs in batch)
+        padding = [longest - len(inputs.token_ids) for inputs in batch]
+        token_ids = torch.tensor([[PAD_ID] * n + i.token_ids for n, i in zip(padding, batch, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+        grids = [g for inputs in batch for g in inputs.grids]
+        positions, _ = self._core.get_rope_index(
+            token_ids,
+            mm_token_type_ids=(token_ids == self.config.prompt.image_pad_id).int(),
+            image_grid_thw=torch.stack(grids) if grids else None,
+            attention_mask=mask,
+        )
+        return positions, token_ids, mask
+
+    # --- inputs ------------------------------------------------------------------------------------
+
+    def _inputs(self, pair: Any) -> _Inputs:
+        """The published prompt: document, query, score token; the document's image before the query's."""
+        query, document = (pair["query"], pair["document"]) if isinstance(pair, Mapping) else pair
+        prompt = self.config.prompt
+        query, document = _content(query), _content(document)
+        limit = max(self._max_length - prompt.max_query_length, prompt.max_query_length)
+        if isinstance(document, str):
+            cut = self._encode(document, limit)
+            if len(cut) >= limit:
+                document = self._tokenizer.decode(cut, skip_special_tokens=False)
+        patches: list[torch.Tensor] = []
+        grids: list[torch.Tensor] = []
+        pieces: list[str | list[int]] = []
+        for header, content in ((prompt.document_header, document), (prompt.query_header, query)):
+            pieces.append(header)
+            if isinstance(content, str):
+                pieces.append(content)
+                continue
+            done = self._processor(images=[content], return_tensors="pt")
+            patches.append(done["pixel_values"].to(next(self._core.parameters()).dtype))
+            grids.append(done["image_grid_thw"][0])
+            pads = int(grids[-1].prod()) // self.config.image.merge_size**2
+            pieces.append([prompt.vision_start_id, *[prompt.image_pad_id] * pads, prompt.vision_end_id])
+        token_ids: list[int] = []
+        text = ""
+        for piece in [*pieces, []]:
+            if isinstance(piece, str):
+                text += piece
+                continue
+            token_ids += self._encode(text)
+            token_ids += piece
+            text = ""
+        return _Inputs([*token_ids[: self._max_length - 1], prompt.score_token_id], patches, grids)
+
+    def _encode(self, text: str, max_length: int | None = None) -> list[int]:
+        ids: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            truncation=max_length is not None,
+            max_length=max_length,
+        )["input_ids"]
+        return ids
+
+
+def _content(value: Any) -> str | Image.Image:
+    """Text, or an image as transformers would open it. The reference trusts its inputs."""
+    if isinstance(value, Mapping):
+        ((kind, value),) = value.items()
+        if kind == "image" and isinstance(value, str):
+            value = base64.b64decode(value.partition(",")[2])
+    if isinstance(value, str | Image.Image):
+        return value
+    source = Image.open(io.BytesIO(value)) if isinstance(value, bytes) else os.fspath(value)
+    image: Image.Image = load_image(source)
+    return image
+
+
+def _set(root: nn.Module, name: str, values: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path)
+    if module.get_parameter(leaf).shape != values.shape:
+        raise CheckpointError(
+            f"{name} has shape {list(values.shape)}; the model takes {module.get_parameter(leaf).shape}"
+        )
+    setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+
+
+def _apply(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merge: bool) -> nn.Module:
+    """Let PEFT put an adapter into the model's modules; returns the head, which it may have replaced."""
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    new = any(".language_model." in key or ".model.visual." in key for key in keys)
+    shell = (_New if new else _Published)(core, score)
+    wrapped = peft.PeftModel.from_pretrained(shell, str(path))
+    placed = {_plain(key) for key in peft.get_peft_model_state_dict(wrapped)}
+    if odd := placed.symmetric_difference(_plain(key) for key in keys):
+        raise AdapterError(f"{path}: tensors that PEFT did not place, or that it lacks: {sorted(odd)[:3]}")
+    if weight != 1:
+        for module in wrapped.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.set_scale("default", weight)
+    inner = wrapped.merge_and_unload() if merge else wrapped.eval().base_model.model
+    head: nn.Module = inner.score
+    return head
+
+
+def _plain(key: str) -> str:
+    return key.replace(".default.", ".")
