@@ -1,0 +1,1 @@
+"""The small trained checkpoint: its tokenizer, generated corpus, pages, training and evaluation."""
