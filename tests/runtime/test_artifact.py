@@ -1,0 +1,322 @@
+"""An artifact is read as it was written, and each kind of damage is named with its path."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m0kit import artifact as module
+from m0kit.artifact import FileEntry, Manifest, read_manifest, sha256_of, verify_files, write_manifest
+from m0kit.errors import (
+    ArtifactDamagedError,
+    ArtifactError,
+    ArtifactNotFoundError,
+    ArtifactVersionError,
+    M0kitError,
+)
+from m0kit_parity.checkpoints import model_config
+
+FILES = {"tokenizer.json": b"{}", "vision.onnx": b"v", "decoder.onnx": b"dd", "head.onnx": b"h", "head.onnx.data": b""}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in the artifact's form; what the files hold doesn't matter here."""
+    folder = tmp_path / "m0-fp32"
+    folder.mkdir()
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    files = {name: FileEntry(len(content), sha256_of(folder / name)) for name, content in FILES.items()}
+    provenance = {"base": "jinaai/jina-reranker-m0 é", "licence": "cc-by-nc-4.0", "adapters": []}
+    write_manifest(folder, Manifest(model_config("tiny"), "fp32", {"vision": {"inputs": []}}, files, provenance))
+    return folder
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of files in the order in which they are hashed; nothing is remembered before the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memory"))
+    names: list[str] = []
+
+    def counting(path: Path) -> str:
+        names.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(module, "sha256_of", counting)
+    return names
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text("utf-8"))
+    change(raw)
+    path.write_text(json.dumps(raw), "utf-8")
+
+
+def test_what_was_written_is_read(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest.model == model_config("tiny")
+    assert manifest.scheme == "fp32"
+    assert manifest.graphs == {"vision": {"inputs": []}}
+    assert manifest.files["decoder.onnx"].size == 2
+    assert manifest.provenance["base"] == "jinaai/jina-reranker-m0 é"
+    assert manifest.licence == "cc-by-nc-4.0"
+    assert manifest.num_bytes == 6
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+    verify_files(folder, manifest)
+
+
+def test_a_real_artifact_is_whole(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    verify_files(artifact, manifest)
+    assert {p.name for p in artifact.iterdir()} == {*manifest.files, "manifest.json"}
+
+
+def test_the_fingerprint_depends_on_every_file(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    seen = {manifest.fingerprint}
+    for name in FILES:
+        seen.add(replace(manifest, files={**manifest.files, name: FileEntry(1, "0" * 64)}).fingerprint)
+    assert len(seen) == len(FILES) + 1
+    assert replace(manifest, provenance={}).fingerprint == manifest.fingerprint
+    assert replace(manifest, provenance={}).licence == "not stated by the checkpoint"
+
+
+def test_a_hash_is_that_of_the_whole_file_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(20)))
+    told: list[int] = []
+    assert sha256_of(path, told.append) == hashlib.sha256(bytes(range(20))).hexdigest()
+    assert told == [7, 7, 6]
+
+
+# --- what is no artifact -----------------------------------------------------------------------------
+
+
+def test_a_missing_folder_or_manifest_is_not_found(folder: Path) -> None:
+    nowhere = folder / "nowhere"
+    with pytest.raises(ArtifactNotFoundError, match=f"^{nowhere}: no such folder.*m0kit export"):
+        read_manifest(nowhere)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_manifest(folder / "vision.onnx")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ArtifactNotFoundError, match=rf"^{folder}: there is no manifest\.json.*export again"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_manifest_that_is_not_json_is_damaged(folder: Path, content: bytes) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ArtifactDamagedError, match=rf"^{folder / 'manifest.json'}: cannot be read as JSON"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{}", '{"format": "gguf"}'])
+def test_json_of_another_kind_is_not_a_manifest(folder: Path, content: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=rf'^{folder / "manifest.json"}: not an m0kit manifest \(expected "format"'):
+        read_manifest(folder)
+
+
+def test_a_newer_version_asks_for_a_newer_m0kit_before_anything_else_is_read(folder: Path) -> None:
+    edit(folder, lambda raw: raw.update(format_version=2, files=None, model="unknown"))
+    with pytest.raises(
+        ArtifactVersionError, match=rf"^{folder / 'manifest.json'}: format version 2; .* up to 1\. Update"
+    ):
+        read_manifest(folder)
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "version 0": (lambda raw: raw.update(format_version=0), "format_version is 0, expected a whole number from 1"),
+    "version text": (lambda raw: raw.update(format_version="1"), "format_version is '1'"),
+    "no version": (lambda raw: raw.pop("format_version"), "format_version is None"),
+    "no model": (lambda raw: raw.pop("model"), "'model'"),
+    "model text": (lambda raw: raw.update(model="m0"), ""),
+    "no decoder": (lambda raw: raw["model"].pop("decoder"), "decoder: expected an object"),
+    "no field": (lambda raw: raw["model"]["decoder"].pop("num_heads"), "missing fields ['num_heads']"),
+    "odd field": (lambda raw: raw["model"]["image"].update(x=1), "image: missing fields [], unknown fields ['x']"),
+    "half layer": (lambda raw: raw["model"]["decoder"].update(num_layers=2.5), "decoder.num_layers: expected a whole"),
+    "bad mean": (lambda raw: raw["model"]["image"].update(mean=[1, 2]), "image.mean: expected three numbers"),
+    "bad heads": (lambda raw: raw["model"]["decoder"].update(num_kv_heads=3), "must be a multiple of num_kv_heads"),
+    "no scheme": (lambda raw: raw.pop("scheme"), "'scheme'"),
+    "no graphs": (lambda raw: raw.pop("graphs"), "'graphs'"),
+    "graphs list": (lambda raw: raw.update(graphs=[]), "graphs"),
+    "no provenance": (lambda raw: raw.pop("provenance"), "'provenance'"),
+    "provenance list": (lambda raw: raw.update(provenance=[]), "provenance"),
+    "no files": (lambda raw: raw.pop("files"), "'files'"),
+    "files list": (lambda raw: raw.update(files=["vision.onnx"]), ""),
+    "no size": (lambda raw: raw["files"]["head.onnx"].pop("size"), "'size'"),
+    "size text": (lambda raw: raw["files"]["head.onnx"].update(size="big"), ""),
+    "no graph": (lambda raw: raw["files"].pop("head.onnx"), "does not list head.onnx"),
+    "no tokenizer": (lambda raw: raw["files"].pop("tokenizer.json"), "does not list tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_field_missing_or_wrong_is_damaged(folder: Path, damage: str) -> None:
+    change, said = DAMAGES[damage]
+    edit(folder, change)
+    with pytest.raises(ArtifactDamagedError) as caught:
+        read_manifest(folder)
+    assert str(caught.value).startswith(f"{folder / 'manifest.json'}: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../secret", "..", ".", "", "sub/file", "a\\b", "C:file", "manifest.json", "/"]
+)
+def test_names_that_leave_the_folder_are_refused(folder: Path, name: str) -> None:
+    edit(folder, lambda raw: raw["files"].update({name: {"size": 1, "sha256": "0" * 64}}))
+    with pytest.raises(ArtifactDamagedError) as caught:
+        read_manifest(folder)
+    assert str(caught.value) == (f"{folder / 'manifest.json'}: {name!r} is not a plain file name inside the artifact.")
+
+
+# --- files that changed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(ArtifactDamagedError, match=f"^{folder / name}: is missing.*Copy.*or export again"):
+        verify_files(folder, read_manifest(folder))
+
+
+def test_a_folder_in_place_of_a_file_is_missing(folder: Path) -> None:
+    (folder / "vision.onnx").unlink()
+    (folder / "vision.onnx").mkdir()
+    with pytest.raises(ArtifactDamagedError, match=r"vision\.onnx: is missing"):
+        verify_files(folder, read_manifest(folder))
+
+
+@pytest.mark.parametrize("target", ["the same content", "nowhere"])
+def test_a_link_is_refused(folder: Path, tmp_path: Path, target: str) -> None:
+    aside = tmp_path / target
+    if target != "nowhere":
+        shutil.copyfile(folder / "vision.onnx", aside)
+    (folder / "vision.onnx").unlink()
+    (folder / "vision.onnx").symlink_to(aside)
+    with pytest.raises(ArtifactDamagedError, match=f"^{folder / 'vision.onnx'}: is a link"):
+        verify_files(folder, read_manifest(folder))
+
+
+def test_another_size_is_named_with_both(folder: Path) -> None:
+    (folder / "head.onnx").write_bytes(b"hh")
+    with pytest.raises(ArtifactDamagedError, match=f"^{folder / 'head.onnx'}: 2 bytes, the manifest says 1"):
+        verify_files(folder, read_manifest(folder))
+
+
+@pytest.mark.parametrize("name", [name for name, content in FILES.items() if content])
+def test_a_changed_byte_is_seen_even_with_size_and_time_restored(folder: Path, name: str) -> None:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    before = (folder / name).stat()
+    with open(folder / name, "r+b") as file:
+        file.write(b"X")
+    os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (folder / name).stat().st_mtime_ns == before.st_mtime_ns
+    for _ in range(2):  # a failure is not remembered as a success
+        with pytest.raises(ArtifactDamagedError, match=rf"^{folder / name}: its content has changed .*sha256"):
+            verify_files(folder, manifest)
+
+
+def test_another_file_of_the_same_content_in_its_place_is_hashed(folder: Path, hashed: list[str]) -> None:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    shutil.copy2(folder / "head.onnx", folder / "copy")
+    os.replace(folder / "copy", folder / "head.onnx")
+    hashed.clear()
+    verify_files(folder, manifest)
+    assert hashed == ["head.onnx"]
+
+
+def test_files_are_hashed_once_per_change(folder: Path, hashed: list[str]) -> None:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    assert sorted(hashed) == sorted(FILES)
+    hashed.clear()
+    verify_files(folder, manifest)
+    assert hashed == []
+    os.utime(folder / "decoder.onnx")
+    verify_files(folder, manifest)
+    assert hashed == ["decoder.onnx"]
+    hashed.clear()
+    verify_files(folder, manifest)
+    assert hashed == []
+
+
+def test_a_manifest_with_another_hash_is_not_served_from_memory(folder: Path, hashed: list[str]) -> None:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    changed = replace(manifest, files={**manifest.files, "head.onnx": FileEntry(1, "0" * 64)})
+    with pytest.raises(ArtifactDamagedError, match=r"head\.onnx: its content has changed"):
+        verify_files(folder, changed)
+
+
+def test_what_is_remembered_of_one_artifact_survives_another(folder: Path, hashed: list[str]) -> None:
+    second = folder.with_name("second")
+    shutil.copytree(folder, second)
+    for place in (folder, second):
+        verify_files(place, read_manifest(place))
+    hashed.clear()
+    for place in (folder, second):
+        verify_files(place, read_manifest(place))
+    assert hashed == []
+    memory = Path(os.environ["XDG_CACHE_HOME"]) / "m0kit" / "verified.json"
+    shutil.rmtree(folder)
+    (second / "head.onnx").touch()
+    verify_files(second, read_manifest(second))
+    assert {Path(path).parent for path in json.loads(memory.read_text())} == {second.resolve()}
+    assert [p.name for p in memory.parent.iterdir()] == ["verified.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"a": 3}'])
+def test_a_spoiled_memory_is_no_error(folder: Path, hashed: list[str], content: bytes) -> None:
+    memory = Path(os.environ["XDG_CACHE_HOME"]) / "m0kit" / "verified.json"
+    memory.parent.mkdir(parents=True)
+    memory.write_bytes(content)
+    verify_files(folder, read_manifest(folder))
+    assert len(hashed) == len(FILES)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(
+    folder: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "head.onnx"))  # a file: nothing can be made in it
+    for _ in range(2):
+        verify_files(folder, read_manifest(folder))
+    assert len(hashed) == 2 * len(FILES)
+
+
+def test_without_the_variable_the_memory_is_in_the_home_folder(
+    folder: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    verify_files(folder, read_manifest(folder))
+    assert (tmp_path / "home" / ".cache" / "m0kit" / "verified.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "vision.onnx"])
+def test_no_permission_is_said(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, who may read everything; so the refusal is played."""
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "secret words", name)
+
+    if name == "manifest.json":
+        monkeypatch.setattr(Path, "read_text", denied)
+    else:
+        monkeypatch.setattr(module, "sha256_of", denied)
+    with pytest.raises(M0kitError, match=rf"^{folder}/.*: cannot be read: Permission denied") as caught:
+        verify_files(folder, read_manifest(folder))
+    assert isinstance(caught.value, ArtifactError)

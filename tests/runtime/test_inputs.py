@@ -1,0 +1,211 @@
+"""What may be passed and what it means; everything else is an InputError that names the place."""
+
+import base64
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from m0kit.errors import ImageError, InputError
+from m0kit.inputs import Pair, Picture, Text, parse_content, parse_pair
+
+RAW = b"any bytes: decoding is not done here"
+URI = "data:image/png;base64," + base64.b64encode(RAW).decode()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("slm markdown", "slm markdown"),
+        ({"text": "slm"}, "slm"),
+        (" ", " "),
+        ("page.png", "page.png"),
+        ("https://example.org/page.png", "https://example.org/page.png"),
+        (URI, URI),
+        ("<|image_pad|>", "<|image_pad|>"),
+        ("a\0b", "a\0b"),
+    ],
+)
+def test_a_string_is_always_text(value: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("page.png").write_bytes(RAW)
+    assert parse_content(value, "here") == Text(text)
+
+
+def test_bytes_paths_and_data_uris_of_one_file_are_one_picture(tmp_path: Path) -> None:
+    path = tmp_path / "page.png"
+    path.write_bytes(RAW)
+
+    class OwnPath:
+        def __fspath__(self) -> str:
+            return str(path)
+
+    same = [RAW, bytearray(RAW), memoryview(RAW), path, OwnPath()]
+    pictures = [parse_content(value, "here") for value in [*same, *({"image": v} for v in [*same, URI])]]
+    assert all(isinstance(p, Picture) and p.source == RAW for p in pictures)
+    assert len({p.key for p in pictures if isinstance(p, Picture)}) == 1
+    other = parse_content(RAW + b"!", "here")
+    assert isinstance(other, Picture)
+    assert other.key not in {p.key for p in pictures if isinstance(p, Picture)}
+
+
+def test_a_pil_image_is_kept_as_it_is_and_known_by_identity() -> None:
+    image = Image.new("RGB", (3, 4))
+    for value in (image, {"image": image}):
+        assert parse_content(value, "here") == parse_content(image, "here") == Picture(image, f"object {id(image)}")
+    assert parse_content(image.copy(), "here") != parse_content(image, "here")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ("q", "d"),
+        ["q", "d"],
+        {"query": "q", "document": "d"},
+        OrderedDict(document={"text": "d"}, query="q"),
+    ],
+)
+def test_a_pair_is_two_in_order_or_two_by_name(value: Any) -> None:
+    assert parse_pair(value, "here") == Pair(Text("q"), Text("d"))
+
+
+class _BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"nowhere.png"
+
+
+REFUSED_CONTENT: list[tuple[Any, str]] = [
+    ("", "here is empty. Give some text, or leave the pair out."),
+    ({"text": ""}, "here is empty."),
+    ("a\ud800", "here: character 1 is half of a surrogate pair, not valid Unicode. Decode the text again"),
+    ({"text": 5}, 'here: "text" must be a string, got int.'),
+    ({"text": None}, 'here: "text" must be a string, got NoneType.'),
+    ({}, 'here: expected {"text": …} or {"image": …}, got nothing.'),
+    ({"text": "a", "image": RAW}, "here: expected {\"text\": …} or {\"image\": …}, got 'text', 'image'. The model was"),
+    ({"image": {"url": "x"}}, "here: expected text (str), an image (PIL image, Path, bytes), "),
+    ({"url": "x"}, "here: unknown key 'url'. Known are 'text', 'image'."),
+    ({"image": RAW, "detail": 1, 3: 4}, "here: unknown key 'detail', 3. Known are 'text', 'image'."),
+    ({"x" * 1000: 1}, "here: unknown key '" + "x" * 39 + ". Known"),
+    (None, '{"text": …} or {"image": …}; got NoneType.'),
+    (3.5, "got float."),
+    (["a"], "got list."),
+    ({"image": None}, "got NoneType."),
+]
+REFUSED_IMAGES: list[tuple[Any, str]] = [
+    (
+        {"image": "page.png"},
+        'here: a string under "image" must be a data URI (data:image/png;base64,…). Pass a file as',
+    ),
+    ({"image": "https://example.org/a.png"}, "fetch a URL yourself and pass its bytes."),
+    ({"image": "data:text/plain;base64,aGk="}, "must be a data URI"),
+    ({"image": "data:image/png,raw"}, "must be a data URI"),
+    ({"image": "data:image/png;base64"}, "must be a data URI"),
+    ({"image": "data:image/png;base64,a"}, "here: the data URI is not valid base64."),
+    ({"image": "data:image/png;base64,aGk=é"}, "here: the data URI is not valid base64."),
+    (Path("/nowhere/page.png"), f"here: {Path('/nowhere/page.png')}: No such file or directory."),
+    (Path("a\0b"), r"here: 'a\x00b' cannot be the name of a file."),
+    (Path("\ud800.png"), r"here: '\ud800.png' cannot be the name of a file."),
+    (_BytesPath(), "here: nowhere.png: No such file or directory."),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), REFUSED_CONTENT + REFUSED_IMAGES)
+def test_content_that_cannot_be_read_is_named(value: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_content(value, "here")
+    assert str(caught.value).startswith("here")
+    assert message in str(caught.value)
+    assert (type(caught.value) is ImageError) == any(value is v for v, _ in REFUSED_IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (("q",), "pair 4: expected (query, document), got 1 items."),
+        (("q", "d", 0.5), "pair 4: expected (query, document), got 3 items."),
+        ((), "pair 4: expected (query, document), got 0 items."),
+        ("qd", "pair 4: expected (query, document), got str. To score one pair, pass a list that holds it."),
+        (None, "pair 4: expected (query, document), got NoneType."),
+        ({"query": "q"}, 'pair 4: expected both "query" and "document", got only \'query\'.'),
+        ({}, 'pair 4: expected both "query" and "document", got only nothing.'),
+        ({"query": "q", "doc": "d"}, "pair 4: unknown key 'doc'. Known are 'query', 'document'."),
+        (("", "d"), "pair 4: query is empty."),
+        (("q", {"text": 1}), 'pair 4: document: "text" must be a string'),
+        ({"query": "q", "document": 3}, "pair 4: document: expected text"),
+        ({"query": b"", "document": ""}, "pair 4: document is empty"),
+    ],
+)
+def test_a_pair_of_another_shape_is_named(value: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_pair(value, "pair 4")
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda p: p.symlink_to(p), lambda p: (p.parent / "f").write_text("")])
+def test_a_path_that_is_no_readable_file_is_an_image_error(make: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "page.png"
+    make(path)
+    if not os.path.lexists(path):
+        path = tmp_path / "f" / "page.png"
+    with pytest.raises(ImageError, match=f"^here: {path}: [A-Z][a-z ]+"):
+        parse_content(path, "here")
+
+
+def test_no_permission_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "secret words", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ImageError, match=r"page\.png: Permission denied\.$"):
+        parse_content(tmp_path / "page.png", "here")
+
+
+leaves = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.text(st.characters(categories=["Cs", "L"]), max_size=3),
+    st.binary(max_size=5),
+    st.sampled_from([URI, URI[:-2], "data:image/", "data:image/;base64,", Path(), Path("a\0"), _BytesPath()]),
+    st.builds(lambda: Image.new("L", (1, 1))),
+    st.builds(object),
+)
+keys = st.sampled_from(["query", "document", "text", "image", "url", 0, None, ("a",)])
+anything = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.tuples(inner, inner), st.dictionaries(keys, inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=500)
+@given(anything)
+def test_whatever_is_passed_only_input_errors_come_out(value: Any) -> None:
+    for parse, good in ((parse_content, (Text, Picture)), (parse_pair, Pair)):
+        try:
+            assert isinstance(parse(value, "there"), good)
+        except InputError as error:
+            if not str(error).startswith("there"):
+                raise AssertionError(str(error)) from error
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_valid_text_is_kept_letter_by_letter(text: str) -> None:
+    assert parse_content(text, "here") == parse_content({"text": text}, "here") == Text(text)
+
+
+@given(st.binary())
+def test_a_data_uri_gives_back_its_bytes(raw: bytes) -> None:
+    uri = "data:image/jpeg;base64," + base64.b64encode(raw).decode()
+    assert parse_content({"image": uri}, "here") == parse_content(io.BytesIO(raw).getvalue(), "here")

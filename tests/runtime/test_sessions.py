@@ -1,0 +1,136 @@
+"""Graphs open on the device asked for, or say why not; failures come in our words."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from m0kit import Reranker
+from m0kit.config import ModelConfig
+from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
+from m0kit.sessions import open_graph
+
+
+def hidden(config: ModelConfig, rows: int = 3) -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal((rows, config.decoder.hidden_size))
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", "CPUExecutionProvider"])
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_graph_runs_on_the_cpu(artifact: Path, config: ModelConfig, device: str, threads: int | None) -> None:
+    graph = open_graph(artifact, "head", device=device, threads=threads)
+    out = graph.run({"hidden": hidden(config)}, ["logit"])
+    assert list(out) == ["logit"]
+    assert out["logit"].shape == (3,)
+    assert np.ptp(out["logit"]) > 0
+
+
+def test_threads_are_given_to_the_engine(artifact: Path) -> None:
+    graph = open_graph(artifact, "head", threads=1)
+    assert graph._session.get_session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize("device", ["", "tpu", "CPU", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "gpu"])
+def test_an_unknown_device_is_named_with_those_there_are(artifact: Path, device: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        open_graph(artifact, "head", device=device)
+    available = ", ".join(onnxruntime.get_available_providers())
+    assert str(caught.value) == f"device {device!r} is not known. Say cpu, cuda, cuda:1, or one of {available}."
+
+
+@pytest.mark.parametrize(
+    ("device", "provider", "hint"),
+    [
+        ("cuda", "CUDAExecutionProvider", True),
+        ("cuda:1", "CUDAExecutionProvider", True),
+        ("TensorrtExecutionProvider", "TensorrtExecutionProvider", False),
+        ("NoSuchExecutionProvider", "NoSuchExecutionProvider", False),
+    ],
+)
+def test_a_device_that_is_not_there_is_an_error_and_no_fallback(
+    artifact: Path, device: str, provider: str, hint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(DeviceError) as caught:
+        Reranker.load(artifact, device=device)
+    assert f"device {device!r}: this onnxruntime has CPUExecutionProvider, not {provider}." in str(caught.value)
+    assert ("pip install 'm0kit[gpu]'" in str(caught.value)) is hint
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_a_device_that_does_not_start_is_an_error_and_no_fallback(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime itself only logs when CUDA's libraries are missing, and goes on with the CPU."""
+    asked: list[Any] = []
+    real = onnxruntime.InferenceSession
+
+    def fall_back(model: Any, options: Any, providers: list[Any]) -> Any:
+        asked.extend(providers)
+        return real(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
+    with pytest.raises(DeviceError, match=r"^device 'cuda:1': CUDAExecutionProvider .* did not start.*say device"):
+        open_graph(artifact, "head", device="cuda:1")
+    assert asked == [("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
+
+
+def test_without_onnxruntime_the_extras_are_named(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DependencyError, match=r"onnxruntime is not installed.*m0kit\[cpu\].*m0kit\[gpu\]") as caught:
+        Reranker.load(artifact)
+    assert isinstance(caught.value, ImportError)
+
+
+def test_inner_results_appear_as_outputs_and_change_nothing(reranker: Reranker, artifact: Path) -> None:
+    """All layers of the decoder; the last one, normalised, is the graph's own output."""
+    pair = ("query", "a document of some words")
+    plain, layers = reranker.trace(pair), reranker.trace(pair, layers=True)
+    assert plain.layers is None
+    assert layers.layers is not None
+    decoder = reranker.config.decoder
+    assert layers.layers.shape == (decoder.num_layers, decoder.hidden_size)
+    np.testing.assert_allclose(layers.hidden, plain.hidden, atol=1e-5)  # fp32, perhaps fused otherwise
+    assert all(np.ptp(layer) > 0.1 for layer in layers.layers)
+    assert np.abs(np.diff(layers.layers, axis=0)).max(axis=1).min() > 0.1
+    session = open_graph(artifact, "decoder", also=["layers.0", "layers.1"])._session
+    names = [port.name for port in session.get_outputs()]
+    assert names[-2:] == ["layers.0", "layers.1"]
+    assert names[:-2] == [port.name for port in open_graph(artifact, "decoder")._session.get_outputs()]
+
+
+@pytest.mark.parametrize("content", [b"", b"not protobuf at all", b"\x08\x0d"])
+def test_a_file_that_is_no_graph_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "head.onnx").write_bytes(content)
+    said = rf"^{tmp_path / 'head.onnx'}: ONNX Runtime {onnxruntime.__version__} cannot open it \(\w+\)\. It needs "
+    with pytest.raises(ArtifactDamagedError, match=said):
+        open_graph(tmp_path, "head")
+
+
+def test_a_missing_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactDamagedError, match=rf"^{tmp_path / 'decoder.onnx'}: "):
+        open_graph(tmp_path, "decoder")
+
+
+def test_a_failure_of_the_engine_comes_in_our_words_with_the_shapes(artifact: Path, config: ModelConfig) -> None:
+    graph = open_graph(artifact, "head")
+    with pytest.raises(M0kitError, match=r"^the head graph failed in ONNX Runtime \(\w+\) on hidden \(2, 5\)\. If mem"):
+        graph.run({"hidden": np.zeros((2, 5), np.float32)}, ["logit"])
+
+
+def test_what_is_not_the_engines_failure_stays_what_it_is(artifact: Path, config: ModelConfig) -> None:
+    class Broken:
+        def run(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    graph = open_graph(artifact, "head")
+    graph._session = Broken()
+    with pytest.raises(KeyboardInterrupt):
+        graph.run({"hidden": hidden(config)}, ["logit"])
