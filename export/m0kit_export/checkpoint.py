@@ -12,6 +12,7 @@ it is in use. Never runs code of the checkpoint and never opens a pickle. Knows 
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -339,11 +340,11 @@ def _read_text(path: Path) -> str:
 
 def _find_folder(source: str | Path, revision: str | None, cache_dir: Path | None) -> Path:
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir it also takes a name too long for the file system
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given with the folder {path.name}; it needs a hub id")
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path.name} is a file. Give the folder that holds it")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise CheckpointError(
@@ -370,11 +371,11 @@ def _find_folder(source: str | Path, revision: str | None, cache_dir: Path | Non
         raise CheckpointError(
             f"there is no folder or public hub repository {source!r}: check the name, or log in"
         ) from None
-    except OSError:  # offline, timeouts, a full disk: every network error of the hub client is one
+    except Exception as error:  # offline, timeouts, a full disk, a proxy's login page: no base class covers them
         raise CheckpointError(
             f"cannot download {where}: the hub does not answer or the disk is full, and no complete copy is "
             "in the cache. Go online, or give a folder"
-        ) from None
+        ) from error
 
 
 def _read_headers(folder: Path) -> tuple[list[str], list[_Stored]]:
@@ -583,7 +584,7 @@ def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(
         depth=vision.whole("depth"),
         width=width,
-        num_heads=vision.whole("num_heads") or 1,
+        num_heads=vision.whole("num_heads"),
         mlp_size=int(width * ratio),
         in_channels=channels,
         patch_size=patch,

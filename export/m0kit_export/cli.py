@@ -6,6 +6,8 @@ from typing import Literal
 
 import click
 
+from m0kit.artifact import Manifest
+
 
 @click.command()
 @click.argument("checkpoint")
@@ -51,7 +53,6 @@ def export(
         revision=revision,
         overwrite=overwrite,
     )
-    dropped = manifest.provenance["dropped_tensors"]
     if as_json:
         summary = {
             "artifact": str(output),
@@ -62,7 +63,12 @@ def export(
         }
         click.echo(json.dumps(summary, ensure_ascii=False))
         return
+    describe(output, manifest)
+
+
+def describe(output: Path, manifest: Manifest) -> None:
+    """Say what was written, and under which licence its weights stand."""
     click.echo(f"{output}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}")
     click.echo(f"licence of the weights: {manifest.licence}", err=True)
-    if dropped:
+    if dropped := manifest.provenance["dropped_tensors"]:
         click.echo(f"left out, scoring does not use it: {', '.join(dropped)}", err=True)

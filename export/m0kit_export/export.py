@@ -9,11 +9,15 @@ adapters merge is `merge`, what the folder contains is `m0kit.artifact`.
 import os
 import platform
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -58,24 +62,21 @@ def export_artifact(
     graphs = build_graphs(checkpoint.config, SCHEMES[scheme])
     _check_complete(checkpoint, graphs)
     num_bytes = sum(graph.data_bytes for graph in graphs.values())
-    with _written_aside(output, num_bytes + _SPARE_BYTES, overwrite) as folder:
-        bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=not progress, mininterval=0.5)
-        with bar:
-            bar.set_description("writing")
+    with _interruptible(), _written_aside(output, num_bytes + _SPARE_BYTES, overwrite) as folder:
+        # None: no bar where stderr is no terminal, a log file above all; there each phase is one line
+        disable = None if progress else True
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
+            _begin("writing", bar, num_bytes, progress)
             for name, graph in graphs.items():
                 _write_weights(folder / f"{name}.onnx.data", graph, stack, bar)
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
-            bar.reset()
-            bar.set_description("reading back")
+            _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
                 _check_weights(folder, f"{name}.onnx", stack, bar)
             shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
-            bar.reset()
-            bar.set_description("hashing")
-            files = {
-                path.name: FileEntry(path.stat().st_size, sha256_of(path, bar.update))
-                for path in sorted(folder.iterdir())
-            }
+            sizes = {path: path.stat().st_size for path in sorted(folder.iterdir())}
+            _begin("hashing", bar, sum(sizes.values()), progress)
+            files = {path.name: FileEntry(size, sha256_of(path, bar.update)) for path, size in sizes.items()}
         manifest = Manifest(
             model=checkpoint.config,
             scheme=scheme,
@@ -87,6 +88,41 @@ def export_artifact(
             _flush(path)
         write_manifest(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the block as KeyboardInterrupt, whatever else comes out of it.
+
+    One that arrives inside torch's own code comes out as a ValueError, as if the file were damaged.
+    """
+    before, pressed = signal.getsignal(signal.SIGINT), False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        if callable(before):
+            before(number, frame)
+
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # nobody to interrupt: Ctrl-C is ignored, or goes to the main thread
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception:
+        if pressed:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _begin(phase: str, bar: Any, num_bytes: int, progress: bool) -> None:
+    bar.reset(num_bytes)
+    bar.set_description(phase)
+    if progress and bar.disable:
+        print(f"{phase}: {num_bytes / 2**20:.1f} MiB", file=sys.stderr, flush=True)
 
 
 def _check_complete(checkpoint: Checkpoint, graphs: dict[str, Graph]) -> None:
@@ -164,40 +200,58 @@ def _provenance(checkpoint: Checkpoint, stack: AdapterStack) -> dict[str, Any]:
 @contextmanager
 def _written_aside(output: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its name when the block ends well, and vanishes when not."""
+    try:
+        aside = _make_room(output, num_bytes, overwrite)
+        try:
+            yield aside
+            _flush(aside)
+            _put_in_place(aside, output)
+            _flush(aside.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OutputError:
+        raise
+    except PermissionError as error:
+        raise OutputError(f"{output}: no permission to write there.") from error
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({os.strerror(error.errno or 0)}).") from error
+
+
+def _make_room(output: Path, num_bytes: int, overwrite: bool) -> Path:
+    """See that `output` may be written and fits; returns a new empty folder beside it."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not overwrite:
             raise OutputError(f"{output}: exists and is not empty. Choose another folder, or --overwrite.")
         if not (output / MANIFEST).is_file():
             raise OutputError(f"{output}: is not an artifact, so it is not overwritten. Choose another folder.")
+    if output.is_mount():
+        raise OutputError(f"{output}: is a mount point, which no folder can replace. Choose a folder inside it.")
     parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise OutputError(
+            f"{output}: the artifact takes {num_bytes / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there."
+        )
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=parent))
+    aside.chmod(0o755)
+    return aside
+
+
+def _put_in_place(aside: Path, output: Path) -> None:
+    """Rename; what is there gives way, and comes back if that fails."""
+    if not output.exists():
+        aside.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=aside.parent))
+    kept = old / "artifact"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < num_bytes:
-            raise OutputError(
-                f"{output}: the artifact takes {num_bytes / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there."
-            )
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=parent))
-    except PermissionError:
-        raise OutputError(f"{output}: no permission to write in {parent}.") from None
-    try:
-        aside.chmod(0o755)
-        yield aside
-        _flush(aside)
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=parent))
-            output.rename(old / output.name)
-            aside.rename(output)
-            shutil.rmtree(old)
-        else:
-            aside.rename(output)
-        _flush(parent)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{output}: cannot be written ({os.strerror(error.errno or 0)}).") from error
+        output.rename(kept)
+        aside.rename(output)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if kept.exists() and not output.exists():
+            kept.rename(output)
+        shutil.rmtree(old, ignore_errors=True)  # not reached when the old one could not come back
 
 
 def _flush(path: Path) -> None:

@@ -21,6 +21,7 @@ resized embeddings, and PiSSA or OLoRA, whose base is changed as well. There onl
 
 import copy
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ class AdapterStack:
 
 def _open_adapter(spec: AdapterSpec, checkpoint: Checkpoint) -> _Adapter:
     name = spec.path.name
-    if not spec.path.is_dir():
+    if not os.path.isdir(spec.path):  # unlike Path.is_dir it also takes a name too long for the file system
         raise AdapterError(f"there is no adapter folder {name!r}. Download the adapter and give its folder")
     raw = read_json_object(spec.path / CONFIG, AdapterError)
     _check_options(name, raw)

@@ -1,0 +1,73 @@
+"""What the exporter's tests share: two random checkpoints and their artifacts, once per process."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m0kit.config import DecoderConfig, ModelConfig, VisionConfig
+from m0kit_export.export import export_artifact
+from m0kit_parity import checkpoints
+from m0kit_parity.checkpoints import write_checkpoint
+
+
+def broad_config() -> ModelConfig:
+    """The published widths of heads (128 and 80), the published ratios, few channels."""
+    small = checkpoints.model_config("tiny")
+    decoder = DecoderConfig(512, 2, 4, 2, 128, 1536, 1e-6, 1e6, (16, 24, 24), small.decoder.vocab_size, 32768)
+    vision = VisionConfig(2, 160, 2, 640, 3, 14, 2, 2, 1e-6, 1e4)
+    return ModelConfig(decoder, vision, small.image, small.prompt)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The fixtures below open artifacts before a test's own cache folder is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose values float16 holds exactly, so that fp16 storage alone changes nothing."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    write_checkpoint(folder, "tiny", dtype="float16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def broad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, config = tmp_path_factory.mktemp("broad") / "checkpoint", broad_config()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "model_config", lambda *_: config)
+        write_checkpoint(folder, "tiny", dtype="float16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny: Path) -> Path:
+    folder = tiny.with_name("artifact")
+    export_artifact(tiny, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def broad_artifact(broad: Path) -> Path:
+    folder = broad.with_name("artifact")
+    export_artifact(broad, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 MiB of weights, of which no tensor has more than 2."""
+    folder, config = tmp_path_factory.mktemp("heavy") / "checkpoint", broad_config()
+    config = replace(config, decoder=replace(config.decoder, num_layers=30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "model_config", lambda *_: config)
+        patch.setattr(checkpoints, "draw", lambda *args: iter([np.full(math.prod(args[1]), 0.5, np.float32)]))
+        write_checkpoint(folder, "tiny", dtype="bfloat16")
+    return folder
