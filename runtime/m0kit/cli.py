@@ -195,7 +195,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
-    adapters = ", ".join(str(a.get("source")) for a in manifest.provenance.get("adapters", [])) or "none"
+    adapters = ", ".join(_adapter(a) for a in manifest.provenance.get("adapters", [])) or "none"
     rows = [
         ("artifact", f"{artifact}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}"),
         ("base", manifest.provenance.get("base")),
@@ -214,6 +214,12 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
     for name, value in rows:
         click.echo(f"{name:12} {value}")
+
+
+def _adapter(entry: dict[str, Any]) -> str:
+    """Name and weight as they were merged, and the adapter's own licence where it states one."""
+    weight = "" if entry.get("weight") == 1 else f" × {entry.get('weight')}"
+    return f"{entry.get('name')}{weight}" + (f" ({entry['licence']})" if entry.get("licence") else "")
 
 
 def _load(artifact: Path, device: str, threads: int | None, max_pixels: int | None) -> Reranker:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 TOKEN_BUDGET = 1024
 # Patches per vision run: one image of the published size, or as many small ones.
 PATCH_BUDGET = 3072
-# Query rows per attention piece: N² memory becomes rows × N. Timed at 64–1024 rows: as fast as any.
+# Query rows per attention piece: N² memory becomes rows × N. Fewer are slower, more only cost memory.
 DECODER_PIECE_ROWS = 256
-VISION_PIECE_ROWS = 512
+VISION_PIECE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)

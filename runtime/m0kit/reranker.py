@@ -156,9 +156,7 @@ class Reranker:
         patches = [patchify(images.pixels(key), self.config.image) for key in ready.images]
         embeds = [images.embeds([key])[0] for key in ready.images]
         names = [f"layers.{i}" for i in range(self.config.decoder.num_layers)] if layers else []
-        decoder = None
-        if layers:
-            decoder = sessions.open_graph(self._folder, "decoder", also=names)
+        decoder = self._open(self._folder, "decoder", also=names) if layers else None
         out = self._decode([[ready]], images, ["hidden", *names], decoder)
         logit = float(self._logits(out["hidden"])[0])
         return Trace(

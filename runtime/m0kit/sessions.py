@@ -5,7 +5,7 @@ graph.run({"hidden": hidden}, ["logit"])
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,20 +24,26 @@ class Graph(Protocol):
         ...
 
 
-GraphOpener = Callable[[Path, str], Graph]  # (artifact folder, "vision" | "decoder" | "head")
+class GraphOpener(Protocol):
+    """How an engine opens one graph of an artifact."""
+
+    def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> Graph:
+        """`name` is "vision", "decoder" or "head"; `also` makes inner float32 results outputs as well."""
+        ...
 
 
 class OnnxRuntimeGraph:
     """One graph in an ONNX Runtime session. Thread-safe, as sessions are."""
 
-    def __init__(self, session: Any, name: str) -> None:
+    def __init__(self, session: Any, name: str, run_options: Any) -> None:
         self._session = session
         self._name = name
+        self._run_options = run_options
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """Raises M0kitError when the engine fails, out of memory above all."""
         try:
-            results = self._session.run(list(outputs), dict(feeds))
+            results = self._session.run(list(outputs), dict(feeds), self._run_options)
         except Exception as error:
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
@@ -63,7 +69,6 @@ def open_graph(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.enable_cpu_mem_arena = False  # what a long prompt took is given back; as fast
     options.enable_mem_pattern = False  # patterns are kept per shape; here every run has its own
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 3
@@ -88,7 +93,12 @@ def open_graph(
             f"device {device!r}: {wanted} is in this onnxruntime but did not start; its libraries or its "
             "driver are missing. m0kit does not fall back to the CPU by itself; say device 'cpu' for that."
         )
-    return OnnxRuntimeGraph(session, name)
+    run_options = ort.RunOptions()
+    if wanted == "CPUExecutionProvider":
+        # The arena spares a run fresh pages for every inner value (a sixth of a page image's time); what it
+        # grew to is given back when the run ends, so that one long prompt does not cost memory for ever.
+        run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return OnnxRuntimeGraph(session, name, run_options)
 
 
 def _onnxruntime() -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -345,6 +346,21 @@ def test_inspect_shows_licence_and_dimensions(m0kit: Callable[..., Done], artifa
     assert "files" not in facts
 
 
+def test_inspect_names_the_adapters_that_were_merged(
+    m0kit: Callable[..., Done], artifact: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    raw = json.loads((copy / "manifest.json").read_text("utf-8"))
+    raw["provenance"]["adapters"] = [
+        {"name": "code", "weight": 1.0, "licence": None},
+        {"name": "legal", "weight": 0.5, "licence": "mit"},
+    ]
+    (copy / "manifest.json").write_text(json.dumps(raw), "utf-8")
+    facts = {line[:12].strip(): line[13:] for line in m0kit("inspect", copy).lines}
+    assert facts["adapters"] == "code, legal × 0.5 (mit)"
+
+
 def test_inspect_prints_json(m0kit: Callable[..., Done], artifact: Path) -> None:
     (facts,) = m0kit("inspect", artifact, "--json", "--verify").rows
     manifest = read_manifest(artifact)
@@ -356,8 +372,6 @@ def test_inspect_prints_json(m0kit: Callable[..., Done], artifact: Path) -> None
 
 
 def test_inspect_verifies(m0kit: Callable[..., Done], artifact: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(artifact, copy)
     count = len(read_manifest(copy).files)
