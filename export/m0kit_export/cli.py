@@ -20,7 +20,8 @@ from m0kit.artifact import Manifest
     help="LoRA adapter to merge; several are merged in the order given.",
 )
 @click.option(
-    "--scheme",
+    "--precision",
+    "scheme",
     type=click.Choice(["fp32", "fp16"]),
     default="fp32",
     show_default=True,

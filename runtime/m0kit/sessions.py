@@ -96,7 +96,7 @@ def open_graph(
     run_options = ort.RunOptions()
     if wanted == "CPUExecutionProvider":
         # The arena spares a run fresh pages for every inner value (a sixth of a page image's time); what it
-        # grew to is given back when the run ends, so that one long prompt does not cost memory for ever.
+        # grew to is given back when this run or the next ends, so that a long prompt does not cost for ever.
         run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return OnnxRuntimeGraph(session, name, run_options)
 

@@ -136,10 +136,10 @@ def test_adapters_and_their_weights_reach_the_result(
 def test_scheme_and_overwrite(m0kit: Callable[..., Done], tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
     assert m0kit("export", base, "-o", out).code == 0
-    done = m0kit("export", base, "-o", out, "--scheme", "fp16")
+    done = m0kit("export", base, "-o", out, "--precision", "fp16")
     assert (done.code, done.out) == (1, "")
     assert done.err == f"error: {out}: exists and is not empty. Choose another folder, or --overwrite.\n"
-    done = m0kit("export", base, "-o", out, "--scheme", "fp16", "--overwrite")
+    done = m0kit("export", base, "-o", out, "--precision", "fp16", "--overwrite")
     assert (done.code, read_manifest(out).scheme) == (0, "fp16")
 
 
@@ -175,7 +175,7 @@ def test_errors_are_one_line_and_exit_code_1(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[], ["base"], ["base", "-o", "out", "--scheme", "int3"]])
+@pytest.mark.parametrize("arguments", [[], ["base"], ["base", "-o", "out", "--precision", "int3"]])
 def test_wrong_usage_exits_with_2(m0kit: Callable[..., Done], arguments: list[str]) -> None:
     done = m0kit("export", *arguments)
     assert (done.code, done.out) == (2, "")

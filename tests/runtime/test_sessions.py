@@ -1,5 +1,6 @@
 """Graphs open on the device asked for, or say why not; failures come in our words."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,28 @@ def test_what_is_not_the_engines_failure_stays_what_it_is(artifact: Path, config
     graph._session = Broken()
     with pytest.raises(KeyboardInterrupt):
         graph.run({"hidden": hidden(config)}, ["logit"])
+
+
+_RESTING = """
+import sys
+from m0kit import Reranker
+
+def private(key="RssAnon"):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+
+reranker = Reranker.load(sys.argv[1], threads=1)
+reranker.score([("a", "b")])
+before = private()
+reranker.score([("a", "word and word " * 2500)])
+peak = private("VmHWM")
+reranker.score([("a", "b")])  # a result in the middle of what was taken holds some of it until the next run
+print(private() - before, peak - private("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_long_prompt_took_is_given_back(artifact: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _RESTING, str(artifact)], capture_output=True, text=True, check=True)
+    resting, given_back = map(float, done.stdout.split())
+    assert given_back > 20  # MiB between the peak and now
+    assert resting < 20  # the document kept for its next query, slack of allocators: 8 were seen, 110 if all is kept
