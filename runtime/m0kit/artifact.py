@@ -29,7 +29,7 @@ FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GRAPHS = ("vision", "decoder", "head")
-_CHUNK = 16 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
