@@ -9,6 +9,7 @@ turns in one run, because machines are noisy and differ; nothing here passes or 
     m0kit bench ranking m0-fp32         nDCG@10 on the evaluation set that m0kit carries
 """
 
+import bisect
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from m0kit_parity import plot
 
 # Words that stand for one token each in Qwen2's vocabulary behind a blank, and for a few in a small one.
 WORDS: Final = ("the", "model", "page", "text", "small", "language", "score", "image", "data", "report", "line")
+_ONE_TOKEN: Final = "7"  # wherever it stands: the pre-tokeniser splits off every digit
 QUERY: Final = "small language model"
 _LIGHT: Final = {"ink": "#1d2430", "faint": "#5b6472", "grid": "#d9dee6", "series-0": "#2f6fd0", "series-1": "#c4641a",
                  "series-2": "#2b8a57"}  # fmt: skip
@@ -58,19 +60,17 @@ def text_of(prompts: PromptBuilder, num_tokens: int, seed: int = 0, query: str =
 
     Raises ValueError when that is too few for the query and the headers.
     """
-    rng = random.Random(seed)
-    words: list[str] = []
-    text = ""
-    while (length := len(prompts.build(query, text or "a").token_ids)) != num_tokens:
-        if length > num_tokens:
-            if len(words) <= 1:
-                raise ValueError(f"a prompt with this query takes {length} tokens at least, not {num_tokens}")
-            # The last word was too long for the room: letters fit any.
-            words = [*words[: -1 - (length - num_tokens)], "a"]
-        else:
-            words += rng.choices(WORDS, k=max(1, (num_tokens - length) // 3))
-        text = " ".join(words)
-    return text
+
+    def length(text: str) -> int:
+        return len(prompts.build(query, text).token_ids)
+
+    shortest = length(_ONE_TOKEN)
+    if num_tokens < shortest:
+        raise ValueError(f"a prompt with this query takes {shortest} tokens at least, not {num_tokens}")
+    words = random.Random(seed).choices(WORDS, k=num_tokens - shortest + 1)
+    fitting = bisect.bisect_right(range(1, len(words)), num_tokens, key=lambda n: length(" ".join(words[:n])))
+    text = " ".join(words[:fitting]) or _ONE_TOKEN
+    return text + _ONE_TOKEN * (num_tokens - length(text))
 
 
 def page_of(visual_tokens: int, seed: int = 0) -> bytes:

@@ -1,4 +1,4 @@
-"""`m0kit parity` and `m0kit checkpoint`: arguments in, exit codes out.
+"""`m0kit parity`, `m0kit checkpoint` and `m0kit adapter`: arguments in, exit codes out.
 
 Owns the command lines, the provenance of a recording and the order of the two halves. PyTorch is
 imported only where a recording is made, and in a process of its own when a check follows, so that
@@ -9,6 +9,7 @@ reference and artifact are never in memory together.
     m0kit parity check ARTIFACT golden            no PyTorch
     m0kit parity published ARTIFACT --inputs DIR  against the scores on the model card
     m0kit checkpoint tiny OUT                     random weights to try all of it on
+    m0kit adapter CHECKPOINT dora OUT             an adapter for any checkpoint, likewise
 
 Exit codes: 0 pass or near-tie, 1 a stage failed; others as for every m0kit command.
 """
@@ -42,6 +43,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 # What can change a figure on either side.
 _PACKAGES: Final = ("m0kit", "torch", "transformers", "peft", "tokenizers", "pillow", "numpy", "onnxruntime")
+
+# The keys of adapters.FORMS, which cannot be read without importing PEFT.
+FORM_NAMES: Final = (
+    *("plain", "rslora", "dora", "patterns", "bias-all", "bias-lora-only", "lora-bias"),
+    *("score", "embedding", "tokens", "decoder", "vision-decoder"),
+)
 
 # Nothing in a forward pass draws random numbers; should a library fill a tensor that a checkpoint lacks,
 # it fills it the same way every time.
@@ -290,6 +297,20 @@ def checkpoint(shape: Literal["small", "tiny", "wide", "full"], output: Path, se
     click.echo(str(output))
 
 
+@click.command()
+@click.argument("checkpoint")
+@click.argument("form", type=click.Choice(FORM_NAMES))
+@click.argument("output", type=_folder)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random values.")
+@click.option("--old-names", is_flag=True, help="Name modules as transformers did before 4.52.")
+def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool) -> None:
+    """Write a LoRA adapter for CHECKPOINT to try things on, made by PEFT with random trained values."""
+    from m0kit_parity.adapters import write_adapter
+
+    write_adapter(output, checkpoint, form, seed=seed, naming="published" if old_names else "new")
+    click.echo(str(output))
+
+
 def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[Case, ...]:
     if pairs is None:
         return builtin_cases(names, heavy)
@@ -321,7 +342,7 @@ def _record_here(
     import torch
 
     from m0kit_export.checkpoint import open_checkpoint
-    from m0kit_export.merge import AdapterSpec
+    from m0kit_export.merge import AdapterSpec, AdapterStack
     from m0kit_parity.reference import Reference
 
     torch.manual_seed(_SEED)
@@ -329,6 +350,7 @@ def _record_here(
         torch.set_num_threads(threads)
     specs = [AdapterSpec.parse(adapter) for adapter in adapters]
     opened = open_checkpoint(source)
+    AdapterStack.open(specs, opened)  # what export would refuse is refused here, in the same words
     provenance = {
         "versions": _versions(),
         "checkpoint": {

@@ -22,13 +22,16 @@ Array = NDArray[Any]
 class _OpenVino:
     """One graph compiled for the CPU in float32; OpenVINO's default could be bfloat16 where the CPU has it."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, also: Sequence[str]) -> None:
         try:
             import openvino
         except ImportError:
             raise DependencyError("the engine openvino needs openvino. pip install 'm0kit[dev]'") from None
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        self._model = openvino.Core().compile_model(str(folder / f"{name}.onnx"), "CPU", settings)
+        core = openvino.Core()
+        model = core.read_model(str(folder / f"{name}.onnx"))
+        model.add_outputs(list(also))
+        self._model = core.compile_model(model, "CPU", settings)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         results = self._model(dict(feeds))
@@ -38,25 +41,27 @@ class _OpenVino:
 class _Evaluator:
     """One graph in ONNX's reference evaluator, weights in memory."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, also: Sequence[str]) -> None:
         try:
             import onnx
             from onnx.reference import ReferenceEvaluator
         except ImportError:
             raise DependencyError("the engine onnx needs onnx. pip install 'm0kit[export]'") from None
-        self._evaluator = ReferenceEvaluator(onnx.load(folder / f"{name}.onnx"))
+        model = onnx.load(folder / f"{name}.onnx")
+        model.graph.output.extend(onnx.ValueInfoProto(name=result) for result in also)
+        self._evaluator = ReferenceEvaluator(model)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         results = self._evaluator.run(list(outputs), dict(feeds))
         return dict(zip(outputs, results, strict=True))
 
 
-def _openvino(folder: Path, name: str) -> Graph:
-    return _OpenVino(folder, name)
+def _openvino(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> Graph:
+    return _OpenVino(folder, name, also)
 
 
-def _evaluator(folder: Path, name: str) -> Graph:
-    return _Evaluator(folder, name)
+def _evaluator(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> Graph:
+    return _Evaluator(folder, name, also)
 
 
 ENGINES: Final[Mapping[str, GraphOpener | None]] = {

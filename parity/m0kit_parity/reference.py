@@ -14,10 +14,11 @@ One intended difference from the published code: text of a user never becomes a 
 import base64
 import io
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -40,20 +41,45 @@ from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_objec
 PAD_ID = 0  # masked in every batch, so any token will do
 
 
-class _Published(nn.Module):
-    """Module names as before transformers 4.52: `visual`, `model`, `score`."""
+class _Shell(nn.Module):
+    """The model's parts under the names that an adapter was trained with; what PEFT is put on."""
+
+    model: Any
+
+    def get_input_embeddings(self) -> nn.Module:  # PEFT asks for them, as of any model of transformers
+        embeddings: nn.Module = self.model.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+class PublishedNames(_Shell):
+    """As before transformers 4.52: `visual`, `model`, `score`."""
 
     def __init__(self, core: Qwen2VLModel, score: nn.Module) -> None:
         super().__init__()
         self.visual, self.model, self.score = core.visual, core.language_model, score
 
 
-class _New(nn.Module):
-    """Module names as since transformers 4.52: `model.visual`, `model.language_model`, `score`."""
+class NewNames(_Shell):
+    """As since transformers 4.52: `model.visual`, `model.language_model`, `score`."""
 
     def __init__(self, core: Qwen2VLModel, score: nn.Module) -> None:
         super().__init__()
         self.model, self.score = core, score
+
+
+def empty_model(checkpoint: Checkpoint) -> tuple[Qwen2VLModel, nn.Sequential]:
+    """Backbone and head of a checkpoint's dimensions, without weights (on the device "meta")."""
+    raw = read_json_object(checkpoint.folder / "config.json")
+    known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map")}
+    known["torch_dtype"] = "float32"
+    width = checkpoint.config.decoder.hidden_size
+    with init_empty_weights(include_buffers=False):
+        core = Qwen2VLModel._from_config(Qwen2VLConfig(**known), attn_implementation="sdpa")
+        score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+    return core, score
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +129,8 @@ class Reference:
         Raises CheckpointError, AdapterError.
         """
         checkpoint = open_checkpoint(source)
-        raw = read_json_object(checkpoint.folder / "config.json")
-        known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map")}
-        known["torch_dtype"] = "float32"
-        config = Qwen2VLConfig(**known)
-        width = checkpoint.config.decoder.hidden_size
-        with init_empty_weights(include_buffers=False):
-            core = Qwen2VLModel._from_config(config, attn_implementation="sdpa")
-            score: nn.Module = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-        shell = _Published(core, score)
+        core, head = empty_model(checkpoint)
+        shell, score = PublishedNames(core, head), cast(nn.Module, head)
         for name in tqdm(checkpoint.names, unit="tensor", desc="loading", disable=not progress):
             _set(shell, name, checkpoint.read(name).to(dtype))
         if empty := [name for name, p in shell.named_parameters() if p.is_meta]:
@@ -286,11 +305,16 @@ def _apply(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merg
     """Let PEFT put an adapter into the model's modules; returns the head, which it may have replaced."""
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
         keys = set(file.keys())
-    new = any(".language_model." in key or ".model.visual." in key for key in keys)
-    shell = (_New if new else _Published)(core, score)
-    wrapped = peft.PeftModel.from_pretrained(shell, str(path))
-    placed = {_plain(key) for key in peft.get_peft_model_state_dict(wrapped)}
-    if odd := placed.symmetric_difference(_plain(key) for key in keys):
+    bare = [key.removeprefix("base_model.model.") for key in keys]
+    new = any(key.startswith(("model.language_model.", "model.visual.")) for key in bare)
+    shell = (NewNames if new else PublishedNames)(core, score)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT only warns of is an error below
+        wrapped = peft.PeftModel.from_pretrained(shell, str(path))
+        placed = {_plain(key) for key in peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)}
+    # PEFT may or may not have saved an adapted embedding with the base's own weights.
+    spare = {key for key in keys if key.endswith("embed_tokens.base_layer.weight") and key in wrapped.state_dict()}
+    if odd := placed.symmetric_difference(_plain(key) for key in keys - spare):
         raise AdapterError(f"{path}: tensors that PEFT did not place, or that it lacks: {sorted(odd)[:3]}")
     if weight != 1:
         for module in wrapped.modules():

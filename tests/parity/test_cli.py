@@ -1,0 +1,285 @@
+"""The command lines: help, exit codes, error texts, strict JSON, and a report page that needs nothing else."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from m0kit.cli import cli
+from m0kit.errors import AdapterError, CheckpointError, InputError, M0kitError, OutputError
+from m0kit_export.checkpoint import open_checkpoint
+from m0kit_export.export import export_artifact
+from m0kit_export.merge import AdapterSpec, AdapterStack
+from m0kit_parity.cli import adapter, checkpoint, parity
+from m0kit_parity.golden import Golden
+
+RECORD = ("--cases", "tiny", "--cases", "image_text")
+
+
+def invoke(command: Any, *arguments: object, error: type[M0kitError] | None = None, code: int = 0) -> Result:
+    done = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    if error is not None:
+        assert isinstance(done.exception, error), done.output
+    else:
+        assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+def strict_json(text: str) -> Any:
+    """JSON as every parser takes it: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def golden(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "golden"
+    done = invoke(parity, "record", tiny, *RECORD, "-o", folder)
+    assert done.stdout == f"{folder}\n"
+    assert "recording tiny (1 of 2)" in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of the same dimensions and other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    invoke(checkpoint, "tiny", folder / "checkpoint", "--seed", "1")
+    export_artifact(folder / "checkpoint", folder / "artifact", progress=False)
+    return folder / "artifact"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["record", "check", "published"]),
+        (["--help"], ["CHECKPOINT ARTIFACT", "--adapter", "--engine", "record", "check", "published"]),
+        (["record", "--help"], ["--adapter", "--heavy", "--layers", "--pairs", "--output"]),
+        (["check", "--help"], ["ARTIFACT GOLDEN", "--device", "--html", "--json", "--engine"]),
+        (["published", "--help"], ["--inputs"]),
+    ],
+)
+def test_help_names_what_there_is(words: Sequence[str], expected: Sequence[str]) -> None:
+    done = CliRunner().invoke(parity, list(words))
+    assert done.exit_code == (0 if words else 2)
+    assert all(text in done.output for text in expected)
+
+
+@pytest.mark.parametrize("words", [["parity"], ["parity", "record"], ["checkpoint"], ["adapter"], ["bench"]])
+def test_help_is_quick_because_pytorch_is_not_imported_for_it(words: list[str]) -> None:
+    script = (
+        "import sys\nfor name in ('torch', 'transformers', 'peft', 'onnx', 'safetensors', 'onnxruntime'):\n"
+        "    sys.modules[name] = None\n"
+        "from m0kit_parity import bench, cli\n"
+        f"command = {{**vars(bench), **vars(cli)}}[{words[0]!r}]\n"
+        f"command.main([*{words[1:]!r}, '--help'], prog_name='m0kit')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: m0kit" in done.stdout
+
+
+def test_every_command_is_registered_with_m0kit() -> None:
+    import tomllib
+
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    commands = pyproject["project"]["entry-points"]["m0kit.commands"]
+    assert (
+        commands.items()
+        >= {
+            "parity": "m0kit_parity.cli:parity",
+            "checkpoint": "m0kit_parity.cli:checkpoint",
+            "adapter": "m0kit_parity.cli:adapter",
+            "bench": "m0kit_parity.bench:bench",
+        }.items()
+    )
+    assert {"parity", "checkpoint", "bench"} <= set(cli.list_commands(None))  # type: ignore[arg-type]
+
+
+def test_a_check_that_passes_prints_a_table_and_exits_with_nought(golden: Path, tiny_artifact: Path) -> None:
+    done = invoke(parity, "check", tiny_artifact, golden)
+    for stage in ("token_ids", "positions", "patches", "image_embeds", "hidden", "logit", "score", "ranking"):
+        assert stage in done.stdout
+    assert "pass" in done.stdout
+    assert "opening" in done.stderr
+    assert "opening" not in done.stdout
+
+
+def test_a_check_that_fails_exits_with_one_and_names_what_failed(golden: Path, other_artifact: Path) -> None:
+    done = invoke(parity, "check", other_artifact, golden, code=1)
+    assert "fail" in done.stdout
+    assert "hidden" in done.stdout
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_json_is_strict_and_alone_on_stdout(
+    failing: bool, golden: Path, tiny_artifact: Path, other_artifact: Path
+) -> None:
+    artifact = other_artifact if failing else tiny_artifact
+    done = invoke(parity, "check", artifact, golden, "--json", code=int(failing))
+    report = strict_json(done.stdout)
+    assert report["verdict"] == ("fail" if failing else "pass")
+    assert [case["name"] for case in report["cases"]] == ["tiny", "image_text"]
+    assert report["artifact"] == str(artifact)
+    assert report["golden"]["command"].startswith("m0kit parity record ")
+    assert report["tolerances"]["score"]["limit"] == 1e-4
+
+
+def test_only_the_cases_asked_for_are_checked(golden: Path, tiny_artifact: Path) -> None:
+    done = invoke(parity, "check", tiny_artifact, golden, "--cases", "image_text", "--json")
+    assert [case["name"] for case in strict_json(done.stdout)["cases"]] == ["image_text"]
+
+
+class Page(html.parser.HTMLParser):
+    """Every address a page refers to, and every element in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "data", "action", "poster")]
+
+
+def test_the_report_page_needs_nothing_from_outside(golden: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    invoke(parity, "check", tiny_artifact, golden, "--html", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    page = Page()
+    page.feed(text)
+    assert {"html", "table", "svg", "style"} <= page.tags
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search(r"url\(|@import|javascript:", text)
+
+
+def test_a_page_that_cannot_be_written_is_an_error(golden: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    arguments = ["check", tiny_artifact, golden, "--html", tmp_path / "no" / "where.html"]
+    done = invoke(parity, *arguments, error=OutputError)
+    assert "choose another file" in str(done.exception)
+
+
+def test_both_halves_in_one_command(tiny: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    """In processes of their own; the recording is kept where asked and checks again."""
+    words = ["parity", tiny, tiny_artifact, "--cases", "tiny", "-o", tmp_path / "golden", "--json", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "m0kit", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert strict_json(done.stdout)["verdict"] == "pass"
+    invoke(parity, "check", tiny_artifact, tmp_path / "golden")
+
+
+def test_both_halves_look_at_the_artifact_before_minutes_of_pytorch(tiny: Path, tmp_path: Path) -> None:
+    done = invoke(parity, tiny, tmp_path / "nowhere", error=M0kitError)
+    assert "nowhere" in str(done.exception)
+    assert "recording" not in done.stderr
+
+
+def test_the_command_that_is_kept_makes_the_same_recording_again(tiny: Path, tmp_path: Path) -> None:
+    import shlex
+
+    invoke(adapter, tiny, "plain", tmp_path / "my lora")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query": "sky", "documents": ["blue", "green"]}\n', "utf-8")
+    options = ["--adapter", f"{tmp_path / 'my lora'}:0.5", "--pairs", pairs, "--layers"]
+    invoke(parity, "record", tiny, *options, "-o", tmp_path / "g")
+    first = Golden.open(tmp_path / "g")
+    assert first.provenance["adapters"][0]["weight"] == 0.5
+    assert set(first.provenance["adapters"][0]["sha256"]) >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert "model.safetensors" in first.provenance["checkpoint"]["fingerprint"]
+    before = [pair.trace.score for pair in first.read("pairs").pairs]
+    words = shlex.split(first.command)
+    assert words[:3] == ["m0kit", "parity", "record"]
+    invoke(parity, *words[2:])
+    assert [pair.trace.score for pair in Golden.open(tmp_path / "g").read("pairs").pairs] == before
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["record", "TINY", "--cases", "nope", "-o", "OUT"], InputError, "no case is called nope; there are code"),
+        (["record", "NOWHERE", "-o", "OUT"], CheckpointError, "nowhere"),
+        (["record", "TINY", "--adapter", "NOWHERE", "-o", "OUT"], AdapterError, "no adapter folder 'nowhere'"),
+        (["check", "ARTIFACT", "NOWHERE"], InputError, "make one with: m0kit parity record"),
+        (["check", "NOWHERE", "GOLDEN"], M0kitError, "nowhere"),
+        (["check", "ARTIFACT", "GOLDEN", "--cases", "code"], InputError, "no case 'code'; it holds tiny, image_text"),
+        (["check", "ARTIFACT", "GOLDEN", "--layers"], InputError, "--layers"),
+        (["check", "ARTIFACT", "GOLDEN", "--device", "abacus"], M0kitError, "abacus"),
+        (["published", "ARTIFACT", "--inputs", "EMPTY"], InputError, "exactly one file each is needed"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(
+    words: list[str], error: type[M0kitError], message: str, tiny: Path, tiny_artifact: Path, golden: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    places = {
+        "TINY": tiny,
+        "ARTIFACT": tiny_artifact,
+        "GOLDEN": golden,
+        "NOWHERE": tmp_path / "nowhere",
+        "EMPTY": tmp_path / "empty",
+        "OUT": tmp_path / "out",
+    }
+    done = invoke(parity, *(places.get(word, word) for word in words), error=error)
+    assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["record", "x"], ["check"], ["check", "a", "b", "--engine", "abacus"], ["a"], ["a", "b", "--nope"]]
+)
+def test_wrong_usage_exits_with_two(words: list[str]) -> None:
+    invoke(parity, *words, code=2)
+
+
+def test_a_recording_of_another_model_is_refused_with_the_command_that_made_it(golden: Path, tmp_path: Path) -> None:
+    from m0kit_parity.cli import SMALL
+
+    export_artifact(SMALL / "base", tmp_path / "a", progress=False)
+    done = invoke(parity, "check", tmp_path / "a", golden, error=InputError)
+    assert "recorded from another model" in str(done.exception)
+    assert "m0kit parity record" in str(done.exception)
+
+
+# --- checkpoint and adapter ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["tiny", "small"])
+def test_a_checkpoint_is_written_and_opens(shape: str, tmp_path: Path) -> None:
+    done = invoke(checkpoint, shape, tmp_path / "c")
+    assert done.stdout == f"{tmp_path / 'c'}\n"
+    assert open_checkpoint(tmp_path / "c").config.decoder.num_layers > 1
+    done = invoke(checkpoint, shape, tmp_path / "c", error=OutputError)
+    assert "exists" in str(done.exception)
+
+
+def test_the_seed_of_a_checkpoint_is_an_option(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        invoke(checkpoint, "tiny", tmp_path / name, "--seed", seed)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a != b
+
+
+@pytest.mark.parametrize("names", [[], ["--old-names"]])
+def test_an_adapter_is_written_and_fits(names: list[str], tiny: Path, tmp_path: Path) -> None:
+    done = invoke(adapter, tiny, "dora", tmp_path / "a", *names)
+    assert done.stdout == f"{tmp_path / 'a'}\n"
+    AdapterStack.open([AdapterSpec(tmp_path / "a")], open_checkpoint(tiny))
+
+
+def test_an_unknown_shape_or_form_exits_with_two_and_lists_the_known_ones(tiny: Path, tmp_path: Path) -> None:
+    assert "'tiny', 'wide', 'full'" in invoke(checkpoint, "huge", tmp_path / "c", code=2).stderr
+    assert "'plain', 'rslora', 'dora'" in invoke(adapter, tiny, "lokr", tmp_path / "a", code=2).stderr

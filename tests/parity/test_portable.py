@@ -1,0 +1,62 @@
+"""The fp32 artifact uses standard operators only, and two other engines compute the same with it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from m0kit import Reranker
+from m0kit.errors import DependencyError
+from m0kit_parity.cases import builtin_cases
+from m0kit_parity.cli import parity
+from m0kit_parity.compare import Verdict
+from m0kit_parity.golden import Golden, record
+from m0kit_parity.portable import ENGINES
+from m0kit_parity.reference import Reference
+from m0kit_parity.report import check
+
+
+@pytest.fixture(scope="module")
+def golden(tiny_reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    folder = tmp_path_factory.mktemp("portable") / "golden"
+    cases = builtin_cases(["text_text", "tiny", "text_image", "image_text", "image_image"])
+    record(folder, cases, tiny_reference, model=tiny_reference.config, command="record", provenance={}, layers=True)
+    return Golden.open(folder)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_another_engine_stays_within_the_same_tolerances(engine: str, golden: Golden, tiny_artifact: Path) -> None:
+    reranker = Reranker.load(tiny_artifact, open_graph=ENGINES[engine])
+    report = check(golden, reranker, "fp32", {}, layers=True)
+    failed = [(case.name, s) for case in report.cases for s in case.stages if s.verdict is Verdict.FAIL]
+    assert not failed
+    assert {case.kind for case in report.cases} == {"text-text", "text-image", "image-text", "image-image"}
+
+
+def test_another_engine_is_really_another(golden: Golden, tiny_artifact: Path) -> None:
+    """Equal to the last bit in every pair would mean that one engine was run under all names."""
+    inputs = [pair.inputs for pair in golden.read("text_text").pairs]
+    pairs = [(query.value(), document.value()) for query, document in inputs]
+    logits = {
+        name: Reranker.load(tiny_artifact, threads=1, open_graph=engine).score(pairs, raw=True).tolist()
+        for name, engine in ENGINES.items()
+    }
+    assert len({tuple(values) for values in logits.values()}) == len(ENGINES) == 3
+
+
+def test_the_command_line_chooses_the_engine(golden: Golden, tiny_artifact: Path) -> None:
+    arguments = ["check", str(tiny_artifact), str(golden.folder), "--cases", "tiny", "--engine", "onnx", "--json"]
+    done = CliRunner().invoke(parity, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["engine"] == "onnx"
+
+
+@pytest.mark.parametrize(("engine", "extra"), [("openvino", "dev"), ("onnx", "export")])
+def test_a_missing_engine_says_what_to_install(
+    engine: str, extra: str, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, engine, None)
+    with pytest.raises(DependencyError, match=rf"pip install 'm0kit\[{extra}\]'"):
+        Reranker.load(tiny_artifact, open_graph=ENGINES[engine])
