@@ -4,10 +4,10 @@ Written out module by module with the checkpoint's own tensor names, not traced.
 how nodes and weights are put together is `m0kit_export.builder`.
 
 Everything is *packed*: tokens of all pairs (and patches of all images) stand in one row-major table without
-batch axis and without padding. Attention runs in a Loop over `pieces`, rows of a table of indices that
-say which rows ask and which answer. A piece never holds more than a few hundred query rows, so
-memory grows with the length and not with its square, images never see each other, and one prefix can
-answer to any number of suffixes, whether it was computed in this run or comes from a cache.
+batch axis and without padding. Attention runs in a Loop over pieces of a few hundred query rows, so memory
+grows with the length and not with its square. In the decoder a table of pieces says which rows ask and
+which answer: one prefix can answer to any number of suffixes, whether it was computed in this run or comes
+from a cache. In the vision encoder each image is cut into pieces by itself and sees nothing else.
 
     graph = decoder_graph(config, np.float32)
 
@@ -15,7 +15,7 @@ Sources: Qwen2-VL (arXiv:2409.12191), transformers' `modeling_qwen2_vl`, the ONN
 RMSNormalization and RotaryEmbedding (opset 23), LayerNormalization (17), Gelu (20).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,12 +28,14 @@ from m0kit_export.builder import Builder, Graph, Port
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 
-# Columns of the piece tables; the planner of the runtime fills them. All are row numbers, ends exclusive.
-VISION_PIECE = ("q0", "q1", "k0", "k1")
+# Columns of the tables that the planner of the runtime fills. All are row numbers, ends exclusive.
+IMAGE = ("first", "end")
 DECODER_PIECE = ("q0", "q1", "a0", "a1", "b0", "b1", "p0", "p1")
 
 # Rows that go through an MLP at once: enough for full speed, few enough to need little memory.
 CHUNK_ROWS = 1024
+# Patches of an image that ask at once. Half of it costs a tenth of the speed, twice of it only memory.
+VISION_PIECE_ROWS = 256
 
 
 def build_graphs(config: ModelConfig, storage: DTypeLike) -> dict[str, Graph]:
@@ -48,8 +50,8 @@ def build_graphs(config: ModelConfig, storage: DTypeLike) -> dict[str, Graph]:
 def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
     """Patches of any number of images → one embedding per 2×2 patches.
 
-    patches (P, 1176) float32 in merge order · positions (P, 2) row and column · pieces (N, 4) int64:
-    rows q0:q1 of the patches look at rows k0:k1 (their image) → image_embeds (P/4, D) float32.
+    patches (P, 1176) float32 in merge order · positions (P, 2) row and column · images (I, 2) int64: rows
+    first:end of the patches are an image → image_embeds (P/4, D) float32.
     The convolution's kernel equals its stride, so it is a product with the flattened kernel.
     """
     vision, width = config.vision, config.vision.width
@@ -67,10 +69,10 @@ def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
         q, k, v = b.split(qkv, [width] * 3)
         q = _rotary(b, q, cos, sin, vision.num_heads, width)
         k = _rotary(b, k, cos, sin, vision.num_heads, width)
-        a = _attention(b, q, k, v, vision.num_heads, vision.num_heads, vision.head_dim)
+        a = _vision_attention(b, q, k, v, vision.num_heads, width)
         x = b.op("Add", x, b.linear(f"{block}.attn.proj", a, (width, width), bias=True, half=True))
         h = _layer_norm(b, f"{block}.norm2", x, width, vision.layer_norm_eps)
-        h = _in_chunks(b, h, width, partial(_quick_mlp, b, f"{block}.mlp", width, vision.mlp_size))
+        h = _in_chunks(b, h, width, CHUNK_ROWS, partial(_quick_mlp, b, f"{block}.mlp", width, vision.mlp_size))
         x = b.op("Add", x, h)
     merged = width * vision.merge_size**2
     h = _layer_norm(b, "visual.merger.ln_q", x, width, vision.layer_norm_eps)
@@ -81,7 +83,7 @@ def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
         [
             Port("patches", F32, ("P", vision.patch_values)),
             Port("positions", I64, ("P", 2)),
-            Port("pieces", I64, ("N", len(VISION_PIECE))),
+            Port("images", I64, ("I", len(IMAGE))),
         ],
         [Port("image_embeds", F32, ("V", config.decoder.hidden_size))],
     )
@@ -126,11 +128,11 @@ def decoder_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
         q = _rotary(b, q, cos, sin, heads, heads * config.head_dim)
         past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
         pieces = "last_pieces" if last else "pieces"
-        a = _attention(b, q, k, v, heads, kv_heads, config.head_dim, pieces=pieces, past=past)
+        a = _decoder_attention(b, q, k, v, past, pieces, config)
         o = b.linear(f"{layer}.self_attn.o_proj", a, (D, heads * config.head_dim), bias=False, half=True)
         x = b.op("Add", x, o)
         h = _rms_norm(b, f"{layer}.post_attention_layernorm", x, D, config.rms_norm_eps)
-        h = _in_chunks(b, h, D, partial(_gated_mlp, b, f"{layer}.mlp", D, F))
+        h = _in_chunks(b, h, D, CHUNK_ROWS, partial(_gated_mlp, b, f"{layer}.mlp", D, F))
         x = b.op("Add", x, h, out=f"layers.{i}")
     _rms_norm(b, "model.norm", x, D, config.rms_norm_eps, out="hidden")
     pasts = [f"past_key_values.{i}.{kv}" for i in range(config.num_layers) for kv in ("key", "value")]
@@ -174,18 +176,18 @@ def _quick_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
     return b.linear(f"{name}.fc2", b.op("Mul", h, gate), (width, inner), bias=True)
 
 
-def _in_chunks(b: Builder, x: str, width: int, layer: Callable[[str], str]) -> str:
-    """`layer`, which maps rows to rows, over CHUNK_ROWS rows of x (·, width) at a time.
+def _in_chunks(b: Builder, x: str, width: int, num_rows: int, layer: Callable[[str], str]) -> str:
+    """`layer`, which maps rows to rows, over `num_rows` rows of x (·, width) at a time.
 
     An MLP is six times as wide inside: on a 10,240-token prompt its inner values alone take 1.1 GB at once.
     """
-    zero, step = b.const([0]), b.const(CHUNK_ROWS)
-    num_rows = b.op("Squeeze", b.op("Shape", x, end=1), zero)
-    count = b.op("Div", b.op("Add", num_rows, b.const(CHUNK_ROWS - 1)), step)
+    zero, step = b.const([0]), b.const(num_rows)
+    total = b.op("Squeeze", b.op("Shape", x, end=1), zero)
+    count = b.op("Div", b.op("Add", total, b.const(num_rows - 1)), step)
 
     def body(index: str) -> str:
-        first = b.op("Mul", b.op("Reshape", index, b.const([1])), b.const([CHUNK_ROWS]))
-        return layer(b.op("Slice", x, first, b.op("Add", first, b.const([CHUNK_ROWS])), zero))
+        first = b.op("Mul", b.op("Reshape", index, b.const([1])), b.const([num_rows]))
+        return layer(b.op("Slice", x, first, b.op("Add", first, b.const([num_rows])), zero))
 
     return _collect(b, count, x, width, body)
 
@@ -219,53 +221,66 @@ def _collect(b: Builder, count: str, like: str, width: int, body: Callable[[str]
     )
 
 
-def _attention(
-    b: Builder,
-    q: str,
-    k: str,
-    v: str,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    *,
-    pieces: str = "pieces",
-    past: tuple[str, str] | None = None,
+def _vision_attention(b: Builder, q: str, k: str, v: str, heads: int, width: int) -> str:
+    """Attention of packed patches (P, width), image by image: each sees the whole of its own."""
+    zero = b.const([0])
+    count = b.op("Squeeze", b.op("Shape", "images", end=1), zero)
+
+    def image(index: str) -> str:
+        first, end = _table_row(b, "images", index, len(IMAGE))
+        asking, *answering = (b.op("Slice", x, first, end, zero) for x in (q, k, v))
+        keys, values = (b.op("Reshape", x, b.const([1, -1, width])) for x in answering)
+        return _in_chunks(
+            b, asking, width, VISION_PIECE_ROWS, partial(_attend, b, keys, values, [], heads, heads, width)
+        )
+
+    return _collect(b, count, q, width, image)
+
+
+def _decoder_attention(
+    b: Builder, q: str, k: str, v: str, past: tuple[str, str], pieces: str, config: DecoderConfig
 ) -> str:
-    """Attention of packed rows, piece by piece: q (·, H·C), k and v (·, K·C) → (·, H·C).
+    """Attention of packed tokens, piece by piece: q (·, H·C), k and v (·, K·C) → (·, H·C).
 
-    Without `past` a piece sees all its keys (vision), with it the causal part of them, counted from the
-    end. Ranks are stated by Reshape where engines lose them.
+    A piece sees the causal part of its keys, counted from the end.
     """
-    zero, width = b.const([0]), heads * head_dim
+    zero, heads, kv_heads = b.const([0]), config.num_heads, config.num_kv_heads
+    width = heads * config.head_dim
     count = b.op("Squeeze", b.op("Shape", pieces, end=1), zero)
-    columns = len(DECODER_PIECE if past else VISION_PIECE)
 
-    def body(index: str) -> str:
-        row = b.op("Gather", pieces, b.op("Reshape", index, b.const([1])), axis=0)
-        q0, q1, *spans = b.split(b.op("Reshape", row, b.const([-1])), [1] * columns, axis=0)
+    def piece(index: str) -> str:
+        q0, q1, a0, a1, b0, b1, p0, p1 = _table_row(b, pieces, index, len(DECODER_PIECE))
         rows = b.op("Slice", q, q0, q1, zero)
-        if past is None:
-            keys, values = (b.op("Slice", new, *spans, zero) for new in (k, v))
-            mask = []
-        else:
-            a0, a1, b0, b1, p0, p1 = spans
-            keys, values = (
-                b.op(
-                    "Concat",
-                    b.op("Slice", old, p0, p1, zero),
-                    b.op("Slice", new, a0, a1, zero),
-                    b.op("Slice", new, b0, b1, zero),
-                    axis=0,
-                )
-                for old, new in zip(past, (k, v), strict=True)
+        keys, values = (
+            b.op(
+                "Concat",
+                b.op("Slice", old, p0, p1, zero),
+                b.op("Slice", new, a0, a1, zero),
+                b.op("Slice", new, b0, b1, zero),
+                axis=0,
             )
-            mask = [_causal_mask(b, rows, keys)]
-        q3 = b.op("Reshape", rows, b.const([1, -1, width]))
-        k3, v3 = (b.op("Reshape", x, b.const([1, -1, kv_heads * head_dim])) for x in (keys, values))
-        a3 = b.op("Attention", q3, k3, v3, *mask, q_num_heads=heads, kv_num_heads=kv_heads)
-        return b.op("Reshape", a3, b.const([-1, width]))
+            for old, new in zip(past, (k, v), strict=True)
+        )
+        mask = _causal_mask(b, rows, keys)
+        keys, values = (b.op("Reshape", x, b.const([1, -1, config.kv_size])) for x in (keys, values))
+        return _attend(b, keys, values, [mask], heads, kv_heads, width, rows)
 
-    return _collect(b, count, q, width, body)
+    return _collect(b, count, q, width, piece)
+
+
+def _table_row(b: Builder, table: str, index: str, columns: int) -> list[str]:
+    """The entries of one row of a table, each (1,)."""
+    row = b.op("Gather", table, b.op("Reshape", index, b.const([1])), axis=0)
+    return b.split(b.op("Reshape", row, b.const([-1])), [1] * columns, axis=0)
+
+
+def _attend(
+    b: Builder, keys: str, values: str, mask: Sequence[str], heads: int, kv_heads: int, width: int, rows: str
+) -> str:
+    """rows (·, width) that ask keys and values (1, ·, ·) → (·, width). Reshape states ranks that engines lose."""
+    asking = b.op("Reshape", rows, b.const([1, -1, width]))
+    answers = b.op("Attention", asking, keys, values, *mask, q_num_heads=heads, kv_num_heads=kv_heads)
+    return b.op("Reshape", answers, b.const([-1, width]))
 
 
 def _causal_mask(b: Builder, rows: str, keys: str) -> str:

@@ -18,8 +18,7 @@ TOKEN_BUDGET = 1024
 # Patches per vision run: one image of the published size, or as many small ones.
 PATCH_BUDGET = 3072
 # Query rows per attention piece: N² memory becomes rows × N. Fewer are slower, more only cost memory.
-DECODER_PIECE_ROWS = 256
-VISION_PIECE_ROWS = 256
+PIECE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +90,11 @@ def layout_groups(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     row = 0
     for prefix_length, suffix_lengths in groups:
         prefix = (row, row + prefix_length)
-        for start, end in _cut(*prefix, DECODER_PIECE_ROWS):
+        for start, end in _cut(*prefix, PIECE_ROWS):
             pieces.append((start, end, 0, 0, prefix[0], end, 0, 0))
         row = prefix[1]
         for suffix_length in suffix_lengths:
-            for start, end in _cut(row, row + suffix_length, DECODER_PIECE_ROWS):
+            for start, end in _cut(row, row + suffix_length, PIECE_ROWS):
                 pieces.append((start, end, *prefix, row, end, 0, 0))
             end = row + suffix_length
             last_pieces.append((len(last_index), len(last_index) + 1, *prefix, row, end, 0, 0))
@@ -104,15 +103,10 @@ def layout_groups(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     return Layout(row, _table(pieces, 8), np.asarray(last_index, np.int64), _table(last_pieces, 8))
 
 
-def vision_pieces(patch_counts: Sequence[int]) -> NDArray[np.int64]:
-    """(N, 4) q0 q1 k0 k1 for images of the given numbers of patches, packed: each sees itself alone."""
-    pieces: list[tuple[int, ...]] = []
-    first = 0
-    for count in patch_counts:
-        for start, end in _cut(first, first + count, VISION_PIECE_ROWS):
-            pieces.append((start, end, first, first + count))
-        first += count
-    return _table(pieces, 4)
+def image_rows(patch_counts: Sequence[int]) -> NDArray[np.int64]:
+    """(I, 2) first and end row of images of the given numbers of patches, packed."""
+    ends = np.cumsum(patch_counts, dtype=np.int64)
+    return np.stack([ends - np.asarray(patch_counts, np.int64), ends], axis=1)
 
 
 def pack_images(patch_counts: Sequence[int], patch_budget: int = PATCH_BUDGET) -> list[list[int]]:

@@ -27,7 +27,7 @@ from m0kit.config import ModelConfig
 from m0kit.errors import InputError
 from m0kit.image import Pixels, patchify, resize
 from m0kit.inputs import Content, Picture, parse_pair
-from m0kit.planner import Item, layout_groups, pack_images, plan_runs, vision_pieces
+from m0kit.planner import Item, image_rows, layout_groups, pack_images, plan_runs
 from m0kit.positions import mrope_positions, vision_positions
 from m0kit.prompt import ImageTokens, Prompt, PromptBuilder
 from m0kit.trace import Trace
@@ -397,7 +397,7 @@ class _Images:
         feeds = {
             "patches": np.concatenate([p.values for p in patches]),
             "positions": np.concatenate([vision_positions(p.grid_thw, image.merge_size) for p in patches]),
-            "pieces": vision_pieces([len(p.values) for p in patches]),
+            "images": image_rows([len(p.values) for p in patches]),
         }
         out = self._vision.run(feeds, ["image_embeds"])["image_embeds"]
         ends = np.cumsum([self._pixels[key].num_tokens for key in keys])

@@ -1,7 +1,6 @@
 """What the exporter's tests share: two random checkpoints and their artifacts, once per process."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,19 +21,18 @@ def broad_config() -> ModelConfig:
     return ModelConfig(decoder, vision, small.image, small.prompt)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The fixtures below open artifacts before a test's own cache folder is set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose values float16 holds exactly, so that fp16 storage alone changes nothing."""
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    folder = tmp_path_factory.mktemp("tiny-exact") / "checkpoint"
     write_checkpoint(folder, "tiny", dtype="float16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny: Path) -> Path:  # of its own: the fixture shared by all tests is made once, of the other tiny
+    folder = tiny.with_name("artifact")
+    export_artifact(tiny, folder, progress=False)
     return folder
 
 
@@ -44,13 +42,6 @@ def broad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "model_config", lambda *_: config)
         write_checkpoint(folder, "tiny", dtype="float16")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_artifact(tiny: Path) -> Path:
-    folder = tiny.with_name("artifact")
-    export_artifact(tiny, folder, progress=False)
     return folder
 
 

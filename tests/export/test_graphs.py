@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from m0kit import Reranker
 from m0kit.artifact import GRAPHS, read_manifest
 from m0kit.config import ModelConfig
-from m0kit.planner import layout_groups, vision_pieces
+from m0kit.planner import image_rows, layout_groups
 from m0kit.positions import vision_positions
 from m0kit.sessions import OnnxRuntimeGraph, open_graph
 from m0kit_export.builder import OPSET, Builder
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_export.graphs import CHUNK_ROWS
+from m0kit_export.graphs import CHUNK_ROWS, VISION_PIECE_ROWS
 from m0kit_parity.portable import ENGINES
 from m0kit_parity.reference import Reference
 
@@ -99,7 +99,7 @@ def run_vision(sides: Sides, sizes: Sequence[tuple[int, int]], patches: Sequence
     feeds = {
         "patches": np.concatenate(patches),
         "positions": np.concatenate([vision_positions(grid, sides.config.vision.merge_size) for grid in grids]),
-        "pieces": vision_pieces([len(p) for p in patches]),
+        "images": image_rows([len(p) for p in patches]),
     }
     return sides.vision.run(feeds, ["image_embeds"])["image_embeds"]
 
@@ -128,7 +128,7 @@ def test_vision_agrees_with_pytorch(sides: Sides, sizes: list[tuple[int, int]]) 
 
 def test_the_large_image_really_is_cut() -> None:
     assert CHUNK_ROWS < 34 * 32
-    assert len(vision_pieces([34 * 32])) > 2
+    assert VISION_PIECE_ROWS < 34 * 32
 
 
 def test_images_do_not_see_each_other(sides: Sides) -> None:
@@ -384,7 +384,8 @@ def test_what_grows_with_rows_times_columns_stands_inside_loops(written: Path) -
     for name, model in load_graphs(written).items():
         for depth, node in nodes_of(model.graph):
             if node.op_type in ("Attention", "LessOrEqual", "Softmax") or ".mlp." in "".join(node.input):
-                assert depth == 1 or "merger" in "".join(node.input), f"{name}: {node.name}"
+                expected = 2 if name == "vision" and node.op_type == "Attention" else 1  # images, then pieces
+                assert depth == expected or "merger" in "".join(node.input), f"{name}: {node.name}"
 
 
 PEAK = textwrap.dedent("""
@@ -396,7 +397,7 @@ PEAK = textwrap.dedent("""
     from m0kit.sessions import open_graph
 
     folder, T, rows = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    planner.DECODER_PIECE_ROWS = planner.VISION_PIECE_ROWS = rows
+    planner.PIECE_ROWS = rows
     config = read_manifest(folder).model
     layout = planner.layout_groups([(0, [T])])
     none = np.zeros((0, config.decoder.kv_size), np.float32)
@@ -413,7 +414,7 @@ PEAK = textwrap.dedent("""
     patches = {
         "patches": np.zeros((T, config.vision.patch_values), np.float32),
         "positions": np.zeros((T, 2), np.int64),
-        "pieces": planner.vision_pieces([T]),
+        "images": planner.image_rows([T]),
     }
 
     def peak():

@@ -1,6 +1,6 @@
 """What the runtime's tests share: one tiny random checkpoint, its artifact, and both sides opened."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,31 +9,12 @@ from PIL import Image
 
 from m0kit import Reranker
 from m0kit.config import ModelConfig
-from m0kit_export.export import export_artifact
-from m0kit_parity.checkpoints import write_checkpoint
 from m0kit_parity.reference import Reference
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The fixtures below open artifacts before a test's own cache folder is set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "checkpoint"
-    write_checkpoint(folder, "tiny")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def artifact(checkpoint: Path) -> Path:
-    folder = checkpoint.with_name("artifact")
-    export_artifact(checkpoint, folder, progress=False)
-    return folder
+def artifact(tiny_artifact: Path) -> Path:
+    return tiny_artifact
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +23,8 @@ def reranker(artifact: Path) -> Reranker:
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoint: Path) -> Reference:
-    return Reference.load(checkpoint)
+def reference(tiny: Path) -> Reference:
+    return Reference.load(tiny)
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m0kit.planner import (
-    DECODER_PIECE_ROWS,
-    VISION_PIECE_ROWS,
+    PIECE_ROWS,
     Item,
+    image_rows,
     layout_groups,
     pack_images,
     plan_runs,
-    vision_pieces,
 )
 
 items = st.lists(
@@ -74,7 +73,7 @@ def test_pieces_cover_every_row_once_and_see_prefix_and_own_rows(
     assert layout.last_index.tolist() == last
     covered = []
     for q0, q1, a0, a1, b0, b1, p0, p1 in layout.pieces.tolist():
-        assert 0 < q1 - q0 <= DECODER_PIECE_ROWS
+        assert 0 < q1 - q0 <= PIECE_ROWS
         assert (p0, p1) == (0, 0)
         keys = [*range(a0, a1), *range(b0, b1)]
         for i, query in enumerate(range(q0, q1)):
@@ -87,16 +86,11 @@ def test_pieces_cover_every_row_once_and_see_prefix_and_own_rows(
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=6), st.integers(1, 3000))
-def test_images_are_cut_into_pieces_that_see_their_own_image(counts: list[int], budget: int) -> None:
-    table = vision_pieces(counts)
-    owner = np.repeat(np.arange(len(counts)), counts)
-    ends = np.cumsum(counts)
-    assert [r for q0, q1, _, _ in table.tolist() for r in range(q0, q1)] == list(range(ends[-1]))
-    for q0, q1, k0, k1 in table.tolist():
-        assert q1 - q0 <= VISION_PIECE_ROWS
-        image = owner[q0]
-        assert owner[q1 - 1] == image
-        assert (k0, k1) == (ends[image] - counts[image], ends[image])
+def test_images_stand_one_after_the_other_in_packs(counts: list[int], budget: int) -> None:
+    table = image_rows(counts)
+    assert table.dtype == np.int64
+    assert [row for first, end in table.tolist() for row in range(first, end)] == list(range(sum(counts)))
+    assert np.diff(table).ravel().tolist() == counts
     packs = pack_images(counts, budget)
     assert [i for pack in packs for i in pack] == list(range(len(counts)))
     assert all(len(pack) == 1 or sum(counts[i] for i in pack) <= budget for pack in packs)
@@ -112,8 +106,8 @@ def test_where_a_pair_is_cut_does_not_depend_on_its_neighbours() -> None:
     assert np.diff(moved[:, :2], axis=1).tolist() == np.diff(alone.pieces[:, :2], axis=1).tolist()
 
 
-def test_no_images_make_no_pieces() -> None:
-    assert vision_pieces([]).shape == (0, 4)
+def test_no_images_take_no_rows() -> None:
+    assert image_rows([]).shape == (0, 2)
     assert pack_images([]) == []
 
 

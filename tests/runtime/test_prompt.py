@@ -32,8 +32,8 @@ def prompt_config(max_length: int = 10240, max_query_length: int = 512, shape: s
 
 
 @pytest.fixture(scope="session")
-def tokenizer_file(checkpoint: Path) -> Path:
-    return checkpoint / "tokenizer.json"
+def tokenizer_file(tiny: Path) -> Path:
+    return tiny / "tokenizer.json"
 
 
 @pytest.fixture(scope="session")
