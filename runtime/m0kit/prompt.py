@@ -6,6 +6,7 @@ never become one (the published tokenizer would take `<|image_pad|>` in a text f
     prompt = PromptBuilder(Path("m0-fp32/tokenizer.json"), config.prompt).build("slm", "some text")
 """
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,13 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._config = config
         self._document = lru_cache(maxsize=16)(self._build_document)  # one document, many queries
+
+    def with_limits(self, config: PromptConfig) -> "PromptBuilder":
+        """The same tokenizer under another configuration."""
+        other = copy.copy(self)
+        other._config = config
+        other._document = lru_cache(maxsize=16)(other._build_document)
+        return other
 
     def build(self, query: str | ImageTokens, document: str | ImageTokens) -> Prompt:
         """The prompt of one pair. Raises InputError when an image does not fit.

@@ -7,6 +7,7 @@
 the names that users of other rerankers know. A score never depends on what else is in the call.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -322,17 +323,27 @@ class Reranker:
         ]
 
     def compute_score(
-        self,
-        pairs: Sequence[Any],
-        *,
-        query_type: Literal["text", "image"] = "text",
-        doc_type: Literal["text", "image"] = "text",
-    ) -> float | list[float]:
+        self, pairs: Sequence[Any], batch_size: int = 8, max_length: int | None = None,
+        max_query_length: int | None = None, *, query_type: Literal["text", "image"] = "text",
+        doc_type: Literal["text", "image"] = "text", show_progress: bool = False,
+    ) -> float | list[float]:  # fmt: skip
         """The model card's call: a float for one pair, a list for several.
 
         With query_type or doc_type "image" a string on that side is the path of an image (the only place
-        where a string is not text: the caller has said so). Limits are set in `load`.
+        where a string is not text: the caller has said so). `max_length` and `max_query_length` are limits in
+        tokens for this call; a document keeps what the query leaves. `batch_size` is accepted and has no
+        effect. Raises ValueError for limits that do not fit together.
         """
+        del batch_size
+        own = self.config.prompt
+        prompt = replace(
+            own,
+            max_length=own.max_length if max_length is None else max_length,
+            max_query_length=own.max_query_length if max_query_length is None else max_query_length,
+        )
+        limited = copy.copy(self)
+        limited.config = replace(self.config, prompt=prompt)
+        limited._prompts = self._prompts.with_limits(prompt)
         listed, single = _listed(pairs)
         kinds = {"query": query_type, "document": doc_type}
 
@@ -346,7 +357,7 @@ class Reranker:
                 return declared(pair[0], query_type), declared(pair[1], doc_type)
             return pair  # of another shape: `score` says so
 
-        scores = [float(score) for score in self.score(map(typed, listed))]
+        scores = [float(score) for score in limited.score(map(typed, listed), progress=show_progress)]
         return scores[0] if single else scores
 
 

@@ -71,6 +71,9 @@ def open_graph(
         options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # patterns are kept per shape; here every run has its own
     options.add_session_config_entry("session.disable_prepacking", "1")
+    # Layout optimisation and constant folding would keep float16 weights in private memory, widened to float32;
+    # so they are widened as they are used. A float32 graph has no use for either.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
     path = folder / f"{name}.onnx"
     model: str | bytes = str(path)
@@ -79,7 +82,7 @@ def open_graph(
         model = path.read_bytes() + _outputs_message(also)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        session = ort.InferenceSession(model, options, providers=providers)
+        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=["ConstantFolding"])
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise

@@ -12,7 +12,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -489,6 +489,36 @@ def test_memory_goes_with_the_largest_tensor_and_not_with_the_checkpoint(
     grown, written = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
     assert written > 300
     assert grown < 80
+
+
+OPENED = textwrap.dedent("""
+    import sys
+    from m0kit import Reranker
+
+    def private():
+        return int(next(x for x in open("/proc/self/status") if x.startswith("RssAnon")).split()[1]) >> 10
+
+    Reranker.load(sys.argv[1], threads=1).score([("a", "b")])
+    before = private()
+    reranker = Reranker.load(sys.argv[2], threads=1)
+    opened = private()
+    reranker.score([("a", "b")])
+    print(opened - before, private() - before)
+""")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads private memory from /proc")
+@pytest.mark.parametrize("scheme", ["fp32", "fp16"])
+def test_opening_and_scoring_leave_the_weights_in_their_files(
+    tmp_path: Path, tiny_artifact: Path, heavy: Path, scheme: Literal["fp32", "fp16"]
+) -> None:
+    manifest = export_artifact(heavy, tmp_path / "heavy", scheme=scheme, progress=False)
+    command = [sys.executable, "-c", OPENED, str(tiny_artifact), str(tmp_path / "heavy")]
+    opened, used = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
+    assert manifest.num_bytes > 180 << 20
+    # MiB: 30 layers of nodes take some 20; weights widened or repacked would take hundreds
+    assert opened < 60
+    assert used < 60
 
 
 # --- it works ----------------------------------------------------------------------------------------------------

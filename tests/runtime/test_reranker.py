@@ -415,6 +415,21 @@ def test_compute_score_is_the_model_cards(
     assert as_text != pytest.approx(wanted[0], abs=100 * SAME)
 
 
+def test_compute_score_takes_the_cards_limits_for_one_call(reranker: Reranker, short: Reranker) -> None:
+    pairs = [["a", "z" * 600], ["another", DOCUMENTS[0]]]
+    whole = reranker.compute_score(pairs)
+    with pytest.warns(UserWarning, match="pair 0: the document was too long and was cut"):
+        cut = reranker.compute_score(pairs, max_length=1024)
+    with pytest.warns(UserWarning, match="pair 0: the document was too long and was cut"):
+        assert cut == pytest.approx(short.score(pairs).tolist(), abs=SAME)
+    assert abs(cut[0] - whole[0]) > 10 * SAME  # type: ignore[index]
+    assert reranker.compute_score(pairs, batch_size=1) == whole, "the call left no limit behind"
+    with pytest.warns(UserWarning, match="pair 0: the document"):  # 96 − 48 tokens for it, the header besides
+        reranker.compute_score([["a", "z" * 49]], max_length=96, max_query_length=48)
+    with pytest.raises(ValueError, match="must not exceed max_length"):
+        reranker.compute_score(pairs, max_length=64)
+
+
 def test_compute_score_takes_pairs_by_name_and_names_bad_ones(reranker: Reranker, expected: list[float]) -> None:
     pair = {"query": "slm markdown", "document": DOCUMENTS[0]}
     assert reranker.compute_score([pair, pair]) == pytest.approx([expected[0]] * 2, abs=SAME)

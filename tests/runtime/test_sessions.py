@@ -70,9 +70,9 @@ def test_a_device_that_does_not_start_is_an_error_and_no_fallback(
     asked: list[Any] = []
     real = onnxruntime.InferenceSession
 
-    def fall_back(model: Any, options: Any, providers: list[Any]) -> Any:
+    def fall_back(model: Any, options: Any, providers: list[Any], **others: Any) -> Any:
         asked.extend(providers)
-        return real(model, options, providers=["CPUExecutionProvider"])
+        return real(model, options, providers=["CPUExecutionProvider"], **others)
 
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
