@@ -56,6 +56,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PeftModel.base_model (LoraModel) .model (ours)
 _ADAPTER = "default"  # PEFT's name for an adapter that was not given one
 _EMBEDDING = "model.embed_tokens"
+_MERGED_ROWS = 1 << 14  # tokens of an embedding merged at once
 _FLOATS = ("F32", "F16", "BF16")
 
 # Options of LoraConfig that say what a trained adapter is and that the tests hold against PEFT. Any other
@@ -387,13 +388,39 @@ def _apply(adapter: _Adapter, unit: _Unit, tensors: dict[str, torch.Tensor]) -> 
     """One adapter merged into one module's own fp32 tensors, by leaf name."""
     merged = dict(tensors)
     if unit.stored:
-        merged = _merge_by_peft(adapter, unit, tensors)
+        state = {key: read_tensor(adapter.file, stored) for key, stored in unit.stored.items()}
+        if canonical_name(unit.path) == _EMBEDDING and _is_row_by_row(adapter, state):
+            merged = _merge_rows(adapter, unit, tensors, state)
+        else:
+            merged = _merge_by_peft(adapter, unit, tensors, state)
     for leaf, stored in unit.copied.items():
         merged[leaf] = read_tensor(adapter.file, stored).to(torch.float32, copy=True)
     return merged
 
 
-def _merge_by_peft(adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _is_row_by_row(adapter: _Adapter, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an embedding's update is of each token by itself: plain LoRA is, DoRA's norms are not."""
+    return not adapter.raw.get("use_dora") and any(".lora_embedding_A" in key for key in state)
+
+
+def _merge_rows(
+    adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """An embedding through PEFT some tokens at a time: whole, its update alone would take another 2 GB."""
+    merged = tensors["weight"]  # the caller's own, changed in place
+    for start in range(0, len(merged), _MERGED_ROWS):
+        rows = slice(start, start + _MERGED_ROWS)
+        part = {
+            key: value[:, rows] if ".lora_embedding_A" in key else value[rows] if ".base_layer." in key else value
+            for key, value in state.items()
+        }
+        merged[rows] = _merge_by_peft(adapter, unit, {"weight": merged[rows].clone()}, part)["weight"]
+    return {"weight": merged}
+
+
+def _merge_by_peft(
+    adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The unit's module through PEFT: attach, load, scale, merge, read back. By leaf name, fp32."""
     name, raw = adapter.spec.path.name, adapter.raw
     module = _make_module(canonical_name(unit.path), {leaf: t.shape for leaf, t in tensors.items()})
@@ -412,8 +439,6 @@ def _merge_by_peft(adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.T
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")),
         "task_type": None,
     }
-    state = {key: read_tensor(adapter.file, stored) for key, stored in unit.stored.items()}
-
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _peft_at_work(name, raw):
         model = peft.get_peft_model(skeleton, _lora_config(raw, **overrides))
         result = peft.set_peft_model_state_dict(model, state)

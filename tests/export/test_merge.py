@@ -23,6 +23,7 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from m0kit.errors import AdapterError, CheckpointError
+from m0kit_export import merge
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.merge import AdapterSpec, AdapterStack
 
@@ -336,6 +337,21 @@ def test_a_merge_reads_one_module_and_leaves_the_random_state_alone(
     stack.merged("model.layers.1.self_attn.q_proj.weight")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert read == ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.bias"]
+
+
+@pytest.mark.parametrize("form", ["embedding", "embedding by pattern", "embedding with dora"])
+@pytest.mark.parametrize("rows", [1, 7, 159, 160])
+def test_an_embedding_merged_some_tokens_at_a_time_is_the_same(
+    form: str, rows: int, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "_MERGED_ROWS", rows)
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    truth = merge_whole(model, (adapter, 0.5 if "dora" not in form else 1.0))
+    stack = open_stack(checkpoint, (adapter, 0.5 if "dora" not in form else 1.0))
+    # Sums of `rank` products in another blocking: the last bit at most.
+    torch.testing.assert_close(
+        stack.merged("model.embed_tokens.weight"), truth["model.embed_tokens.weight"], rtol=1e-6, atol=1e-7
+    )
 
 
 def test_provenance_names_hashes_and_licence_but_no_path(
