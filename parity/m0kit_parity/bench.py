@@ -148,10 +148,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def write_plot(path: Path, charts: Iterable[str]) -> None:
     """Charts one below the other in one self-contained SVG file."""
-    colours = ";".join(f"--{name}:{colour}" for name, colour in _LIGHT.items())
-    style = f"{colours};font:13px sans-serif;fill:{_LIGHT['ink']}"
+    style = f"font:13px sans-serif;fill:{_LIGHT['ink']}"
     parts, top = [], 0
     for chart in charts:
+        for name, colour in _LIGHT.items():  # written out: few viewers of SVG files know variables
+            chart = chart.replace(f"var(--{name})", colour)
         head, _, rest = chart.partition(">")
         _, _, width, height = (int(float(v)) for v in head.split('viewBox="')[1].split('"')[0].split())
         parts.append(f'<svg y="{top}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">{rest}')
