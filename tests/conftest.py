@@ -1,11 +1,16 @@
 """Shared by all tests: one hypothesis profile, few threads, a cache folder of our own, the tiny random model."""
 
 import os
+import signal
 
 # Two test processes on two cores: more threads than that only fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator
 from pathlib import Path
