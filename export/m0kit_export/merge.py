@@ -26,7 +26,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +391,8 @@ def _apply(adapter: _Adapter, unit: _Unit, tensors: dict[str, torch.Tensor]) -> 
         state = {key: read_tensor(adapter.file, stored) for key, stored in unit.stored.items()}
         if canonical_name(unit.path) == _EMBEDDING and _is_row_by_row(adapter, state):
             merged = _merge_rows(adapter, unit, tensors, state)
+        elif _are_tokens(state):
+            merged = _merge_tokens(adapter, unit, tensors, state)
         else:
             merged = _merge_by_peft(adapter, unit, tensors, state)
     for leaf, stored in unit.copied.items():
@@ -418,6 +420,22 @@ def _merge_rows(
     return {"weight": merged}
 
 
+def _are_tokens(state: Mapping[str, torch.Tensor]) -> bool:
+    """Trained tokens are all there is of an adapter in their module: then there is no LoRA."""
+    return any(key.endswith(".trainable_tokens_delta") for key in state)
+
+
+def _merge_tokens(
+    adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Trained tokens through PEFT in an embedding of these tokens alone: it copies the whole several times."""
+    merged = tensors["weight"]  # the caller's own, changed in place
+    indices = list(_token_indices(adapter.raw, unit.path))
+    alone = replace(adapter, raw={**adapter.raw, "trainable_token_indices": list(range(len(indices)))})
+    merged[indices] = _merge_by_peft(alone, unit, {"weight": merged[indices]}, state)["weight"]
+    return {"weight": merged}
+
+
 def _merge_by_peft(
     adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -430,7 +448,7 @@ def _merge_by_peft(
     _place(skeleton, unit.path, module)
 
     init = raw.get("init_lora_weights", True)
-    is_tokens = any(key.endswith(".trainable_tokens_delta") for key in unit.stored)  # then there is no LoRA
+    is_tokens = _are_tokens(state)
     overrides: dict[str, Any] = {
         # The module is known by now; patterns of ranks and alphas still go by its name.
         "target_modules": DUMMY_TARGET_MODULES if is_tokens else [unit.path],
