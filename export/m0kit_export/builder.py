@@ -1,10 +1,11 @@
 """A thin ONNX graph builder: nodes, constants, and weights that live in an external data file.
 
-Owns how a graph is put together, not what the model computes (`m0kit_export.graphs` does). Weights are
-declared by name, shape and type and get their place in the data file at once; their values are written
-later, one at a time, by whoever streams the checkpoint.
+Owns how a graph is put together and how a product with stored weights is spelled in ONNX, scheme by scheme; not
+what the model computes (`m0kit_export.graphs` does), nor how weights become fewer bits (`m0kit_quant` does).
+Tensors are declared by name and shape and get their place in the data file at once; their values are written
+later, one tensor at a time, by whoever streams the checkpoint.
 
-    builder = Builder("head", storage=np.float32)
+    builder = Builder("head", Recipe.default("fp32"))
     y = builder.linear("score.0", "hidden", (64, 64), bias=True)
 """
 
@@ -14,26 +15,36 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 from onnx import TensorProto, helper, numpy_helper
+
+from m0kit_quant import int8, nf4
+from m0kit_quant.recipe import Recipe
+from m0kit_quant.schemes import FLOATS, Scheme
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11  # the IR that came with opset 23
 ALIGNMENT = 4096  # a memory page: mapped weights never share a page, and any vector load is aligned
 
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators, of which quantised products are made
+
 _TYPES: dict[Any, int] = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
+    FLOATS["bf16"]: TensorProto.BFLOAT16,
     np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
-    """One tensor of the data file. `name` is the checkpoint's; `shape` may flatten the checkpoint's."""
+class Part:
+    """A stretch of the data file: a tensor, or one of the arrays that a scheme makes of it."""
 
-    name: str
+    name: str  # of the initializer
+    key: str  # the scheme's name for it
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int  # bytes, a multiple of ALIGNMENT
@@ -41,6 +52,20 @@ class Weight:
     @property
     def num_bytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the checkpoint and what is stored for it. `shape` may flatten the checkpoint's."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: Scheme
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +91,28 @@ class Graph:
 
     @property
     def data_bytes(self) -> int:
-        return max((w.offset + w.num_bytes for w in self.weights), default=0)
+        return max((p.offset + p.num_bytes for w in self.weights for p in w.parts), default=0)
 
 
 class Builder:
     """Collects one graph. Every method that makes a node returns the name of its (first) result.
 
-    `storage` is the type in which matrices are kept, float32 or float16; vectors that belong to
-    normalisations are always float32.
+    `recipe` says how matrices are stored; vectors that belong to normalisations are always float32.
+    With `observe` the graph also gives out, for the input x (T, K) of every product `name`, `{name}.peak` (K,), its
+    max|x|, `{name}.energy` (K,), its sum of squares, and `{name}.rows` (1,), its T: for calibration.
     """
 
-    def __init__(self, name: str, storage: DTypeLike) -> None:
+    def __init__(self, name: str, recipe: Recipe, observe: bool = False) -> None:
         self.name = name
-        self.storage = np.dtype(storage)
+        self.observe = observe
+        self._recipe = recipe
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: list[onnx.TensorProto] = []
         self._weights: dict[str, Weight] = {}
+        self._observed: list[Port] = []
+        self._quantized: dict[str, tuple[str, str]] = {}  # activation → its integers and the scales of its rows
+        self._contrib = False  # whether an operator is ONNX Runtime's own, inside a loop too
         self._end = 0
         self._serial = 0
 
@@ -91,6 +121,7 @@ class Builder:
     def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         """One node with one result."""
         out = out or self._fresh(op_type)
+        self._contrib |= attributes.get("domain") == CONTRIB
         self._nodes.append(helper.make_node(op_type, list(inputs), [out], name=out, **attributes))
         return out
 
@@ -126,20 +157,30 @@ class Builder:
 
     # --- weights -----------------------------------------------------------------------------------
 
-    def weight(self, name: str, shape: Sequence[int], dtype: DTypeLike | None = None) -> str:
-        """Declare a tensor of the data file under the checkpoint's own name."""
-        if name in self._weights:
-            raise AssertionError(f"weight {name} is declared twice")
-        weight = Weight(name, tuple(shape), np.dtype(dtype or self.storage), self._end)
-        self._weights[name] = weight
-        self._end = -(-(weight.offset + weight.num_bytes) // ALIGNMENT) * ALIGNMENT
-        tensor = TensorProto(name=name, data_type=_TYPES[weight.dtype], dims=weight.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        places = {"location": f"{self.name}.onnx.data", "offset": weight.offset, "length": weight.num_bytes}
-        for key, value in places.items():
-            tensor.external_data.add(key=key, value=str(value))
-        self._initializers.append(tensor)
-        return name
+    def vector(self, name: str, size: int, scheme: str = "fp32") -> str:
+        """Declare a vector of the checkpoint, stored as floats."""
+        return self._declare(name, (size,), Scheme(scheme))[""]
+
+    def lookup(self, name: str, ids: str, shape: tuple[int, int]) -> str:
+        """Rows `ids` (T,) of the table `name` (V, D) as float32 (T, D); only these rows are ever read."""
+        scheme = self._scheme(name, shape)
+        part = self._declare(name, shape, scheme)
+        if scheme.is_float:
+            rows = self.op("Gather", part[""], ids, axis=0)
+            return rows if scheme.name == "fp32" else self.cast(rows, np.float32)
+        if scheme.name == "int8":
+            rows = self.cast(self.op("Gather", part["int8"], ids, axis=0), np.float32)
+            scale = self.op("Gather", part["scale"], ids, axis=0)
+            return self.op("Mul", rows, self.op("Reshape", scale, self.const([-1, 1])))
+        assert scheme.block is not None
+        blocks = shape[1] // scheme.block
+        rows = self._nibbles(self.op("Gather", part["int4"], ids, axis=0), [-1, blocks, scheme.block])
+        zero = self._nibbles(self.op("Gather", part["zero_point"], ids, axis=0), [-1, blocks + blocks % 2, 1])
+        if blocks % 2:
+            zero = self.op("Slice", zero, self.const([0]), self.const([blocks]), self.const([1]))
+        scale = self.op("Reshape", self.op("Gather", part["scale"], ids, axis=0), self.const([-1, blocks, 1]))
+        values = self.op("Mul", self.op("Sub", rows, zero), scale)
+        return self.op("Reshape", values, self.const([-1, shape[1]]))
 
     def linear(
         self,
@@ -151,20 +192,95 @@ class Builder:
         half: bool = False,
         out: str | None = None,
     ) -> str:
-        """x (T, in) → (T, out), float32 in and out; the weight keeps the checkpoint's (out, in) layout.
+        """x (T, in) → (T, out), float32 in and out, by the matrix `name`.weight (out, in) as the recipe stores it.
 
-        With float16 storage the product itself runs in float16 only where `half` says that its values
-        stay in range; elsewhere the stored weight is widened first.
+        fp16: the product itself runs in float16 only where `half` says that its values stay in range; elsewhere,
+        and for bf16, the stored weight is widened as it is used.
         """
-        weight = self.weight(f"{name}.weight", shape)
-        offset = [self.weight(f"{name}.bias", shape[:1])] if bias else []
-        if self.storage == np.float32:
-            return self.op("Gemm", x, weight, *offset, transB=1, out=out)
-        if half:
-            y = self.op("Gemm", self.cast(x, np.float16), weight, *offset, transB=1)
+        if self.observe:
+            self._watch(name, x, shape[1])
+        scheme = self._scheme(f"{name}.weight", shape)
+        part = self._declare(f"{name}.weight", shape, scheme)
+        offset = [self.vector(f"{name}.bias", shape[0], "fp16" if scheme.name == "fp16" else "fp32")] if bias else []
+        if scheme.name == "fp32":
+            return self.op("Gemm", x, part[""], *offset, transB=1, out=out)
+        if scheme.name == "fp16" and half:
+            y = self.op("Gemm", self.cast(x, np.float16), part[""], *offset, transB=1)
             return self.op("Cast", y, to=TensorProto.FLOAT, out=out)
-        wide = [self.cast(tensor, np.float32) for tensor in (weight, *offset)]
-        return self.op("Gemm", x, *wide, transB=1, out=out)
+        if scheme.is_float:
+            if scheme.name == "fp16":
+                offset = [self.cast(vector, np.float32) for vector in offset]
+            return self.op("Gemm", x, self.cast(part[""], np.float32), *offset, transB=1, out=out)
+        last = None if offset else out
+        if scheme.name == "int8":
+            integers, row_scale = self._quantize_rows(x)
+            y = self.op(
+                *("MatMulIntegerToFloat", integers, part["int8"], self.const(1, np.float32), part["scale"]),
+                self.const(int8.ZERO_POINT, np.uint8),
+                domain=CONTRIB,
+            )
+            y = self.op("Mul", y, row_scale, out=last)
+        elif scheme.name == "nf4":
+            y = self.op(
+                *("MatMulBnb4", x, part["nf4"], part["absmax"]), out=last, domain=CONTRIB,
+                K=shape[1], N=shape[0], block_size=nf4.BLOCK_SIZE, quant_type=1,
+            )  # fmt: skip
+        else:
+            y = self.op(
+                *("MatMulNBits", x, part["int4"], part["scale"], part["zero_point"]), out=last, domain=CONTRIB,
+                K=shape[1], N=shape[0], bits=4, block_size=scheme.block, accuracy_level=4,
+            )  # fmt: skip
+        return self.op("Add", y, offset[0], out=out) if offset else y
+
+    def _quantize_rows(self, x: str) -> tuple[str, str]:
+        """x (T, K) → uint8 (T, K) and the scale of each row (T, 1); once for all products that take x.
+
+        `m0kit_quant.int8.quantize_activation` is the same in numpy.
+        """
+        if x not in self._quantized:
+            peak = self.op("ReduceMax", self.op("Abs", x), self.const([1]), keepdims=1)
+            peak = self.op("Max", peak, self.const(int8.SMALLEST, np.float32))
+            scale = self.op("Mul", peak, self.const(1 / int8.LEVELS, np.float32))
+            flat = self.op("Reshape", scale, self.const([-1]))
+            zero = self.op("Expand", self.const(int8.ZERO_POINT, np.uint8), self.op("Shape", flat))
+            self._quantized[x] = self.op("QuantizeLinear", x, flat, zero, axis=0), scale
+        return self._quantized[x]
+
+    def _nibbles(self, packed: str, shape: list[int]) -> str:
+        """Bytes → float32 values of 0…15 in `shape`, the low half of a byte first."""
+        low = self.op("BitwiseAnd", packed, self.const(15, np.uint8))
+        high = self.op("BitShift", packed, self.const(4, np.uint8), direction="RIGHT")
+        halves = [self.op("Unsqueeze", self.cast(half, np.float32), self.const([-1])) for half in (low, high)]
+        return self.op("Reshape", self.op("Concat", *halves, axis=-1), self.const(shape))
+
+    def _watch(self, name: str, x: str, size: int) -> None:
+        zero = self.const([0])
+        self.op("ReduceMax", self.op("Abs", x), zero, keepdims=0, out=f"{name}.peak")
+        self.op("ReduceSumSquare", x, zero, keepdims=0, out=f"{name}.energy")
+        self.op("Shape", x, end=1, out=f"{name}.rows")
+        self._observed += [Port(f"{name}.{what}", np.dtype(np.float32), (size,)) for what in ("peak", "energy")]
+        self._observed.append(Port(f"{name}.rows", np.dtype(np.int64), (1,)))
+
+    def _scheme(self, name: str, shape: tuple[int, int]) -> Scheme:
+        return self._recipe.scheme(name, shape)
+
+    def _declare(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, str]:
+        """Give the parts of a tensor their places; returns the initializer of each."""
+        if name in self._weights:
+            raise AssertionError(f"weight {name} is declared twice")
+        parts = []
+        for key, (part_shape, dtype) in scheme.layout(shape).items():
+            part = Part(f"{name}.{key}" if key else name, key, part_shape, dtype, self._end)
+            self._end = -(-(part.offset + part.num_bytes) // ALIGNMENT) * ALIGNMENT
+            tensor = TensorProto(name=part.name, data_type=_TYPES[dtype], dims=part_shape)
+            tensor.data_location = TensorProto.EXTERNAL
+            places = {"location": f"{self.name}.onnx.data", "offset": part.offset, "length": part.num_bytes}
+            for place, value in places.items():
+                tensor.external_data.add(key=place, value=str(value))
+            self._initializers.append(tensor)
+            parts.append(part)
+        self._weights[name] = Weight(name, tuple(shape), scheme, tuple(parts))
+        return {part.key: part.name for part in parts}
 
     # --- the whole ---------------------------------------------------------------------------------
 
@@ -177,6 +293,8 @@ class Builder:
     ) -> onnx.GraphProto:
         """Take the nodes added since `start` (a value of `mark()`) out and make them a subgraph."""
         nodes, self._nodes = self._nodes[start:], self._nodes[:start]
+        inside = {name for node in nodes for name in node.output}
+        self._quantized = {x: found for x, found in self._quantized.items() if found[0] not in inside}
         return helper.make_graph(nodes, name, list(inputs), list(outputs))
 
     def mark(self) -> int:
@@ -187,22 +305,20 @@ class Builder:
             self._nodes,
             self.name,
             [port.proto() for port in inputs],
-            [port.proto() for port in outputs],
+            [port.proto() for port in (*outputs, *self._observed)],
             self._initializers,
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[
+                helper.make_opsetid("", OPSET),
+                *([helper.make_opsetid(CONTRIB, 1)] if self._contrib else []),
+            ],
             ir_version=IR_VERSION,
             producer_name="m0kit",
         )
-        return Graph(model, tuple(self._weights.values()), tuple(inputs), tuple(outputs))
+        return Graph(model, tuple(self._weights.values()), tuple(inputs), (*outputs, *self._observed))
 
     def _fresh(self, op_type: str) -> str:
         self._serial += 1
         return f"{op_type}_{self._serial}"
-
-
-def as_numpy(weight: Weight, values: NDArray[Any]) -> NDArray[Any]:
-    """The values of a tensor in the type and (flattened) shape in which the data file keeps them."""
-    return np.ascontiguousarray(values.reshape(weight.shape), weight.dtype)

@@ -1,8 +1,9 @@
 """A checkpoint of jina-reranker-m0, or of a fine-tune: its dimensions, and its tensors one at a time.
 
 Owns the layout of the published files (config.json in its old and new forms, the two namings of tensors,
-shards) and refuses whatever it does not know. Weights stay memory-mapped: a tensor costs memory only while
-it is in use. Never runs code of the checkpoint and never opens a pickle. Knows nothing about adapters.
+shards, linear layers in bitsandbytes' 4 bits) and refuses whatever it does not know. Weights stay
+memory-mapped: a tensor costs memory only while it is in use. Never runs code of the checkpoint and never
+opens a pickle. Knows nothing about adapters.
 
     >>> checkpoint = open_checkpoint("jinaai/jina-reranker-m0")         # doctest: +SKIP
     >>> checkpoint.read("model.norm.weight").shape                      # doctest: +SKIP
@@ -26,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
+from m0kit_export.packed import Packed, Stored, join_pieces, unpack
+from m0kit_quant.nf4 import bitsandbytes_functional
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,14 +104,6 @@ _LICENCE_TITLES = {
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    file: str
-    name: str  # in the file
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checked checkpoint: exactly the tensors of `expected_shapes`, each with its shape."""
@@ -118,9 +113,10 @@ class Checkpoint:
     config: ModelConfig
     names: tuple[str, ...]  # canonical (published, before transformers 4.52), in the model's order
     dropped: tuple[str, ...]  # ("lm_head.weight",) when the file holds it: scoring has no use for it
+    packed: tuple[str, ...]  # those of `names` that are stored in 4 bits: their rounding is in what is read
     licence: str | None  # "cc-by-nc-4.0"
     tokenizer_file: Path
-    _stored: Mapping[str, _Stored] = field(repr=False)
+    _stored: Mapping[str, Stored] = field(repr=False)
     _files: tuple[str, ...] = field(repr=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -130,9 +126,14 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU as stored (fp32, fp16 or bf16), mapped from its file: do not write into it.
 
+        One that is stored in 4 bits is read as bitsandbytes reads it, in the dtype it was quantised from.
         Raises CheckpointError when it holds a NaN or an infinity, or the file changed since it was opened.
         """
         stored = self._locate(name)
+        if isinstance(stored, Packed):
+            tensor = unpack(stored, lambda piece: _read_raw(self.folder / piece.file, piece.name))
+            _check_finite(tensor, stored.name, stored.file)
+            return tensor
         tensor = read_tensor(self.folder / stored.file, stored.name)
         if tuple(tensor.shape) != stored.shape:
             raise CheckpointError(
@@ -142,7 +143,7 @@ class Checkpoint:
         return tensor
 
     def num_bytes(self) -> int:
-        """Bytes of all tensors in `names`, as stored."""
+        """Bytes of all tensors in `names`, in the dtypes they are read in."""
         stored = (self._stored[name] for name in self.names)
         return sum(math.prod(s.shape) * _ITEM_BYTES[s.dtype] for s in stored)
 
@@ -150,7 +151,7 @@ class Checkpoint:
         """sha256 (hex) of every file the checkpoint was read from, by file name. Reads all of them."""
         return {name: file_sha256(self.folder / name) for name in self._files}
 
-    def _locate(self, name: str) -> _Stored:
+    def _locate(self, name: str) -> Stored:
         if name not in self._stored:
             raise CheckpointError(f"{self.source} has no tensor {name!r} in use; see Checkpoint.names")
         return self._stored[name]
@@ -160,11 +161,17 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
     """Read and check everything but the tensors' values.
 
     source: a folder, or a hub id "organisation/name", of which only weights, JSON files, README and licence
-    are downloaded. revision and cache_dir concern hub ids only. Raises CheckpointError.
+    are downloaded. revision and cache_dir concern hub ids only. Raises CheckpointError, and DependencyError
+    when weights in 4 bits need bitsandbytes.
     """
     folder = _find_folder(source, revision, cache_dir)
     raw = read_json_object(folder / "config.json")
+    quant_type = _quant_type(raw)
     weight_files, stored = _read_headers(folder)
+    if quant_type is not None:
+        bitsandbytes_functional()
+        stored = join_pieces(stored, lambda piece: _read_raw(folder / piece.file, piece.name))
+        _check_quant_type(quant_type, stored)
     image_files, image = _read_image_config(folder)
     tokens = _read_token_ids(folder, raw)
     try:
@@ -190,6 +197,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
         config=config,
         names=names,
         dropped=dropped,
+        packed=tuple(name for name in names if isinstance(in_use[name], Packed)),
         licence=find_licence(folder, raw),
         tokenizer_file=folder / TOKENIZER,
         _stored=in_use,
@@ -272,19 +280,8 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor of a safetensors file, memory-mapped. Raises CheckpointError on NaN, infinity or damage."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError):
-        raise CheckpointError(
-            f"cannot read {name} from {path.name}: the file changed or is damaged. Fetch it again"
-        ) from None
-    # In pieces: the mask of the whole embedding would be a quarter of a gigabyte.
-    if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 1 << 24)):
-        raise CheckpointError(
-            f"{name} in {path.name} holds NaN or infinite values: the training diverged or the file is "
-            "damaged. Export an earlier state, or fetch it again"
-        )
+    tensor = _read_raw(path, name)
+    _check_finite(tensor, name, path.name)
     return tensor
 
 
@@ -328,6 +325,26 @@ def read_json_object(path: Path, error: type[CheckpointError] = CheckpointError)
     if not isinstance(raw, dict):
         raise error(f"{path.name} in {path.parent.name} holds {type(raw).__name__}, not an object")
     return raw
+
+
+def _read_raw(path: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError):
+        raise CheckpointError(
+            f"cannot read {name} from {path.name}: the file changed or is damaged. Fetch it again"
+        ) from None
+    return tensor
+
+
+def _check_finite(tensor: torch.Tensor, name: str, file: str) -> None:
+    # In pieces: the mask of the whole embedding would be a quarter of a gigabyte.
+    if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 1 << 24)):
+        raise CheckpointError(
+            f"{name} in {file} holds NaN or infinite values: the training diverged or the file is "
+            "damaged. Export an earlier state, or fetch it again"
+        )
 
 
 def _read_text(path: Path) -> str:
@@ -378,7 +395,7 @@ def _find_folder(source: str | Path, revision: str | None, cache_dir: Path | Non
         ) from error
 
 
-def _read_headers(folder: Path) -> tuple[list[str], list[_Stored]]:
+def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
     """Weight files (with the index) and everything they hold."""
     single, index = (folder / WEIGHTS).exists(), (folder / INDEX).exists()
     if single and index:
@@ -401,7 +418,7 @@ def _read_headers(folder: Path) -> tuple[list[str], list[_Stored]]:
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
             raise CheckpointError(f"{INDEX} sends {name} to {file!r}: expected the plain name of a shard")
     shards = sorted(set(weight_map.values()))
-    stored: list[_Stored] = []
+    stored: list[Stored] = []
     for shard in shards:
         if not (folder / shard).exists():
             raise CheckpointError(f"shard {shard} of {INDEX} is missing. Fetch it again")
@@ -419,17 +436,17 @@ def _read_headers(folder: Path) -> tuple[list[str], list[_Stored]]:
     return [INDEX, *shards], stored
 
 
-def _stored_in(folder: Path, file: str) -> list[_Stored]:
+def _stored_in(folder: Path, file: str) -> list[Stored]:
     header = read_header(folder / file)
-    return [_Stored(file, name, shape, dtype) for name, (shape, dtype) in header.items()]
+    return [Stored(file, name, shape, dtype) for name, (shape, dtype) in header.items()]
 
 
 def _match_tensors(
-    expected: Mapping[str, tuple[int, ...]], stored: list[_Stored], decoder: DecoderConfig
-) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, _Stored]]:
+    expected: Mapping[str, tuple[int, ...]], stored: list[Stored], decoder: DecoderConfig
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Stored]]:
     """(names, dropped, name → stored). Raises CheckpointError on anything missing, unknown or mis-shaped."""
     allowed = {**expected, "lm_head.weight": (decoder.vocab_size, decoder.hidden_size)}
-    found: dict[str, _Stored] = {}
+    found: dict[str, Stored] = {}
     for tensor in stored:
         name = canonical_name(tensor.name)
         if name not in allowed:
@@ -461,6 +478,41 @@ def _match_tensors(
     names = tuple(expected)
     dropped = tuple(name for name in found if name not in expected)
     return names, dropped, {name: found[name] for name in names}
+
+
+def _quant_type(raw: Mapping[str, Any]) -> str | None:
+    """ "nf4" or "fp4" when config.json says that linear layers are stored so by bitsandbytes."""
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return None
+    where = "config.json: quantization_config"
+    stated = _Section(where, quantization, {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"})
+    method, quant_type = stated.get("quant_method"), stated.get("bnb_4bit_quant_type")
+    if method != "bitsandbytes" or stated.get("load_in_8bit") or stated.get("load_in_4bit") is not True:
+        kind = "bitsandbytes 8-bit" if stated.get("load_in_8bit") else f"{method!r:.40}"
+        raise CheckpointError(
+            f"{where} is of {kind}; of quantised checkpoints m0kit reads bitsandbytes 4-bit (load_in_4bit) "
+            "alone. Dequantise this one and save it as bf16 or fp32"
+        )
+    if quant_type not in ("nf4", "fp4"):
+        raise CheckpointError(f"{where}: bnb_4bit_quant_type is {quant_type!r:.40}; bitsandbytes has 'nf4' and 'fp4'")
+    return str(quant_type)
+
+
+def _check_quant_type(quant_type: str, stored: list[Stored]) -> None:
+    """The tensors are what config.json says they are."""
+    packed = [tensor for tensor in stored if isinstance(tensor, Packed)]
+    if not packed:
+        raise CheckpointError(
+            "config.json has a quantization_config, but no tensor is stored in 4 bits. If the weights are plain "
+            "ones, remove it"
+        )
+    for tensor in packed:
+        if tensor.quant_type != quant_type:
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.file} is {tensor.quant_type}, config.json says {quant_type}: "
+                "the files are not of one model"
+            )
 
 
 class _Section:
@@ -505,10 +557,6 @@ class _Section:
 def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     top = _Section("config.json", raw, {})
     top.require("model_type", "qwen2_vl")
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            "config.json has a quantization_config: dequantise the checkpoint and save it as bf16 or fp32"
-        )
     id2label = raw.get("id2label")
     labels = raw.get("num_labels", len(id2label) if isinstance(id2label, dict) else 1)
     if labels not in (1, 2):  # 2 is transformers' default; the published code ignores it and has one logit

@@ -1,17 +1,45 @@
-"""`m0kit export`: the exporter's one command. Owns option names and what is printed, nothing else."""
+"""`m0kit export` and `m0kit quantize`. Owns option names and what is printed, nothing else."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from m0kit.artifact import Manifest
+from m0kit.precision import SCHEMES
+
+if TYPE_CHECKING:
+    from m0kit_quant.recipe import Recipe
+
+_path = click.Path(path_type=Path)
+_OPTIONS = (
+    click.option("-o", "--output", type=_path, required=True, help="Folder to write."),
+    click.option("--recipe", "recipe_file", type=_path, help="A TOML file that says how each matrix is stored."),
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="What the artifact is meant for: the default recipes differ.",
+    ),
+    click.option(
+        "--calibrate", "calibration", type=_path, help="JSON lines of query and document(s) to choose scales on."
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace the artifact that is there."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)
+
+
+def _shared(function: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--adapter",
     "adapters",
@@ -21,39 +49,90 @@ from m0kit.artifact import Manifest
 )
 @click.option(
     "--precision",
-    "scheme",
-    type=click.Choice(["fp32", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="How weights are stored.",
+    type=click.Choice(SCHEMES),
+    help="How weights are stored; fp32 unless a recipe says otherwise.",
+)
+@click.option(
+    "--qlora",
+    type=click.Choice(["single", "double"]),
+    help="The adapters were trained on the base in NF4, its scales quantised once or twice: merge them on that.",
+)
+@click.option(
+    "--qlora-keep",
+    multiple=True,
+    metavar="MODULE",
+    help="With --qlora, a module that the training did not quantise, repeatable; score.2 by default.",
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
-@click.option("--overwrite", is_flag=True, help="Replace the artifact that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_shared
 def export(
     checkpoint: str,
-    output: Path,
     adapters: tuple[str, ...],
-    scheme: Literal["fp32", "fp16"],
+    qlora: str | None,
+    qlora_keep: tuple[str, ...],
     revision: str | None,
-    overwrite: bool,
-    as_json: bool,
+    output: Path,
+    **options: Any,
 ) -> None:
     """Write the ONNX artifact of CHECKPOINT, a folder or a hub id.
 
-    Every weight is read back and compared; OUTPUT appears only when it is whole.
+    Everything written is read back and compared; OUTPUT appears only when it is whole.
     """
     from m0kit_export.export import export_artifact  # torch and transformers: not for `m0kit --help`
     from m0kit_export.merge import AdapterSpec
+    from m0kit_export.sources import QLora
 
+    if qlora_keep and not qlora:
+        raise click.UsageError("--qlora-keep goes with --qlora.")
+    trained = QLora(qlora == "double", qlora_keep or QLora.keep) if qlora else None
     manifest = export_artifact(
         checkpoint,
         output,
         adapters=[AdapterSpec.parse(a) for a in adapters],
-        scheme=scheme,
+        recipe=_recipe(options.pop("precision") or None, options, "fp32"),
+        calibration=options["calibration"],
+        qlora=trained,
         revision=revision,
-        overwrite=overwrite,
+        overwrite=options["overwrite"],
     )
+    describe(output, manifest, options["as_json"])
+
+
+@click.command()
+@click.argument("artifact", type=_path)
+@click.option("--precision", type=click.Choice(SCHEMES), help="How weights are stored.")
+@_shared
+def quantize(artifact: Path, output: Path, **options: Any) -> None:
+    """Write ARTIFACT, an fp32 one above all, in fewer bits: the same bytes as exporting the checkpoint that way."""
+    from m0kit_export.export import quantize_artifact
+
+    manifest = quantize_artifact(
+        artifact,
+        output,
+        recipe=_recipe(options.pop("precision"), options, None),
+        calibration=options["calibration"],
+        overwrite=options["overwrite"],
+    )
+    describe(output, manifest, options["as_json"])
+
+
+def _recipe(precision: str | None, options: dict[str, Any], default: str | None) -> "Recipe":
+    from m0kit_quant.recipe import Recipe
+
+    if options["recipe_file"] is not None:
+        recipe = Recipe.read(options["recipe_file"])
+        if precision not in (None, recipe.precision):
+            raise click.UsageError(
+                f"--precision {precision}, but the recipe is of {recipe.precision}. Leave one of the two out."
+            )
+        return recipe
+    if precision is None and default is None:
+        raise click.UsageError("Give --precision or --recipe.")
+    return Recipe.default(precision or str(default), options["device"])
+
+
+def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
+    """Say what was written, and under which licence its weights stand."""
     if as_json:
         summary = {
             "artifact": str(output),
@@ -64,11 +143,6 @@ def export(
         }
         click.echo(json.dumps(summary, ensure_ascii=False))
         return
-    describe(output, manifest)
-
-
-def describe(output: Path, manifest: Manifest) -> None:
-    """Say what was written, and under which licence its weights stand."""
     click.echo(f"{output}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}")
     click.echo(f"licence of the weights: {manifest.licence}", err=True)
     if dropped := manifest.provenance["dropped_tensors"]:

@@ -1,11 +1,13 @@
-"""Checkpoint and adapters → artifact, one tensor at a time: written aside, read back, renamed.
+"""Weights → artifact, one tensor at a time: written aside, read back, renamed.
 
-Owns the order of the steps and the safety of the result; what the graphs compute is `graphs`, how
-adapters merge is `merge`, what the folder contains is `m0kit.artifact`.
+Owns the order of the steps and the safety of the result. Where weights come from is `sources`, what the graphs
+compute is `graphs`, how weights become fewer bits is `m0kit_quant`, what the folder contains is `m0kit.artifact`.
 
-    export_artifact("jinaai/jina-reranker-m0", Path("m0-fp32"), adapters=[AdapterSpec.parse("./my-lora")])
+    export_artifact("jinaai/jina-reranker-m0", Path("m0-int8"), recipe=Recipe.default("int8"))
+    quantize_artifact(Path("m0-fp32"), Path("m0-int4"), recipe=Recipe.default("int4"))
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -13,12 +15,12 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,24 +29,30 @@ from onnx.external_data_helper import ExternalDataInfo
 from tqdm import tqdm
 
 from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, sha256_of, write_manifest
-from m0kit.errors import CheckpointError, OutputError
-from m0kit_export.builder import Graph, Port, Weight, as_numpy
-from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit.errors import CheckpointError, OutputError, RecipeError
+from m0kit_export.builder import Graph, Port, Weight
+from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.graphs import build_graphs
-from m0kit_export.merge import AdapterSpec, AdapterStack
+from m0kit_export.merge import AdapterSpec
+from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
+from m0kit_quant.calibration import Calibration, channel_scales
+from m0kit_quant.equalize import Rescaled, channel_groups
+from m0kit_quant.recipe import Recipe
+from m0kit_quant.weights import Weights
 
-Scheme = Literal["fp32", "fp16"]
-SCHEMES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 _SPARE_BYTES = 64 << 20  # for the tokenizer, graphs, manifest and the file system's own needs
 _CHUNK = 16 << 20
+_FP32 = Recipe.default("fp32")
 
 
 def export_artifact(
-    source: str | Path,
+    checkpoint: str | Path,
     output: Path,
     *,
     adapters: Sequence[AdapterSpec] = (),
-    scheme: Scheme = "fp32",
+    recipe: Recipe = _FP32,
+    calibration: Path | None = None,
+    qlora: QLora | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
     overwrite: bool = False,
@@ -52,42 +60,127 @@ def export_artifact(
 ) -> Manifest:
     """Write the artifact of a checkpoint (folder or hub id) with its adapters merged in order.
 
-    Every weight is read back from the finished file and compared bit by bit with what was meant. The
-    folder appears under its name only when it is whole. Peak memory is a few copies of the largest tensor.
+    `qlora`: the adapters were trained on the base in 4 bits, and are merged on it as it was then.
+    `calibration` is a file of pairs (see `calibrate`): an fp32 artifact is written beside `output` first, run on
+    them, and removed. Everything written is read back from the finished file and compared bit by bit. The folder
+    appears under its name only when it is whole. Peak memory is a few copies of the largest tensor.
 
-    Raises CheckpointError, AdapterError, OutputError.
+    Raises CheckpointError, AdapterError, RecipeError, OutputError.
     """
-    checkpoint = open_checkpoint(source, revision, cache_dir)
-    stack = AdapterStack.open(adapters, checkpoint)
-    graphs = build_graphs(checkpoint.config, SCHEMES[scheme])
-    _check_complete(checkpoint, graphs)
+    source = CheckpointSource.open(checkpoint, adapters, revision, cache_dir, qlora)
+    if calibration is None:
+        return _write(source, output, recipe, None, overwrite, progress)
+    # What is wrong with the recipe, the pairs or the place is said before minutes of work.
+    build_graphs(source.config, recipe)
+    list(read_pairs(calibration))
+    with _named_errors(output):
+        aside = _make_room(output, 0, overwrite)
+    try:
+        _write(source, aside / "fp32", _FP32, None, False, progress)
+        statistics = calibrate(aside / "fp32", calibration, progress=progress)
+        return _write(source, output, recipe, statistics, overwrite, progress)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def quantize_artifact(
+    folder: Path,
+    output: Path,
+    *,
+    recipe: Recipe,
+    calibration: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """The same from an fp32, fp16 or bf16 artifact: from fp32 bit for bit what export from the checkpoint writes.
+
+    Raises ArtifactError, RecipeError, OutputError.
+    """
+    source = ArtifactSource.open(folder)
+    if output.resolve() == folder.resolve():
+        raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
+    build_graphs(source.config, recipe)
+    with _named_errors(output):
+        _check_place(output, overwrite)
+    statistics = None if calibration is None else calibrate(folder, calibration, progress=progress)
+    return _write(source, output, recipe, statistics, overwrite, progress)
+
+
+def _write(
+    source: Source, output: Path, recipe: Recipe, calibration: Calibration | None, overwrite: bool, progress: bool
+) -> Manifest:
+    graphs = build_graphs(source.config, recipe)
+    _check_complete(source, graphs)
+    if calibration is not None:
+        _check_seen(calibration, graphs)
     num_bytes = sum(graph.data_bytes for graph in graphs.values())
     with _interruptible(), _written_aside(output, num_bytes + _SPARE_BYTES, overwrite) as folder:
         # None: no bar where stderr is no terminal, a log file above all; there each phase is one line
         disable = None if progress else True
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
+            weights, scales = _rescaled(source, recipe, calibration, bar, progress)
             _begin("writing", bar, num_bytes, progress)
+            hashes: dict[str, str] = {}
             for name, graph in graphs.items():
-                _write_weights(folder / f"{name}.onnx.data", graph, stack, bar)
+                path = folder / f"{name}.onnx.data"
+                hashes |= _write_weights(path, graph, weights, bar, _importance(source, scales, calibration))
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
-                _check_weights(folder, f"{name}.onnx", stack, bar)
-            shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
+                _check_weights(folder, f"{name}.onnx", hashes, bar)
+            shutil.copyfile(source.tokenizer_file, folder / TOKENIZER)
             sizes = {path: path.stat().st_size for path in sorted(folder.iterdir())}
             _begin("hashing", bar, sum(sizes.values()), progress)
             files = {path.name: FileEntry(size, sha256_of(path, bar.update)) for path, size in sizes.items()}
         manifest = Manifest(
-            model=checkpoint.config,
-            scheme=scheme,
+            model=source.config,
+            scheme=recipe.precision,
             graphs={name: _ports(graph) for name, graph in graphs.items()},
             files=files,
-            provenance=_provenance(checkpoint, stack),
+            provenance={
+                **source.provenance(),
+                "calibration": calibration.about if calibration else None,
+                "tools": _tools(),
+            },
+            recipe=recipe.to_dict(),
         )
         for path in folder.iterdir():
             _flush(path)
         write_manifest(folder, manifest)
     return manifest
+
+
+def _rescaled(
+    source: Source, recipe: Recipe, calibration: Calibration | None, bar: Any, progress: bool
+) -> tuple[Weights, Mapping[str, NDArray[np.float32]]]:
+    """The weights with the ranges of their channels shared between layers, where the recipe says so."""
+    if not recipe.equalize:
+        return source, {}
+    groups = channel_groups(source.config)
+    _begin("equalizing", bar, sum(4 * _size(source, name) for group in groups for name in group.consumers), progress)
+    consumed = {group.name: sum(4 * _size(source, name) for name in group.consumers) for group in groups}
+    scales = channel_scales(source, source.config, recipe, calibration, lambda name: bar.update(consumed[name]))
+    return Rescaled(source, groups, scales), scales
+
+
+def _size(source: Source, name: str) -> int:
+    return int(np.prod(source.shape(name)))
+
+
+def _importance(
+    source: Source, scales: Mapping[str, NDArray[np.float32]], calibration: Calibration | None
+) -> Mapping[str, NDArray[np.float32]]:
+    """By tensor: how much the error of each input counts, after its channels were scaled."""
+    if calibration is None:
+        return {}
+    found = {name: calibration.importance(name) for name in source.names}
+    by_tensor = {name: values for name, values in found.items() if values is not None}
+    for group in channel_groups(source.config):
+        if group.name in scales:
+            columns = scales[group.name][group.columns]
+            for tensor in group.consumers:
+                by_tensor[tensor] = np.asarray(by_tensor[tensor] / columns**2, np.float32)
+    return by_tensor
 
 
 @contextmanager
@@ -125,57 +218,71 @@ def _begin(phase: str, bar: Any, num_bytes: int, progress: bool) -> None:
         print(f"{phase}: {num_bytes / 2**20:.1f} MiB", file=sys.stderr, flush=True)
 
 
-def _check_complete(checkpoint: Checkpoint, graphs: dict[str, Graph]) -> None:
+def _check_complete(source: Source, graphs: dict[str, Graph]) -> None:
     """No tensor of the checkpoint is forgotten, none is made up."""
     used = {weight.name for graph in graphs.values() for weight in graph.weights}
-    if odd := sorted(used.symmetric_difference(checkpoint.names)):
-        raise CheckpointError(f"{checkpoint.source}: graphs and checkpoint differ in the tensors {odd[:5]}.")
+    if odd := sorted(used.symmetric_difference(source.names)):
+        raise CheckpointError(f"{source.name}: graphs and checkpoint differ in the tensors {odd[:5]}.")
 
 
-def _stored(weight: Weight, stack: AdapterStack, source: str) -> NDArray[Any]:
-    """What the data file shall hold for one weight."""
-    values = stack.merged(weight.name).numpy()
-    with np.errstate(over="ignore"):
-        stored = as_numpy(weight, values)
-    if not np.isfinite(stored).all():
-        raise CheckpointError(
-            f"{source}: {weight.name} holds {np.abs(values).max():g}, which {weight.dtype} cannot; "
-            "export it as fp32, or look for the reason in the checkpoint or its adapters."
+def _check_seen(calibration: Calibration, graphs: dict[str, Graph]) -> None:
+    """Every product whose weights lose bits was computed in calibration: pairs of text never reach the vision graph."""
+    losing = [w for graph in graphs.values() for w in graph.weights if not (w.scheme.is_float or w.scheme.table)]
+    if unseen := [weight.name for weight in losing if calibration.importance(weight.name) is None]:
+        raise RecipeError(
+            f"no pair of the calibration set reaches {unseen[0]} and {len(unseen) - 1} more matrices. "
+            "Add pairs with an image, a few at least, or calibrate for a recipe that leaves these matrices as floats."
         )
-    return stored
 
 
-def _write_weights(path: Path, graph: Graph, stack: AdapterStack, bar: Any) -> None:
+def _write_weights(
+    path: Path, graph: Graph, weights: Weights, bar: Any, importance: Mapping[str, NDArray[np.float32]]
+) -> dict[str, str]:
+    """Write every part in its place; returns the sha256 of each by its initializer's name."""
+    hashes = {}
     with open(path, "wb") as file:
         for weight in graph.weights:
-            file.seek(weight.offset)
-            file.write(_bytes(_stored(weight, stack, path.stem)).data)
-            bar.update(weight.num_bytes)
+            parts = _encoded(weight, weights, importance.get(weight.name))
+            for part in weight.parts:
+                stored = parts[part.key]
+                if stored.shape != part.shape or stored.dtype != part.dtype:
+                    raise AssertionError(f"{part.name}: {stored.dtype} {stored.shape} does not fit its place")
+                raw = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+                file.seek(part.offset)
+                file.write(raw.data)
+                hashes[part.name] = hashlib.sha256(raw.data).hexdigest()
+                bar.update(part.num_bytes)
+    return hashes
 
 
-def _check_weights(folder: Path, name: str, stack: AdapterStack, bar: Any) -> None:
-    """Follow the written graph's own references into its data file and compare every value."""
+def _encoded(weight: Weight, weights: Weights, importance: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
+    values = weights.read(weight.name).reshape(weight.shape)
+    try:
+        return weight.scheme.encode(values, importance)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{weight.name} {error}; store it as fp32, or look for the reason in the checkpoint or its adapters."
+        ) from None
+
+
+def _check_weights(folder: Path, name: str, hashes: Mapping[str, str], bar: Any) -> None:
+    """Follow the written graph's own references into its data file and compare what is there."""
     for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = ExternalDataInfo(tensor)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        weight = Weight(tensor.name, tuple(tensor.dims), dtype, place.offset or 0)
-        meant = _bytes(_stored(weight, stack, name))
+        found, left = hashlib.sha256(), int(place.length or 0)
         with open(folder / place.location, "rb") as file:
-            file.seek(weight.offset)
-            for start in range(0, len(meant), _CHUNK):
-                piece = meant[start : start + _CHUNK]
-                if not np.array_equal(np.frombuffer(file.read(len(piece)), np.uint8), piece):
-                    raise OutputError(
-                        f"{folder / place.location}: {tensor.name} reads back differently from what was "
-                        "written. The disk may be failing; export to another place."
-                    )
+            file.seek(place.offset or 0)
+            while left and (piece := file.read(min(left, _CHUNK))):
+                found.update(piece)
+                left -= len(piece)
                 bar.update(len(piece))
-
-
-def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    return array.reshape(-1).view(np.uint8)
+        if left or found.hexdigest() != hashes[tensor.name]:
+            raise OutputError(
+                f"{folder / place.location}: {tensor.name} reads back differently from what was "
+                "written. The disk may be failing; export to another place."
+            )
 
 
 def _ports(graph: Graph) -> dict[str, Any]:
@@ -185,22 +292,21 @@ def _ports(graph: Graph) -> dict[str, Any]:
     return {"inputs": [described(p) for p in graph.inputs], "outputs": [described(p) for p in graph.outputs]}
 
 
-def _provenance(checkpoint: Checkpoint, stack: AdapterStack) -> dict[str, Any]:
-    tools = ("m0kit", "torch", "transformers", "peft", "safetensors", "onnx", "numpy")
-    return {
-        "base": checkpoint.source,
-        "base_files": checkpoint.fingerprint(),
-        "dropped_tensors": list(checkpoint.dropped),
-        "adapters": stack.provenance(),
-        "licence": checkpoint.licence,
-        "tools": {"python": platform.python_version(), **{tool: version(tool) for tool in tools}},
-    }
+def _tools() -> dict[str, str]:
+    """Versions of what can change a weight."""
+    tools = {"python": platform.python_version()}
+    for tool in ("m0kit", "torch", "transformers", "peft", "safetensors", "onnx", "numpy", "bitsandbytes"):
+        try:
+            tools[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return tools
 
 
 @contextmanager
 def _written_aside(output: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its name when the block ends well, and vanishes when not."""
-    try:
+    with _named_errors(output):
         aside = _make_room(output, num_bytes, overwrite)
         try:
             yield aside
@@ -209,6 +315,13 @@ def _written_aside(output: Path, num_bytes: int, overwrite: bool) -> Iterator[Pa
             _flush(aside.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _named_errors(output: Path) -> Iterator[None]:
+    """What the file system refuses comes out as an OutputError."""
+    try:
+        yield
     except OutputError:
         raise
     except PermissionError as error:
@@ -219,13 +332,7 @@ def _written_aside(output: Path, num_bytes: int, overwrite: bool) -> Iterator[Pa
 
 def _make_room(output: Path, num_bytes: int, overwrite: bool) -> Path:
     """See that `output` may be written and fits; returns a new empty folder beside it."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not overwrite:
-            raise OutputError(f"{output}: exists and is not empty. Choose another folder, or --overwrite.")
-        if not (output / MANIFEST).is_file():
-            raise OutputError(f"{output}: is not an artifact, so it is not overwritten. Choose another folder.")
-    if output.is_mount():
-        raise OutputError(f"{output}: is a mount point, which no folder can replace. Choose a folder inside it.")
+    _check_place(output, overwrite)
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
@@ -236,6 +343,17 @@ def _make_room(output: Path, num_bytes: int, overwrite: bool) -> Path:
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=parent))
     aside.chmod(0o755)
     return aside
+
+
+def _check_place(output: Path, overwrite: bool) -> None:
+    """Raises OutputError when nothing may be written there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not overwrite:
+            raise OutputError(f"{output}: exists and is not empty. Choose another folder, or --overwrite.")
+        if not (output / MANIFEST).is_file():
+            raise OutputError(f"{output}: is not an artifact, so it is not overwritten. Choose another folder.")
+    if output.is_mount():
+        raise OutputError(f"{output}: is a mount point, which no folder can replace. Choose a folder inside it.")
 
 
 def _put_in_place(aside: Path, output: Path) -> None:

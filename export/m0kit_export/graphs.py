@@ -9,7 +9,7 @@ grows with the length and not with its square. In the decoder a table of pieces 
 which answer: one prefix can answer to any number of suffixes, whether it was computed in this run or comes
 from a cache. In the vision encoder each image is cut into pieces by itself and sees nothing else.
 
-    graph = decoder_graph(config, np.float32)
+    graph = decoder_graph(config.decoder, Recipe.default("fp32"))
 
 Sources: Qwen2-VL (arXiv:2409.12191), transformers' `modeling_qwen2_vl`, the ONNX operators Attention,
 RMSNormalization and RotaryEmbedding (opset 23), LayerNormalization (17), Gelu (20).
@@ -20,11 +20,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from onnx import TensorProto, helper
 
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit_export.builder import Builder, Graph, Port
+from m0kit_quant.recipe import EMBEDDING, Recipe
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 
@@ -38,16 +38,21 @@ CHUNK_ROWS = 1024
 VISION_PIECE_ROWS = 256
 
 
-def build_graphs(config: ModelConfig, storage: DTypeLike) -> dict[str, Graph]:
-    """All three by name; `storage` is float32 or float16."""
-    return {
-        "vision": vision_graph(config, storage),
-        "decoder": decoder_graph(config.decoder, storage),
-        "head": head_graph(config.decoder, storage),
+def build_graphs(config: ModelConfig, recipe: Recipe, observe: bool = False) -> dict[str, Graph]:
+    """All three by name, matrices stored as the recipe has it; `observe` as in `Builder`.
+
+    Raises RecipeError when the recipe does not fit the model.
+    """
+    graphs = {
+        "vision": vision_graph(config, recipe, observe),
+        "decoder": decoder_graph(config.decoder, recipe, observe),
+        "head": head_graph(config.decoder, recipe, observe),
     }
+    recipe.check(w.name for graph in graphs.values() for w in graph.weights if len(w.shape) == 2)
+    return graphs
 
 
-def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
+def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False) -> Graph:
     """Patches of any number of images → one embedding per 2×2 patches.
 
     patches (P, 1176) float32 in merge order · positions (P, 2) row and column · images (I, 2) int64: rows
@@ -55,7 +60,7 @@ def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
     The convolution's kernel equals its stride, so it is a product with the flattened kernel.
     """
     vision, width = config.vision, config.vision.width
-    b = Builder("vision", storage)
+    b = Builder("vision", recipe, observe)
     x = b.linear("visual.patch_embed.proj", "patches", (width, vision.patch_values), bias=False)
     # Rotary frequencies: the first half of a head's pairs turns with the row, the second with the column.
     pairs = vision.head_dim // 2
@@ -72,7 +77,7 @@ def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
         a = _vision_attention(b, q, k, v, vision.num_heads, width)
         x = b.op("Add", x, b.linear(f"{block}.attn.proj", a, (width, width), bias=True, half=True))
         h = _layer_norm(b, f"{block}.norm2", x, width, vision.layer_norm_eps)
-        h = _in_chunks(b, h, width, CHUNK_ROWS, partial(_quick_mlp, b, f"{block}.mlp", width, vision.mlp_size))
+        h = _by_rows(b, h, width, partial(_quick_mlp, b, f"{block}.mlp", width, vision.mlp_size))
         x = b.op("Add", x, h)
     merged = width * vision.merge_size**2
     h = _layer_norm(b, "visual.merger.ln_q", x, width, vision.layer_norm_eps)
@@ -89,7 +94,7 @@ def vision_graph(config: ModelConfig, storage: DTypeLike) -> Graph:
     )
 
 
-def decoder_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
+def decoder_graph(config: DecoderConfig, recipe: Recipe, observe: bool = False) -> Graph:
     """Tokens of any number of pairs → hidden state of the last token of each, after the final norm.
 
     token_ids (T,) · image_embeds (V, D), put in the place of rows image_token_index (V,) ·
@@ -103,11 +108,8 @@ def decoder_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
     """
     D, F, KV = config.hidden_size, config.intermediate_size, config.kv_size
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    b = Builder("decoder", storage)
-    embedding = b.weight("model.embed_tokens.weight", (config.vocab_size, D))
-    x = b.op("Gather", embedding, "token_ids", axis=0)
-    if b.storage != F32:
-        x = b.cast(x, F32)
+    b = Builder("decoder", recipe, observe)
+    x = b.lookup(EMBEDDING, "token_ids", (config.vocab_size, D))
     x = b.op("ScatterND", x, b.op("Reshape", "image_token_index", b.const([-1, 1])), "image_embeds")
     frequency = _inverse_frequency(config.rope_theta, config.head_dim)
     axis = np.repeat([0, 1, 2], config.mrope_section)
@@ -132,7 +134,7 @@ def decoder_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
         o = b.linear(f"{layer}.self_attn.o_proj", a, (D, heads * config.head_dim), bias=False, half=True)
         x = b.op("Add", x, o)
         h = _rms_norm(b, f"{layer}.post_attention_layernorm", x, D, config.rms_norm_eps)
-        h = _in_chunks(b, h, D, CHUNK_ROWS, partial(_gated_mlp, b, f"{layer}.mlp", D, F))
+        h = _by_rows(b, h, D, partial(_gated_mlp, b, f"{layer}.mlp", D, F))
         x = b.op("Add", x, h, out=f"layers.{i}")
     _rms_norm(b, "model.norm", x, D, config.rms_norm_eps, out="hidden")
     pasts = [f"past_key_values.{i}.{kv}" for i in range(config.num_layers) for kv in ("key", "value")]
@@ -151,10 +153,10 @@ def decoder_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
     )
 
 
-def head_graph(config: DecoderConfig, storage: DTypeLike) -> Graph:
+def head_graph(config: DecoderConfig, recipe: Recipe, observe: bool = False) -> Graph:
     """hidden (B, D) float32 → logit (B,) float32: Linear, ReLU, Linear to one value."""
     D = config.hidden_size
-    b = Builder("head", storage)
+    b = Builder("head", recipe, observe)
     h = b.op("Relu", b.linear("score.0", "hidden", (D, D), bias=True))
     h = b.linear("score.2", h, (1, D), bias=True)
     b.op("Reshape", h, b.const([-1]), out="logit")
@@ -174,6 +176,11 @@ def _quick_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
     h = b.linear(f"{name}.fc1", x, (inner, width), bias=True)
     gate = b.op("Sigmoid", b.op("Mul", h, b.const(1.702, F32)))
     return b.linear(f"{name}.fc2", b.op("Mul", h, gate), (width, inner), bias=True)
+
+
+def _by_rows(b: Builder, x: str, width: int, mlp: Callable[[str], str]) -> str:
+    """An MLP over a bounded number of rows at once; in one go when observed, as a loop gives nothing out."""
+    return mlp(x) if b.observe else _in_chunks(b, x, width, CHUNK_ROWS, mlp)
 
 
 def _in_chunks(b: Builder, x: str, width: int, num_rows: int, layer: Callable[[str], str]) -> str:
@@ -318,10 +325,10 @@ def _inverse_frequency(theta: float, dim: int) -> np.ndarray:
 
 
 def _rms_norm(b: Builder, name: str, x: str, width: int, eps: float, out: str | None = None) -> str:
-    weight = b.weight(f"{name}.weight", (width,), F32)
+    weight = b.vector(f"{name}.weight", width)
     return b.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, out=out)
 
 
 def _layer_norm(b: Builder, name: str, x: str, width: int, eps: float) -> str:
-    weight, bias = b.weight(f"{name}.weight", (width,), F32), b.weight(f"{name}.bias", (width,), F32)
+    weight, bias = b.vector(f"{name}.weight", width), b.vector(f"{name}.bias", width)
     return b.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)

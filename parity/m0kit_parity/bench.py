@@ -3,7 +3,7 @@
 Owns the workloads, the timing and the tables. Time is compared with transformers as a ratio, both sides taking
 turns in one run, because machines are noisy and differ; nothing here passes or fails.
 
-    m0kit bench pairs                   whole pairs against transformers fp32 on full-width layers
+    m0kit bench pairs                   whole pairs against transformers fp32 on full-width layers, every precision
     m0kit bench growth m0-fp32          seconds as pairs, tokens and pixels grow
     m0kit bench memory m0-fp32          peak memory as tokens and pixels grow, a fresh process for each
     m0kit bench ranking m0-fp32         nDCG@10 on the evaluation set that m0kit carries
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -30,12 +31,15 @@ from tqdm import tqdm
 
 from m0kit.config import ModelConfig
 from m0kit.errors import InputError, M0kitError
+from m0kit.precision import SCHEMES
 from m0kit.prompt import PromptBuilder
 from m0kit_parity import plot
 
 # Words that stand for one token each in Qwen2's vocabulary behind a blank, and for a few in a small one.
 WORDS: Final = ("the", "model", "page", "text", "small", "language", "score", "image", "data", "report", "line")
 _ONE_TOKEN: Final = "7"  # wherever it stands: the pre-tokeniser splits off every digit
+PEERS: Final = ("openvino-int8", "llama-f16", "llama-q8_0", "llama-q4_0", "llama-q4_k")  # peers.NAMES, without PyTorch
+_TORCH: Final = "transformers fp32"
 QUERY: Final = "small language model"
 _LIGHT: Final = {"ink": "#1d2430", "faint": "#5b6472", "grid": "#d9dee6", "series-0": "#2f6fd0", "series-1": "#c4641a",
                  "series-2": "#2b8a57"}  # fmt: skip
@@ -44,13 +48,13 @@ Pair = tuple[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """One workload on both sides; seconds are medians."""
+class Timing:
+    """One side of one workload; seconds are the median of its turns."""
 
-    name: str
-    ours: float
-    theirs: float
-    ratio: float  # median of the turns' ratios: how many times faster we are
+    workload: str
+    side: str
+    seconds: float
+    ratio: float  # median of the turns' ratios: how many times faster than the side compared with
     low: float
     high: float
 
@@ -94,26 +98,27 @@ def workloads(prompts: PromptBuilder, mixed: Sequence[int] = (8, 32)) -> dict[st
 
 
 def take_turns(
-    ours: Callable[[], object], theirs: Callable[[], object], repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[list[float], list[float]]:  # fmt: skip
+    sides: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each side over `repeats` turns, after one turn that does not count."""
-    times: tuple[list[float], list[float]] = ([], [])
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
-        for side, run in zip(times, (ours, theirs), strict=True):
+        for name, run in sides.items():
             start = clock()
             run()
             if turn:
-                side.append(clock() - start)
+                times[name].append(clock() - start)
     return times
 
 
-def ratio_of(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Medians, and the median and range of the ratios turn by turn."""
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return Ratio(
-        name, statistics.median(ours), statistics.median(theirs), statistics.median(ratios), min(ratios), max(ratios)
-    )
+def compare(workload: str, times: Mapping[str, Sequence[float]], baseline: str) -> list[Timing]:
+    """Medians of each side, and median and range of its ratios to the baseline turn by turn."""
+    timings = []
+    for side, seconds in times.items():
+        ratios = [b / a for a, b in zip(seconds, times[baseline], strict=True)]
+        middle = statistics.median(seconds)
+        timings.append(Timing(workload, side, middle, statistics.median(ratios), min(ratios), max(ratios)))
+    return timings
 
 
 def machine() -> dict[str, Any]:
@@ -178,47 +183,73 @@ def bench() -> None:
 
 
 @bench.command()
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(SCHEMES),
+    default=("fp32", "int8", "int4"),
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option("--peer", "peer_names", multiple=True, metavar="NAME", help=f"Repeatable: {', '.join(PEERS)}.")
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Decoder layers, vision blocks.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--only", multiple=True, metavar="TEXT", help="Only workloads whose name holds TEXT; repeatable.")
 @_THREADS
 @_JSON
-def pairs(layers: int, repeats: int, only: tuple[str, ...], threads: int, as_json: bool) -> None:
+def pairs(
+    precisions: tuple[str, ...], peer_names: tuple[str, ...], layers: int, repeats: int, only: tuple[str, ...],
+    threads: int, as_json: bool,
+) -> None:  # fmt: skip
     """Whole pairs against transformers fp32 (sdpa, as many threads) on full-width layers with random weights.
 
     A whole pair is everything between the call and the score: decoding and preparing the image,
-    tokenising, all graphs. The other side is the published scoring call, batches of 8 padded on the left.
+    tokenising, all graphs. transformers' side is the published scoring call, batches of 8 padded on the left.
+    All sides take turns in one run.
     """
     import torch
 
     from m0kit.reranker import Reranker
     from m0kit_export.export import export_artifact
     from m0kit_parity.checkpoints import write_checkpoint
+    from m0kit_parity.peers import peers
     from m0kit_parity.reference import Reference
+    from m0kit_quant.recipe import Recipe
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="m0kit-bench-") as temporary:
-        checkpoint, artifact = Path(temporary) / "wide", Path(temporary) / "artifact"
-        write_checkpoint(checkpoint, "wide", num_layers=layers, vision_depth=layers, progress=True)
-        export_artifact(checkpoint, artifact)
-        reranker, reference = Reranker.load(artifact, threads=threads), Reference.load(checkpoint)
-        loads = {
-            name: load
-            for name, load in workloads(_prompts(artifact)).items()
-            if not only or any(text in name for text in only)
-        }
-        results = []
+        root = Path(temporary)
+        write_checkpoint(root / "wide", "wide", num_layers=layers, vision_depth=layers, progress=True)
+        scoring: dict[str, Callable[[list[Pair]], object]] = {}
+        for precision in precisions:
+            export_artifact(root / "wide", root / precision, recipe=Recipe.default(precision))
+            scoring[precision] = Reranker.load(root / precision, threads=threads).score
+        scoring[_TORCH] = Reference.load(root / "wide").compute_score
+        scoring |= {peer.name: peer.run for peer in peers(root / "wide", peer_names, threads, root / "peers")}
+        prompts = _prompts(root / precisions[0])
+        loads = {n: load for n, load in workloads(prompts).items() if not only or any(text in n for text in only)}
+        results: list[Timing] = []
         for name, load in tqdm(loads.items(), unit="workload"):
-            times = take_turns(lambda p=load: reranker.score(p), lambda p=load: reference.compute_score(p), repeats)  # type: ignore[misc]
-            results.append(ratio_of(name, *times))
+            all_text = all(isinstance(part, str) for pair in load for part in pair)
+            sides = {
+                side: partial(score, load)
+                for side, score in scoring.items()
+                if all_text or not side.startswith("llama")  # which is a peer for texts alone
+            }
+            results += compare(name, take_turns(sides, repeats), _TORCH)
     about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
     if as_json:
         click.echo(json.dumps({"about": about, "results": [asdict(r) for r in results]}, ensure_ascii=False))
         return
-    rows = [["whole pairs", "m0kit s", "torch s", "ratio", "range"]]
-    rows += [
-        [r.name, f"{r.ours:.3f}", f"{r.theirs:.3f}", f"{r.ratio:.2f}×", f"{r.low:.2f}–{r.high:.2f}"] for r in results
-    ]
+    rows = [["whole pairs", "seconds", f"against {_TORCH}", "range"]]
+    for name in loads:
+        rows.append([name, "", "", ""])
+        rows += [
+            [f"  {r.side}", f"{r.seconds:.3f}", f"{r.ratio:.2f}×", f"{r.low:.2f}–{r.high:.2f}"]
+            for r in results
+            if r.workload == name
+        ]
     click.echo(table(rows))
     click.echo(_about(about), err=True)
 
@@ -252,8 +283,8 @@ def growth(
         for kind, points in loads.items():
             measured[kind] = {}
             for amount, load in points.items():
-                times, _ = take_turns(lambda p=load: reranker.score(p), lambda: None, repeats)  # type: ignore[misc]
-                measured[kind][amount] = statistics.median(times)
+                times = take_turns({"m0kit": partial(reranker.score, load)}, repeats)
+                measured[kind][amount] = statistics.median(times["m0kit"])
                 bar.update()
     if plot_file:
         write_plot(plot_file, [plot.lines({kind: list(p.items())}, kind, "seconds") for kind, p in measured.items()])

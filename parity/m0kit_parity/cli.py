@@ -280,21 +280,42 @@ def published_command(
 @click.argument("shape", type=click.Choice(["small", "tiny", "wide", "full"]))
 @click.argument("output", type=_folder)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
-def checkpoint(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
+@click.option(
+    "--outliers",
+    type=click.FloatRange(2, 1024),
+    metavar="STRENGTH",
+    help="Make some channels so many times larger than they were, without changing what the model computes.",
+)
+def checkpoint(
+    shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int, outliers: float | None
+) -> None:
     """Write a checkpoint in the published model's format to try things on.
 
     small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
     has the published widths and few layers, full every dimension of the published model.
     """
+    if output.exists():
+        raise OutputError(f"{output}: exists. Choose another folder.")
+    if outliers is None:
+        _write_shape(shape, output, seed)
+    else:
+        from m0kit_parity.outliers import write_injected
+
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.plain-", dir=output.absolute().parent) as aside:
+            plain = Path(aside) / "plain"
+            _write_shape(shape, plain, seed)
+            write_injected(plain, output, outliers, seed=seed, progress=True)
+    click.echo(str(output))
+
+
+def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
     if shape == "small":
-        if output.exists():
-            raise OutputError(f"{output}: exists. Choose another folder.")
         shutil.copytree(SMALL / "base", output)
     else:
         from m0kit_parity.checkpoints import write_checkpoint
 
         write_checkpoint(output, shape, seed=seed, progress=True)
-    click.echo(str(output))
 
 
 @click.command()

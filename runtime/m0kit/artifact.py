@@ -23,6 +23,7 @@ from m0kit.errors import (
     ArtifactNotFoundError,
     ArtifactVersionError,
 )
+from m0kit.precision import SCHEMES
 
 FORMAT = "m0kit-artifact"
 FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder rightly
@@ -45,10 +46,16 @@ class Manifest:
     """All the runtime needs to know of a model, and where it came from."""
 
     model: ModelConfig
-    scheme: str  # how the weights are stored: "fp32", "fp16"
+    scheme: str  # the precision's name: "fp32", "fp16", "bf16", "int8", "int4", "nf4", or a recipe's own
     graphs: Mapping[str, Any]  # name → {"inputs": [{name, dtype, shape}], "outputs": […]}
     files: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]  # base, adapters with hashes, licence, tool versions
+    recipe: Mapping[str, Any]  # which scheme stores which matrix: {"precision", "device", "equalize", "weights": […]}
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes that its matrices are stored in."""
+        return tuple(sorted({str(rule["scheme"]) for rule in self.recipe["weights"]}))
 
     @property
     def licence(self) -> str:
@@ -105,6 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
             _object(raw, "graphs"),
             files,
             _object(raw, "provenance"),
+            _recipe(raw),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactDamagedError(f"{path}: {type(error).__name__}: {error}. Export again.") from error
@@ -123,6 +131,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "scheme": manifest.scheme,
+        "recipe": manifest.recipe,
         "model": manifest.model.to_dict(),
         "graphs": manifest.graphs,
         "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(manifest.files.items())},
@@ -184,6 +193,18 @@ def _object(raw: Mapping[str, Any], field: str) -> dict[str, Any]:
     if not isinstance(raw[field], dict):
         raise ValueError(f"{field}: expected an object, got {type(raw[field]).__name__}")
     return dict(raw[field])
+
+
+def _recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if "recipe" not in raw:  # before there were recipes one scheme stored everything
+        return {"precision": raw["scheme"], "weights": [{"match": "*", "scheme": raw["scheme"]}]}
+    recipe = _object(raw, "recipe")
+    if not isinstance(recipe["weights"], list) or not recipe["weights"]:
+        raise ValueError("recipe: has no weights")
+    for rule in recipe["weights"]:
+        if rule["scheme"] not in SCHEMES:
+            raise ValueError(f"recipe: scheme {rule['scheme']!r} is not known; known are {', '.join(SCHEMES)}")
+    return recipe
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -9,6 +9,7 @@
     │   └── ArtifactVersionError           written by a newer m0kit
     ├── CheckpointError (ValueError)       a checkpoint that cannot be read as jina-reranker-m0
     │   └── AdapterError                   … or an adapter that does not fit it
+    ├── RecipeError (ValueError)           a quantisation recipe or calibration set that cannot be used
     ├── OutputError (OSError)              the result cannot be written: exists, no space, no permission
     ├── DeviceError (RuntimeError)         a device or execution provider that is not there
     └── DependencyError (ImportError)      an optional package is missing; the message names the extra
@@ -55,6 +56,10 @@ class CheckpointError(M0kitError, ValueError):
 
 class AdapterError(CheckpointError):
     """An adapter that PEFT cannot read, or that was trained on another model."""
+
+
+class RecipeError(M0kitError, ValueError):
+    """A quantisation recipe, or a calibration set, that cannot be used on this model."""
 
 
 class OutputError(M0kitError, OSError):

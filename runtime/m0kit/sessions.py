@@ -56,7 +56,14 @@ class OnnxRuntimeGraph:
 
 
 def open_graph(
-    folder: Path, name: str, *, device: str = "cpu", threads: int | None = None, also: Sequence[str] = ()
+    folder: Path,
+    name: str,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    prepack: bool = False,
+    also: Sequence[str] = (),
+    model: bytes | None = None,
 ) -> OnnxRuntimeGraph:
     """Open `folder/{name}.onnx` on a device: "cpu", "cuda", "cuda:1", or an execution provider's full name.
 
@@ -70,19 +77,20 @@ def open_graph(
     if threads is not None:
         options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # patterns are kept per shape; here every run has its own
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     # Layout optimisation and constant folding would keep float16 weights in private memory, widened to float32;
     # so they are widened as they are used. A float32 graph has no use for either.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
     path = folder / f"{name}.onnx"
-    model: str | bytes = str(path)
-    if also:
+    opened: str | bytes = str(path)
+    if also or model is not None:
         # Outputs of a protobuf message that is read after another of its kind are added to it.
-        model = path.read_bytes() + _outputs_message(also)
+        opened = (path.read_bytes() if model is None else model) + _outputs_message(also)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=["ConstantFolding"])
+        session = ort.InferenceSession(opened, options, providers=providers, disabled_optimizers=["ConstantFolding"])
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise

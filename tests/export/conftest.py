@@ -1,6 +1,7 @@
-"""What the exporter's tests share: two random checkpoints and their artifacts, once per process."""
+"""What the exporter's tests share: random checkpoints and their artifacts, once per process."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from m0kit.config import DecoderConfig, ModelConfig, VisionConfig
 from m0kit_export.export import export_artifact
 from m0kit_parity import checkpoints
 from m0kit_parity.checkpoints import write_checkpoint
+from m0kit_quant.recipe import Recipe
 
 
 def broad_config() -> ModelConfig:
@@ -34,6 +36,20 @@ def tiny_artifact(tiny: Path) -> Path:  # of its own: the fixture shared by all 
     folder = tiny.with_name("artifact")
     export_artifact(tiny, folder, progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def in_precision(tiny: Path, tiny_artifact: Path) -> Callable[[str], Path]:
+    """precision → the artifact of `tiny` in it, by its default recipe; not to be written to."""
+    made = {"fp32": tiny_artifact}
+
+    def artifact(precision: str) -> Path:
+        if precision not in made:
+            made[precision] = tiny.with_name(f"artifact-{precision}")
+            export_artifact(tiny, made[precision], recipe=Recipe.default(precision), progress=False)
+        return made[precision]
+
+    return artifact
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +30,10 @@ from m0kit_export import export
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterSpec
+from m0kit_quant.recipe import Recipe
+from m0kit_quant.schemes import FLOATS
 
+FP16 = Recipe.default("fp16")
 WHOLE = {MANIFEST, TOKENIZER, *(f"{name}.onnx{end}" for name in GRAPHS for end in ("", ".data"))}
 
 
@@ -84,9 +87,9 @@ def test_a_whole_artifact_holds_every_file_with_its_hash(tiny_artifact: Path, ti
     assert (tiny_artifact.stat().st_mode & 0o777) == 0o755
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "fp16"])
+@pytest.mark.parametrize("scheme", FLOATS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_weight_is_the_checkpoints_to_the_bit(tmp_path: Path, tiny: Path, scheme: Any, dtype: str) -> None:
+def test_every_weight_is_the_checkpoints_to_the_bit(tmp_path: Path, tiny: Path, scheme: str, dtype: str) -> None:
     shutil.copytree(tiny, tmp_path / "checkpoint")
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -94,7 +97,7 @@ def test_every_weight_is_the_checkpoints_to_the_bit(tmp_path: Path, tiny: Path, 
         for name, t in load_file(tiny / "model.safetensors").items()
     }
     save_file(tensors, tmp_path / "checkpoint" / "model.safetensors")
-    export_artifact(tmp_path / "checkpoint", tmp_path / "out", scheme=scheme, progress=False)
+    export_artifact(tmp_path / "checkpoint", tmp_path / "out", recipe=Recipe.default(scheme), progress=False)
     seen = 0
     for name in GRAPHS:
         for tensor in onnx.load(tmp_path / "out" / f"{name}.onnx").graph.initializer:
@@ -102,7 +105,8 @@ def test_every_weight_is_the_checkpoints_to_the_bit(tmp_path: Path, tiny: Path, 
                 seen += 1
                 stored = numpy_helper.to_array(tensor)
                 is_norm = "norm" in tensor.name or "ln_q" in tensor.name
-                assert stored.dtype == (np.float16 if scheme == "fp16" and not is_norm else np.float32)
+                rounded = scheme == "fp16" or (scheme == "bf16" and not tensor.name.endswith("bias"))
+                assert stored.dtype == FLOATS[scheme if rounded and not is_norm else "fp32"]
                 meant = tensors[tensor.name].float().numpy().astype(stored.dtype)
                 assert np.array_equal(stored, meant.reshape(stored.shape)), tensor.name
     assert seen == len(tensors)
@@ -128,8 +132,8 @@ def test_fp16_refuses_a_weight_it_cannot_hold(tmp_path: Path, tiny: Path) -> Non
     tensors = {name: t.float() for name, t in load_file(tiny / "model.safetensors").items()}
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -70000
     save_file(tensors, tmp_path / "checkpoint" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 70000.*float16"):
-        export_artifact(tmp_path / "checkpoint", tmp_path / "out", scheme="fp16", progress=False)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 70000, which fp16"):
+        export_artifact(tmp_path / "checkpoint", tmp_path / "out", recipe=FP16, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     export_artifact(tmp_path / "checkpoint", tmp_path / "out", progress=False)
 
@@ -211,7 +215,7 @@ def test_overwrite_replaces_an_artifact_whole(tmp_path: Path, tiny: Path) -> Non
     (out / "stray").write_text("of an older version")
     with pytest.raises(OutputError, match="--overwrite"):
         export_artifact(tiny, out, progress=False)
-    manifest = export_artifact(tiny, out, scheme="fp16", overwrite=True, progress=False)
+    manifest = export_artifact(tiny, out, recipe=FP16, overwrite=True, progress=False)
     assert manifest.scheme == "fp16"
     assert assert_whole(out) == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -232,7 +236,7 @@ def test_a_failed_replacement_brings_the_old_artifact_back(
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(KeyboardInterrupt):
-        export_artifact(tiny, out, scheme="fp16", overwrite=True, progress=False)
+        export_artifact(tiny, out, recipe=FP16, overwrite=True, progress=False)
     assert files_of(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -309,13 +313,14 @@ def test_a_byte_that_changes_between_writing_and_reading_back_is_caught(
 ) -> None:
     write = export._write_weights
 
-    def damaged(path: Path, graph: Any, *rest: Any) -> None:
-        write(path, graph, *rest)
+    def damaged(path: Path, graph: Any, *rest: Any) -> dict[str, str]:
+        hashes = write(path, graph, *rest)
         if path.name == f"{name}.onnx.data":
-            weight = graph.weights[len(graph.weights) // 2]
+            (part,) = graph.weights[len(graph.weights) // 2].parts
             content = bytearray(path.read_bytes())
-            content[weight.offset + weight.num_bytes - 1] ^= 0x01
+            content[part.offset + part.num_bytes - 1] ^= 0x01
             path.write_bytes(content)
+        return hashes
 
     monkeypatch.setattr(export, "_write_weights", damaged)
     with pytest.raises(OutputError, match=rf"{name}\.onnx\.data: .* reads back differently"):
@@ -326,9 +331,10 @@ def test_a_byte_that_changes_between_writing_and_reading_back_is_caught(
 def test_a_data_file_cut_short_is_caught(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = export._write_weights
 
-    def damaged(path: Path, *rest: Any) -> None:
-        write(path, *rest)
+    def damaged(path: Path, *rest: Any) -> dict[str, str]:
+        hashes = write(path, *rest)
         os.truncate(path, path.stat().st_size - 1)
+        return hashes
 
     monkeypatch.setattr(export, "_write_weights", damaged)
     with pytest.raises(OutputError, match="reads back differently"):
@@ -353,6 +359,7 @@ KILLED = textwrap.dedent("""
     import torch
     torch.set_num_threads(1)
     from m0kit_export.export import export_artifact
+    from m0kit_quant.recipe import Recipe
 
     source, root, overwrite = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "overwrite"
     count, limit = 0, None
@@ -369,7 +376,7 @@ KILLED = textwrap.dedent("""
     def export(place, kill_at):
         global limit, count
         count, limit = 0, kill_at
-        export_artifact(source, place, scheme="fp16", overwrite=overwrite, progress=False)
+        export_artifact(source, place, recipe=Recipe.default("fp16"), overwrite=overwrite, progress=False)
         limit = None
         return count
 
@@ -508,11 +515,11 @@ OPENED = textwrap.dedent("""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads private memory from /proc")
-@pytest.mark.parametrize("scheme", ["fp32", "fp16"])
+@pytest.mark.parametrize("scheme", FLOATS)
 def test_opening_and_scoring_leave_the_weights_in_their_files(
-    tmp_path: Path, tiny_artifact: Path, heavy: Path, scheme: Literal["fp32", "fp16"]
+    tmp_path: Path, tiny_artifact: Path, heavy: Path, scheme: str
 ) -> None:
-    manifest = export_artifact(heavy, tmp_path / "heavy", scheme=scheme, progress=False)
+    manifest = export_artifact(heavy, tmp_path / "heavy", recipe=Recipe.default(scheme), progress=False)
     command = [sys.executable, "-c", OPENED, str(tiny_artifact), str(tmp_path / "heavy")]
     opened, used = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
     assert manifest.num_bytes > 180 << 20

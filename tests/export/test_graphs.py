@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from m0kit.artifact import GRAPHS, read_manifest
 from m0kit.config import ModelConfig
 from m0kit.planner import image_rows, layout_groups
 from m0kit.positions import vision_positions
+from m0kit.precision import SCHEMES
 from m0kit.sessions import OnnxRuntimeGraph, open_graph
-from m0kit_export.builder import OPSET, Builder
+from m0kit_export.builder import CONTRIB, OPSET, Builder
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_export.graphs import CHUNK_ROWS, VISION_PIECE_ROWS
+from m0kit_export.graphs import CHUNK_ROWS, VISION_PIECE_ROWS, build_graphs
 from m0kit_parity.portable import ENGINES
 from m0kit_parity.reference import Reference
+from m0kit_quant.recipe import Recipe
 
 # Both sides compute in float32, in different orders: up to 5e-6 were measured. A wrong position, mask,
 # frequency or epsilon is 1e-3 and more.
@@ -334,11 +336,9 @@ def load_graphs(artifact: Path) -> dict[str, onnx.ModelProto]:
     return {name: onnx.load(artifact / f"{name}.onnx", load_external_data=False) for name in GRAPHS}
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
-def written(request: pytest.FixtureRequest, tiny: Path) -> Path:
-    folder = tiny.with_name(f"written-{request.param}")
-    export_artifact(tiny, folder, scheme=request.param, progress=False)
-    return folder
+@pytest.fixture(scope="module", params=SCHEMES)
+def written(request: pytest.FixtureRequest, in_precision: Callable[[str], Path]) -> Path:
+    return in_precision(request.param)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -346,10 +346,22 @@ def test_graphs_pass_the_checker_with_data_and_inferred_shapes(written: Path, na
     onnx.checker.check_model(str(written / f"{name}.onnx"), full_check=True)
 
 
-def test_graphs_hold_standard_operators_of_one_opset_only(written: Path) -> None:
-    for model in load_graphs(written).values():
-        assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
-        assert {node.domain for _, node in nodes_of(model.graph)} == {""}
+# Which of ONNX Runtime's own operators a graph may hold, by precision; fp32, fp16 and bf16 need none.
+OWN = {
+    "int8": {"vision": {"MatMulIntegerToFloat"}, "decoder": {"MatMulIntegerToFloat"}},
+    "int4": {"vision": {"MatMulIntegerToFloat", "MatMulNBits"}, "decoder": {"MatMulNBits"}},
+    "nf4": {"vision": {"MatMulBnb4"}, "decoder": {"MatMulBnb4"}},
+}
+
+
+def test_graphs_hold_standard_operators_of_one_opset_and_else_what_their_precision_needs(written: Path) -> None:
+    precision = read_manifest(written).scheme
+    for name, model in load_graphs(written).items():
+        own = {node.op_type for _, node in nodes_of(model.graph) if node.domain == CONTRIB}
+        assert own == OWN.get(precision, {}).get(name, set())
+        domains = [("", OPSET), (CONTRIB, 1)] if own else [("", OPSET)]
+        assert [(o.domain, o.version) for o in model.opset_import] == domains
+        assert {node.domain for _, node in nodes_of(model.graph)} == {domain for domain, _ in domains}
         assert not model.functions
 
 
@@ -360,7 +372,11 @@ def test_every_tensor_of_the_checkpoint_is_used_exactly_once(written: Path, tiny
         external = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
         stored.update(external)
         used.update(i for _, node in nodes_of(model.graph) for i in node.input if i in external)
-    once = dict.fromkeys(open_checkpoint(tiny).names, 1)
+    recipe = Recipe.from_dict(read_manifest(written).recipe, "manifest")
+    weights = [w for graph in build_graphs(open_checkpoint(tiny).config, recipe).values() for w in graph.weights]
+    assert sorted(weight.name for weight in weights) == sorted(open_checkpoint(tiny).names)
+    once = {part.name: 1 for weight in weights for part in weight.parts}
+    assert len(once) >= len(weights)
     assert stored == once
     assert used == once
 
@@ -493,9 +509,9 @@ def test_fp16_survives_what_overflows_a_naive_fp16_graph(
     """In ONNX's evaluator, which computes in float16 what is float16; ONNX Runtime's CPU kernels widen it."""
     checkpoint = plant_outliers(request.getfixturevalue(size), tmp_path / "checkpoint", where)
     export_artifact(checkpoint, tmp_path / "fp32", progress=False)
-    export_artifact(checkpoint, tmp_path / "fp16", scheme="fp16", progress=False)
+    export_artifact(checkpoint, tmp_path / "fp16", recipe=Recipe.default("fp16"), progress=False)
     monkeypatch.setattr(Builder, "linear", naive_linear)
-    export_artifact(checkpoint, tmp_path / "naive", scheme="fp16", progress=False)
+    export_artifact(checkpoint, tmp_path / "naive", recipe=Recipe.default("fp16"), progress=False)
 
     expected = score(tmp_path / "fp32", where, "onnxruntime")
     assert np.isfinite(expected).all()

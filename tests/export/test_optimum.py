@@ -12,9 +12,11 @@ from tests.export import _tiny
 from tests.export.test_merge import save_adapter
 
 from m0kit.artifact import read_manifest
+from m0kit.precision import SCHEMES
 from m0kit_export import export
 from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterSpec
+from m0kit_quant.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,23 +63,41 @@ def test_the_folder_stays_a_namespace_that_the_wheel_carries() -> None:
 def test_optimum_lists_the_command(optimum_cli: Callable[..., Done]) -> None:
     assert "jina-reranker-m0" in optimum_cli("export", "--help").out
     told = optimum_cli("export", "m0", "--help").out
-    for option in ("-m MODEL", "--dtype {fp32,fp16}", "PATH[:WEIGHT]", "--revision", "--cache_dir", "--overwrite"):
+    for option in (
+        "-m MODEL",
+        "--dtype {fp32,fp16,bf16,int8,int4,nf4}",
+        "PATH[:WEIGHT]",
+        "--revision",
+        "--cache_dir",
+        "--overwrite",
+    ):
         assert option in told
 
 
-def test_it_writes_what_the_exporter_writes(optimum_cli: Callable[..., Done], tmp_path: Path, base: Path) -> None:
+def test_its_precisions_are_those_there_are(optimum_cli: Callable[..., Done]) -> None:
+    """It spells them out, so that `optimum-cli` starts without importing m0kit."""
+    assert f"--dtype {{{','.join(SCHEMES)}}}" in optimum_cli("export", "m0", "--help").out
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_it_writes_what_the_exporter_writes(
+    optimum_cli: Callable[..., Done], tmp_path: Path, base: Path, precision: str
+) -> None:
     paths = [
         save_adapter(tmp_path / f"lora{seed}", _tiny.make_model(), {"target_modules": ["q_proj"]}, seed)
         for seed in (1, 2)
     ]
-    options = ["--dtype", "fp16", "--adapter", paths[0], "--adapter", f"{paths[1]}:0.5"]
+    options = ["--dtype", precision, "--adapter", paths[0], "--adapter", f"{paths[1]}:0.5"]
     done = optimum_cli("export", "m0", "-m", base, *options, tmp_path / "theirs")
     assert done.code == 0
-    assert done.out == f"{tmp_path / 'theirs'}: {read_manifest(tmp_path / 'theirs').num_bytes / 2**20:.1f} MiB, fp16\n"
+    assert (
+        done.out
+        == f"{tmp_path / 'theirs'}: {read_manifest(tmp_path / 'theirs').num_bytes / 2**20:.1f} MiB, {precision}\n"
+    )
     assert "licence of the weights: not stated by the checkpoint\n" in done.err
     assert "\r" not in done.err
     specs = [AdapterSpec(paths[0]), AdapterSpec(paths[1], 0.5)]
-    export_artifact(str(base), tmp_path / "ours", adapters=specs, scheme="fp16", progress=False)
+    export_artifact(str(base), tmp_path / "ours", adapters=specs, recipe=Recipe.default(precision), progress=False)
     assert read_manifest(tmp_path / "theirs") == read_manifest(tmp_path / "ours")
 
 
@@ -99,7 +119,7 @@ def test_every_option_reaches_the_exporter(
         "source": "a/b",
         "output": Path("out"),
         "adapters": [],
-        "scheme": "fp32",
+        "recipe": Recipe.default("fp32"),
         "revision": "v1",
         "cache_dir": tmp_path,
         "overwrite": True,

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from m0kit import Reranker
-from m0kit_export.export import Scheme, export_artifact
+from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterSpec
 from m0kit_parity.cases import Case
 from m0kit_parity.cli import SMALL
 from m0kit_parity.golden import Golden, record
 from m0kit_parity.reference import Reference
 from m0kit_parity.report import Report, check
+from m0kit_quant.recipe import Recipe
 
 Hold = Callable[..., Report]
 
@@ -32,14 +33,14 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
     """Export, record, check: the whole way of a checkpoint with its adapters through both sides."""
 
     def run(
-        source: Path, cases: Sequence[Case], adapters: Mapping[Path, float] | None = None, scheme: Scheme = "fp32"
+        source: Path, cases: Sequence[Case], adapters: Mapping[Path, float] | None = None, precision: str = "fp32"
     ) -> Report:
         folder = tmp_path_factory.mktemp("hold")
         specs = [AdapterSpec(path, weight) for path, weight in (adapters or {}).items()]
-        export_artifact(source, folder / "artifact", adapters=specs, scheme=scheme, progress=False)
+        export_artifact(source, folder / "artifact", adapters=specs, recipe=Recipe.default(precision), progress=False)
         reference = Reference.load(source, adapters=[(spec.path, spec.weight) for spec in specs])
         record(folder / "golden", cases, reference, model=reference.config, command="record", provenance={})
         reranker = Reranker.load(folder / "artifact", threads=1)
-        return check(Golden.open(folder / "golden"), reranker, scheme, {})
+        return check(Golden.open(folder / "golden"), reranker, precision, {})
 
     return run

@@ -5,6 +5,7 @@ What the figures are is nobody's business here: machines differ.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -75,14 +76,16 @@ def test_sides_take_turns_and_the_first_turn_does_not_count() -> None:
         """On which our n-th call takes n seconds, theirs 10·n, and nothing else takes time."""
         return float(sum((i // 2 + 1) * (10 if call == "theirs" else 1) for i, call in enumerate(calls)))
 
-    times = bench.take_turns(lambda: calls.append("ours"), lambda: calls.append("theirs"), 3, clock)
+    sides = {name: partial(calls.append, name) for name in ("ours", "theirs")}
+    times = bench.take_turns(sides, 3, clock)
     assert calls == ["ours", "theirs"] * 4
-    assert times == ([2, 3, 4], [20, 30, 40])
+    assert times == {"ours": [2, 3, 4], "theirs": [20, 30, 40]}
 
 
 def test_a_ratio_is_the_median_over_turns() -> None:
-    ratio = bench.ratio_of("x", [1.0, 2.0, 1.0], [2.0, 2.0, 3.0])
-    assert (ratio.ours, ratio.theirs, ratio.ratio, ratio.low, ratio.high) == (1.0, 2.0, 2.0, 1.0, 3.0)
+    ours, theirs = bench.compare("x", {"ours": [1.0, 2.0, 1.0], "theirs": [2.0, 2.0, 3.0]}, "theirs")
+    assert (ours.seconds, ours.ratio, ours.low, ours.high) == (1.0, 2.0, 1.0, 3.0)
+    assert (theirs.seconds, theirs.ratio, theirs.low, theirs.high) == (2.0, 1.0, 1.0, 1.0)
 
 
 def test_columns_line_up() -> None:
@@ -156,8 +159,17 @@ def test_pairs_compares_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = {f"text, {n} tokens": [(bench.QUERY, f"a text, {n}")] for n in (64, 256)}
     monkeypatch.setattr(bench, "workloads", lambda _prompts: loads)
     monkeypatch.setattr(checkpoints, "write_checkpoint", lambda folder, _shape, **_options: write(folder, "tiny"))
-    done = json.loads(invoke("pairs", "--repeats", 1, "--only", "64 tokens", "--threads", 1, "--json").stdout)
-    (result,) = done["results"]
-    assert result["name"] == "text, 64 tokens"
-    assert result["ratio"] == pytest.approx(result["theirs"] / result["ours"])
+    options = ("--repeats", 1, "--only", "64 tokens", "--threads", 1, "--precision", "int8", "--precision", "fp32")
+    done = json.loads(invoke("pairs", *options, "--json").stdout)
+    sides = {r["side"]: r for r in done["results"]}
+    assert list(sides) == ["int8", "fp32", "transformers fp32"]
+    assert {r["workload"] for r in done["results"]} == {"text, 64 tokens"}
+    for result in sides.values():
+        assert result["ratio"] == pytest.approx(sides["transformers fp32"]["seconds"] / result["seconds"])
     assert done["about"]["repeats"] == 1
+
+
+def test_the_peers_are_those_there_are() -> None:
+    from m0kit_parity.peers import NAMES
+
+    assert bench.PEERS == NAMES

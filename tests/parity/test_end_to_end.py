@@ -167,9 +167,9 @@ def test_half_precision_stays_within_its_own_tolerances_and_uses_them(
 ) -> None:
     if name == "tiny":
         write_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
-        report = hold(tmp_path / "tiny", cases, scheme="fp16")
+        report = hold(tmp_path / "tiny", cases, precision="fp16")
     else:
-        report = hold(small, cases, {CODE: 1.0}, scheme="fp16")
+        report = hold(small, cases, {CODE: 1.0}, precision="fp16")
     assert_holds(report)
     used = max(stage.value for case in report.cases for stage in case.stages if stage.stage == "hidden")
     # One rounding to 11 bits is 2**-12 in the mean; less would mean that it was fp32 that ran.
@@ -180,7 +180,7 @@ def test_values_that_half_precision_holds_exactly_lose_nothing_in_it(
     small: Path, hold: Hold, cases: tuple[Case, ...]
 ) -> None:
     """The trained checkpoint is stored in fp16: the scheme is one of storage, arithmetic stays fp32."""
-    report = hold(small, cases[:3], scheme="fp16")
+    report = hold(small, cases[:3], precision="fp16")
     for case in report.cases:
         for stage in case.stages:
             assert stage.value <= tolerances("fp32")[stage.stage].limit, stage

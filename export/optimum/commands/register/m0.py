@@ -12,6 +12,8 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "nf4")  # m0kit.precision.SCHEMES, without importing m0kit
+
 
 class M0ExportCommand(BaseOptimumCLICommand):
     """Export jina-reranker-m0 with LoRA adapters to an m0kit artifact."""
@@ -31,7 +33,7 @@ class M0ExportCommand(BaseOptimumCLICommand):
             help="LoRA adapter to merge; several are merged in the order given.",
         )
         parser.add_argument(
-            "--dtype", choices=["fp32", "fp16"], default="fp32", help="How weights are stored (default: fp32)."
+            "--dtype", choices=_PRECISIONS, default="fp32", help="How weights are stored (default: fp32)."
         )
         parser.add_argument("--revision", help="Branch, tag or commit, when the model is a hub id.")
         parser.add_argument("--cache_dir", type=Path, help="Where downloads are kept.")
@@ -46,12 +48,13 @@ class M0ExportCommand(BaseOptimumCLICommand):
             from m0kit_export.cli import describe
             from m0kit_export.export import export_artifact
             from m0kit_export.merge import AdapterSpec
+            from m0kit_quant.recipe import Recipe
 
             manifest = export_artifact(
                 args.model,
                 args.output,
                 adapters=[AdapterSpec.parse(adapter) for adapter in args.adapter],
-                scheme=args.dtype,
+                recipe=Recipe.default(args.dtype),
                 revision=args.revision,
                 cache_dir=args.cache_dir,
                 overwrite=args.overwrite,
@@ -65,7 +68,7 @@ class M0ExportCommand(BaseOptimumCLICommand):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        describe(args.output, manifest)
+        describe(args.output, manifest, as_json=False)
 
 
 REGISTER_COMMANDS = [(M0ExportCommand, ExportCommand)]

@@ -1,0 +1,179 @@
+"""Where an artifact's weights come from: a checkpoint with its adapters, or another artifact.
+
+Owns the two readings as one interface, tensor by tensor; merging itself is `merge`.
+
+    source = CheckpointSource.open("jinaai/jina-reranker-m0", [AdapterSpec.parse("./my-lora")])
+    source.read("model.norm.weight")
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import ExternalDataInfo
+
+from m0kit.artifact import GRAPHS, TOKENIZER, Manifest, read_manifest, verify_files
+from m0kit.config import ModelConfig
+from m0kit.errors import ArtifactDamagedError, ArtifactError
+from m0kit_export.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from m0kit_export.merge import AdapterSpec, AdapterStack
+from m0kit_export.qlora import KEPT, QuantizedBase
+from m0kit_quant.schemes import FLOATS
+from m0kit_quant.weights import Float32
+
+
+class Source(Protocol):
+    """Weights with all that an artifact says of them."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all tensors."""
+        ...
+
+    @property
+    def tokenizer_file(self) -> Path: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading it."""
+        ...
+
+    def read(self, name: str) -> Float32:
+        """One tensor, float32. Raises CheckpointError, AdapterError, ArtifactDamagedError."""
+        ...
+
+    def provenance(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class QLora:
+    """How the base of a QLoRA training was quantised."""
+
+    double_quant: bool
+    keep: tuple[str, ...] = KEPT  # modules that were not
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint with adapters merged in order."""
+
+    checkpoint: Checkpoint
+    adapters: AdapterStack
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        adapters: Sequence[AdapterSpec] = (),
+        revision: str | None = None,
+        cache_dir: Path | None = None,
+        qlora: QLora | None = None,
+    ) -> "CheckpointSource":
+        """`qlora`: merge on the base as 4-bit training saw it. Raises CheckpointError, AdapterError."""
+        checkpoint = open_checkpoint(source, revision, cache_dir)
+        if qlora is not None:
+            checkpoint = QuantizedBase.of(checkpoint, double_quant=qlora.double_quant, keep=qlora.keep)
+        return cls(checkpoint, AdapterStack.open(adapters, checkpoint))
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.source
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.checkpoint.names
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.checkpoint.tokenizer_file
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.shape(name)
+
+    def read(self, name: str) -> Float32:
+        return np.asarray(self.adapters.merged(name).numpy(), np.float32)
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "base": self.checkpoint.source,
+            "base_files": self.checkpoint.fingerprint(),
+            "dropped_tensors": list(self.checkpoint.dropped),
+            "adapters": self.adapters.provenance(),
+            "licence": self.checkpoint.licence,
+            **({"qlora": self.checkpoint.provenance()} if isinstance(self.checkpoint, QuantizedBase) else {}),
+        }
+
+
+@dataclass(frozen=True)
+class ArtifactSource:
+    """An artifact whose matrices are stored as floats; its data files are mapped, not read."""
+
+    folder: Path
+    manifest: Manifest
+    _places: Mapping[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> "ArtifactSource":
+        """Checks every file against its hash. Raises ArtifactError."""
+        manifest = read_manifest(folder)
+        if lossy := [scheme for scheme in manifest.schemes if scheme not in FLOATS]:
+            raise ArtifactError(
+                f"{folder}: holds {', '.join(lossy)} weights, which have lost bits already. "
+                "Quantise the fp32 artifact, or export from the checkpoint."
+            )
+        verify_files(folder, manifest)
+        places = {}
+        for graph in GRAPHS:
+            for tensor in onnx.load(folder / f"{graph}.onnx", load_external_data=False).graph.initializer:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    place = ExternalDataInfo(tensor)
+                    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+                    places[tensor.name] = folder / place.location, dtype, tuple(tensor.dims), int(place.offset or 0)
+        shapes = expected_shapes(manifest.model)
+        for name, shape in shapes.items():
+            if name not in places or math.prod(places[name][2]) != math.prod(shape):
+                raise ArtifactDamagedError(f"{folder}: {name} is missing or has another shape. Export again.")
+        return cls(folder, manifest, places)
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._places)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / TOKENIZER
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return expected_shapes(self.config)[name]
+
+    def read(self, name: str) -> Float32:
+        path, dtype, shape, offset = self._places[name]
+        stored = np.memmap(path, dtype, "r", offset, shape)
+        return np.asarray(stored, np.float32).reshape(self.shape(name))
+
+    def provenance(self) -> dict[str, Any]:
+        was = dict(self.manifest.provenance)
+        return {**was, "artifact": {"fingerprint": self.manifest.fingerprint, "scheme": self.manifest.scheme}}

@@ -1,0 +1,121 @@
+"""What a model's products see on real inputs, and the channel scales that follow from it.
+
+Owns the statistics and the choice; collecting them is `m0kit_export.calibrate`, applying the scales is `equalize`.
+
+    scales = channel_scales(weights, config, recipe, calibration)
+    Rescaled(weights, channel_groups(config), scales)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m0kit.config import ModelConfig
+from m0kit_quant.equalize import ChannelGroup, channel_groups, equalizing_scale
+from m0kit_quant.int8 import LEVELS
+from m0kit_quant.recipe import Recipe
+from m0kit_quant.schemes import Scheme
+from m0kit_quant.weights import Float32, Weights
+
+# How much of a channel's range the weights take (SmoothQuant's α), and the powers of a channel's size of AWQ
+# (arXiv:2306.00978): whichever predicts the smallest error.
+_STRENGTHS: Final = (0.25, 0.5, 0.75)
+_POWERS: Final = (0.25, 0.5, 0.75, 1.0)
+_SAMPLED_ROWS: Final = 256  # of each matrix, evenly spread: enough to compare seven scales
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Statistics of the inputs x (·, K) of each product, by the name of its module."""
+
+    peak: Mapping[str, Float32]  # (K,) max|x|
+    energy: Mapping[str, Float32]  # (K,) mean of x², text and images counting alike
+    about: Mapping[str, Any]  # numbers of pairs and the hash of their file, for the manifest
+
+    def importance(self, tensor: str) -> Float32 | None:
+        """Weights (K,) of the error of each input of a matrix; never zero, as a calibration set is small."""
+        energy = self.energy.get(tensor.removesuffix(".weight"))
+        return None if energy is None else np.asarray(energy + 1e-3 * max(float(energy.mean()), 1e-12), np.float32)
+
+
+def channel_scales(
+    weights: Weights,
+    config: ModelConfig,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    done: Callable[[str], object] = lambda _: None,
+) -> dict[str, Float32]:
+    """The scale of every group of channels whose consumers lose bits; `done` hears each group's name.
+
+    Without calibration the weights alone decide. With it, the scale with the smallest predicted error of the
+    products among none at all, SmoothQuant's at three strengths and AWQ's at four.
+    """
+    scales = {}
+    for group in channel_groups(config):
+        shapes = {name: weights.read(name).shape for name in group.consumers}
+        schemes = {name: recipe.scheme(name, (shape[0], shape[1])) for name, shape in shapes.items()}
+        if not all(scheme.is_float for scheme in schemes.values()):
+            if calibration is None:
+                scales[group.name] = equalizing_scale(weights, group)
+            else:
+                scales[group.name] = _best_scale(weights, group, schemes, calibration)
+        done(group.name)
+    return scales
+
+
+def _best_scale(
+    weights: Weights, group: ChannelGroup, schemes: Mapping[str, Scheme], calibration: Calibration
+) -> Float32:
+    module = group.consumers[0].removesuffix(".weight")  # all consumers of a group take the same input
+    peak, energy = calibration.peak[module], calibration.energy[module]
+    samples = {name: _sample(weights.read(name)) for name in group.consumers}
+    best, least = np.ones(group.num_channels, np.float32), np.inf
+    for scale in _candidates(weights, group, peak, energy):
+        columns = scale[group.columns]
+        error = sum(
+            predicted_error(sample * columns, schemes[name], peak / columns, energy / columns**2)
+            for name, sample in samples.items()
+        )
+        if error < least:
+            best, least = scale, error
+    return best
+
+
+def _candidates(weights: Weights, group: ChannelGroup, peak: Float32, energy: Float32) -> Iterator[Float32]:
+    yield np.ones(group.num_channels, np.float32)
+    largest = np.zeros(group.num_channels, np.float32)
+    np.maximum.at(largest, group.columns, peak)
+    for strength in _STRENGTHS:
+        yield equalizing_scale(weights, group, largest, strength)
+    size = np.zeros(group.num_channels)
+    np.maximum.at(size, group.columns, np.sqrt(energy.astype(np.float64)))
+    alive = size > 0
+    if not alive.any():
+        return
+    size[~alive] = np.median(size[alive])
+    for power in _POWERS:
+        scale = (size / np.exp(np.log(size).mean())) ** power
+        yield np.clip(scale, 2.0**-20, 2.0**20).astype(np.float32)
+
+
+def predicted_error(weight: Float32, scheme: Scheme, peak: Float32, energy: Float32) -> float:
+    """Expected square of a product's error, summed over outputs (N, K)·x: rounded weights and rounded inputs.
+
+    Weights: their own error times the mean square of the input they meet. Inputs: rounded in steps of max|x| / 127 of
+    the stretch that shares a scale (a row in int8, a block in int4), which is uniform noise of step²/12.
+    """
+    stored = scheme.decode(scheme.encode(weight, energy + 1e-3 * max(float(energy.mean()), 1e-12)), weight.shape)
+    of_weights = float((np.square(weight - stored).sum(axis=0, dtype=np.float64) * energy).sum())
+    if scheme.name not in ("int8", "int4"):
+        return of_weights
+    width = scheme.block or weight.shape[1]
+    steps = peak.reshape(-1, width).max(axis=1) / LEVELS
+    squares = np.square(weight).sum(axis=0, dtype=np.float64).reshape(-1, width).sum(axis=1)
+    return of_weights + float((steps.astype(np.float64) ** 2 / 12 * squares).sum())
+
+
+def _sample(matrix: Float32) -> NDArray[np.float32]:
+    return np.ascontiguousarray(matrix[:: max(1, len(matrix) // _SAMPLED_ROWS)], np.float32)

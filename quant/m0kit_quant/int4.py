@@ -1,0 +1,122 @@
+"""int4: blocks of 32, 64 or 128 weights along the inputs share a scale and a zero point.
+
+Owns the numbers and the packing of ONNX Runtime's com.microsoft.MatMulNBits: weight ≈ (q − z) · s with q and z
+in 0…15, q packed two to a byte, the first in the low half. The product quantises each row of activations block by
+block to int8 (accuracy level 4), so here too a row depends on itself alone.
+
+Which scale: the range of a block is shrunk in steps, the scale refitted by least squares, and the smallest error
+wins. On normally distributed blocks of 128 the error falls from 0.117 (largest value decides) to 0.095.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m0kit_quant.int8 import by_rows, unit_of
+
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+BLOCKS = (32, 64, 128)
+_TOP = 15
+_FRACTIONS = np.linspace(0.6, 1.0, 8, dtype=np.float32)
+
+
+class Int4(NamedTuple):
+    """A matrix (N, K) of K/b = B blocks a row."""
+
+    packed: UInt8  # (N, B, b/2)
+    scale: Float32  # (N, B)
+    zero_point: UInt8  # (N, ⌈B/2⌉), packed like the weights; a last half is 8
+
+
+def quantize(weight: Float32, block: int, importance: Float32 | None = None) -> Int4:
+    """weight (N, K) → 4 bits. `importance` (K,) weighs the squared error of each input.
+
+    Raises ValueError when the block does not divide K or is none of 32, 64, 128.
+    """
+    check_block(block, weight.shape[1])
+    num_rows, num_blocks = weight.shape[0], weight.shape[1] // block
+    q = np.empty((num_rows, num_blocks, block // 2), np.uint8)
+    scale = np.empty((num_rows, num_blocks), np.float32)
+    zero = np.empty((num_rows, num_blocks), np.uint8)
+    weigh = None if importance is None else np.asarray(importance, np.float32).reshape(1, num_blocks, block)
+
+    def fill(first: int, end: int) -> None:
+        # A transposed view would be summed in another order, and might round to another scale.
+        w = np.ascontiguousarray(weight[first:end]).reshape(end - first, num_blocks, block)
+        values, scale[first:end], zero[first:end] = _search(w, weigh)
+        q[first:end] = pack(values)
+
+    by_rows(fill, *weight.shape)
+    return Int4(q, scale, pack(np.pad(zero, ((0, 0), (0, num_blocks % 2)), constant_values=8)))
+
+
+def dequantize(stored: Int4) -> Float32:
+    """The weight (N, K) that the stored values stand for."""
+    q = unpack(stored.packed).astype(np.float32)
+    zero = unpack(stored.zero_point)[:, : stored.scale.shape[1], None]
+    return np.asarray(((q - zero) * stored.scale[..., None]).reshape(len(q), -1), np.float32)
+
+
+def product(x: Float32, stored: Int4) -> Float32:
+    """The exact model of the product: x (T, K) → (T, N); activations rounded to int8 per row and block, float64 sums.
+
+    A block of activations has scale max|x| / 127 and rounds half to even.
+    """
+    num_rows, (num_outputs, num_blocks, half) = len(x), stored.packed.shape
+    blocks = x.reshape(num_rows, num_blocks, 2 * half)
+    a = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
+    rounded = np.rint(np.divide(blocks, a, out=np.zeros_like(blocks), where=a > 0))
+    y = np.zeros((num_rows, num_outputs))
+    w = dequantize(stored).reshape(num_outputs, num_blocks, 2 * half).astype(np.float64)
+    for i in range(num_blocks):
+        y += (rounded[:, i].astype(np.float64) @ w[:, i].T) * a[:, i]
+    return y.astype(np.float32)
+
+
+def check_block(block: int, num_inputs: int) -> None:
+    """Raises ValueError."""
+    if block not in BLOCKS:
+        raise ValueError(f"block {block} is not one of {', '.join(map(str, BLOCKS))}")
+    if num_inputs % block:
+        raise ValueError(f"block {block} does not divide {num_inputs} inputs")
+
+
+def pack(values: UInt8) -> UInt8:
+    """(…, 2n) values of 0…15 → (…, n) bytes, the first of two in the low half."""
+    return np.asarray(values[..., ::2] | values[..., 1::2] << 4, np.uint8)
+
+
+def unpack(packed: UInt8) -> UInt8:
+    """(…, n) bytes → (…, 2n) values of 0…15."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _search(w: Float32, weigh: Float32 | None) -> tuple[UInt8, Float32, UInt8]:
+    """w (N, B, b) → q (N, B, b), scale (N, B), zero point (N, B)."""
+    unit = unit_of(np.abs(w).max(axis=2, keepdims=True))
+    w = w / unit
+    low = np.minimum(w.min(axis=2, keepdims=True), 0)  # zero is always within reach
+    high = np.maximum(w.max(axis=2, keepdims=True), 0)
+    reach = np.maximum(high - low, np.float32(1))  # less only where all is as good as zero
+    best = np.empty(w.shape, np.uint8)
+    least = np.full((*w.shape[:2], 1), np.inf, np.float32)
+    scale, zero = np.ones_like(least), np.zeros_like(least)
+    for fraction in _FRACTIONS[::-1]:
+        step = reach * (fraction / _TOP)
+        z = np.clip(np.rint(-low * fraction / step), 0, _TOP)
+        q = np.clip(np.rint(w / step) + z, 0, _TOP)
+        c = q - z
+        weighed = c if weigh is None else c * weigh
+        norm = np.einsum("nbk,nbk->nb", weighed, c)[..., None]
+        fitted = np.einsum("nbk,nbk->nb", weighed, w)[..., None] / np.where(norm > 0, norm, 1)
+        fitted = np.where((norm > 0) & (fitted > 0), fitted, step)
+        error = np.square(w - c * fitted)
+        total = (error if weigh is None else error * weigh).sum(axis=2, keepdims=True)
+        better = total < least
+        least = np.where(better, total, least)
+        scale, zero = np.where(better, fitted, scale), np.where(better, z, zero)
+        np.copyto(best, q.astype(np.uint8), where=better)
+    return best, np.asarray((scale * unit)[..., 0], np.float32), zero[..., 0].astype(np.uint8)

@@ -1,0 +1,134 @@
+"""NF4, the 4-bit scheme of QLoRA: 16 levels that a normal distribution fills evenly, one scale per 64 values.
+
+Owns the layout and its arithmetic. The rounding is bitsandbytes' own, so that a weight is here what it was
+while a QLoRA adapter was trained. Nothing is kept of double quantisation: scales stay float32.
+
+    >>> weight = quantize(np.ones((2, 64), np.float32))                 # doctest: +SKIP
+    >>> weight.packed.shape, weight.absmax.shape                        # doctest: +SKIP
+    ((64,), (2,))
+
+Layout, which is bitsandbytes' and that of com.microsoft MatMulBnb4 (quant_type 1, block_size 64, transB 1):
+a matrix (out, in) is read row after row as one line of values. Blocks are 64 of them in a row, so where
+`in` is no multiple of 64 a block runs on into the next row. Two values share a byte, the first in its upper
+half. A last byte half used holds level 7, which is 0, below.
+"""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m0kit.errors import CheckpointError, DependencyError
+from m0kit_quant.weights import Float32
+
+BLOCK_SIZE = 64
+
+# Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", appendix E.
+LEVELS: Float32 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+LEVELS.setflags(write=False)
+_PAIRS: Float32 = np.stack([np.repeat(LEVELS, 16), np.tile(LEVELS, 16)], axis=1)  # byte → its two levels (256, 2)
+
+# Values handled at once. bitsandbytes takes about 30 bytes for each meanwhile; a whole embedding has 233 million.
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NF4:
+    """A quantised matrix."""
+
+    shape: tuple[int, int]  # (out, in)
+    packed: NDArray[np.uint8]  # (ceil(out·in / 2),)
+    absmax: Float32  # (ceil(out·in / 64),)
+
+    def __post_init__(self) -> None:
+        num_bytes, num_blocks = stored_sizes(self.shape)
+        _check_part("packed", self.packed, np.uint8, num_bytes)
+        _check_part("absmax", self.absmax, np.float32, num_blocks)
+
+
+def stored_sizes(shape: tuple[int, int]) -> tuple[int, int]:
+    """(bytes of `packed`, float32 values of `absmax`) of a matrix (out, in)."""
+    size = prod(shape)
+    return -(-size // 2), -(-size // BLOCK_SIZE)
+
+
+def quantize(weight: Float32) -> NF4:
+    """Round a float32 matrix (out, in) as bitsandbytes does; memory beyond the result stays at some 30 MB.
+
+    Raises DependencyError without bitsandbytes, CheckpointError for NaN, infinity or an empty matrix.
+    """
+    if weight.ndim != 2 or weight.dtype != np.float32:
+        raise ValueError(f"NF4 takes a float32 matrix, got {weight.dtype} {list(weight.shape)}")
+    if weight.size == 0:
+        raise CheckpointError(f"a matrix of shape {list(weight.shape)} has nothing to quantise")
+    functional = bitsandbytes_functional()
+    import torch  # comes with bitsandbytes
+
+    flat = weight.reshape(-1)
+    num_bytes, num_blocks = stored_sizes((weight.shape[0], weight.shape[1]))
+    packed, absmax = np.empty(num_bytes, np.uint8), np.empty(num_blocks, np.float32)
+    for start in range(0, flat.size, _PIECE):  # a multiple of the block, so that pieces change nothing
+        piece = torch.from_numpy(flat[start : start + _PIECE].copy())
+        codes, state = functional.quantize_4bit(
+            piece, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
+        )
+        packed[start // 2 :][: len(codes)] = codes.reshape(-1).numpy()
+        absmax[start // BLOCK_SIZE :][: len(state.absmax)] = state.absmax.numpy()
+    if not np.isfinite(absmax).all():
+        raise CheckpointError(
+            f"a matrix of shape {list(weight.shape)} holds NaN or infinite values, for which NF4 has no level. "
+            "Look for the reason in the checkpoint or its adapters"
+        )
+    return NF4((weight.shape[0], weight.shape[1]), packed, absmax)
+
+
+def dequantize(weight: NF4) -> Float32:
+    """The float32 matrix (out, in) that the codes stand for: level times absmax, rounded once."""
+    size = prod(weight.shape)
+    values = np.empty(size, np.float32)
+    for start in range(0, size, _PIECE):
+        stop = min(start + _PIECE, size)
+        levels = _PAIRS[weight.packed[start // 2 : -(-stop // 2)]].reshape(-1)[: stop - start]
+        scales = weight.absmax[start // BLOCK_SIZE : -(-stop // BLOCK_SIZE)]
+        np.multiply(levels, np.repeat(scales, BLOCK_SIZE)[: stop - start], out=values[start:stop])
+    return values.reshape(weight.shape)
+
+
+def product(activations: Float32, weight: NF4) -> Float32:
+    """activations (T, in) times the transposed matrix: (T, out), as ONNX Runtime's MatMulBnb4 has it in fp32.
+
+    The operator, too, writes the whole matrix out in fp32 and multiplies; only the order of its sums is its own.
+    """
+    result: Float32 = activations @ dequantize(weight).T
+    return result
+
+
+def _check_part(name: str, array: NDArray[Any], dtype: type, size: int) -> None:
+    if array.dtype != dtype or array.shape != (size,):
+        raise ValueError(f"{name} must be {dtype.__name__} [{size}], got {array.dtype} {list(array.shape)}")
+
+
+def bitsandbytes_functional() -> Any:
+    """The module bitsandbytes.functional. Raises DependencyError that names the extra."""
+    # On CPUs with bf16 instructions it warns that a product we never ask for will be slow.
+    notices = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = notices.level
+    notices.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError:
+        raise DependencyError("4-bit weights of this kind need bitsandbytes: pip install 'm0kit[nf4]'") from None
+    finally:
+        notices.setLevel(level)

@@ -1,0 +1,192 @@
+"""Recipes: which scheme stores which matrix. A small TOML file; the one used travels in the manifest.
+
+    precision = "int4"                  # the name under which the artifact goes
+    device = "cpu"                      # what it is meant for: "cpu" or "cuda"
+    equalize = true                     # share channel ranges between layers first (m0kit_quant.equalize)
+
+    [[weights]]                         # the first rule that matches a tensor's name decides
+    match = "visual.blocks.*.mlp.*"     # a glob over the checkpoint's names
+    scheme = "int8"
+
+    [[weights]]
+    match = "*"
+    scheme = "int4"
+    block = [128, 64, 32]               # the first that divides the inputs; or one number
+
+Rules concern the matrices alone: norms stay float32, and so do biases unless their matrix is fp16.
+"""
+
+import difflib
+import fnmatch
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from m0kit.errors import RecipeError
+from m0kit.precision import SCHEMES, supported
+from m0kit_quant.int4 import BLOCKS
+from m0kit_quant.schemes import Scheme
+
+DEVICES: Final = ("cpu", "cuda")
+EMBEDDING: Final = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One [[weights]] entry."""
+
+    match: str
+    scheme: str
+    block: tuple[int, ...] = ()  # int4: in the order of preference
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe."""
+
+    precision: str
+    device: str
+    equalize: bool
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def default(cls, precision: str, device: str = "cpu") -> "Recipe":
+        """What m0kit carries for a precision and a device. Raises RecipeError for one it does not know."""
+        if precision not in SCHEMES:
+            raise RecipeError(
+                f"precision {precision!r} is not known{_near(precision, SCHEMES)}. Choose one of {_list(SCHEMES)}."
+            )
+        if precision not in supported(device):
+            raise RecipeError(
+                f"{precision} has no kernels on {device} in ONNX Runtime; there {_list(supported(device))} work."
+            )
+        folder = resources.files("m0kit_quant") / "recipes"
+        special = folder / f"{precision}.{device}.toml"
+        text = (special if special.is_file() else folder / f"{precision}.toml").read_text("utf-8")
+        return cls.from_toml(text, f"the default recipe of {precision}", device)
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """A recipe file. Raises RecipeError."""
+        try:
+            return cls.from_toml(path.read_text("utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read ({type(error).__name__}). Give a TOML file.") from error
+
+    @classmethod
+    def from_toml(cls, text: str, source: str, device: str | None = None) -> "Recipe":
+        """Raises RecipeError that names `source` and what is wrong."""
+        try:
+            raw = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{source}: not TOML ({error}).") from error
+        if device is not None:
+            raw["device"] = device
+        return cls.from_dict(raw, source)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> "Recipe":
+        """The form it has in a manifest. Raises RecipeError that names `source` and what is wrong."""
+        _only(raw, ("precision", "device", "equalize", "weights"), source)
+        precision, device = raw.get("precision"), raw.get("device", "cpu")
+        if not isinstance(precision, str) or not precision:
+            raise RecipeError(f"{source}: precision must be a name, got {precision!r}.")
+        if device not in DEVICES:
+            raise RecipeError(f"{source}: device must be one of {_list(DEVICES)}, got {device!r}.")
+        equalize = raw.get("equalize", False)
+        if not isinstance(equalize, bool):
+            raise RecipeError(f"{source}: equalize must be true or false, got {equalize!r}.")
+        entries = raw.get("weights")
+        if not isinstance(entries, list) or not entries:
+            raise RecipeError(f"{source}: needs at least one [[weights]] rule.")
+        rules = tuple(_rule(entry, f"{source}: rule {number}") for number, entry in enumerate(entries, 1))
+        for rule in rules:
+            if rule.scheme not in supported(device):
+                raise RecipeError(
+                    f"{source}: {rule.scheme} has no kernels on {device} in ONNX Runtime; "
+                    f"there {_list(supported(device))} work."
+                )
+        return cls(precision, device, equalize, rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest; `from_dict` reads it."""
+        rules = [
+            {"match": r.match, "scheme": r.scheme, **({"block": list(r.block)} if r.block else {})} for r in self.rules
+        ]
+        return {"precision": self.precision, "device": self.device, "equalize": self.equalize, "weights": rules}
+
+    def scheme(self, name: str, shape: tuple[int, ...]) -> Scheme:
+        """How the matrix `name` (out, in) is stored. Raises RecipeError when no rule says, or a block does not fit."""
+        for rule in self.rules:
+            if not fnmatch.fnmatchcase(name, rule.match):
+                continue
+            table = name == EMBEDDING
+            if rule.scheme != "int4":
+                return self._fitting(Scheme(rule.scheme, table=table), name, shape)
+            block = next((b for b in rule.block if shape[1] % b == 0), None)
+            if block is None:
+                raise RecipeError(
+                    f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. Add a smaller block "
+                    f"(of {_list(BLOCKS)}) to the rule {rule.match!r}, or a rule before it with another scheme."
+                )
+            return Scheme("int4", block, table)
+        raise RecipeError(f'the recipe says nothing about {name}. Add a last rule with match = "*".')
+
+    @staticmethod
+    def _fitting(scheme: Scheme, name: str, shape: tuple[int, ...]) -> Scheme:
+        try:
+            scheme.layout(shape)
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}. Give it another scheme in a rule before.") from None
+        return scheme
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises RecipeError for a rule that matches none of the matrices, with the names that come near."""
+        names = list(names)
+        for rule in self.rules:
+            if not fnmatch.filter(names, rule.match):
+                raise RecipeError(f"the rule {rule.match!r} matches no matrix of this model{_near(rule.match, names)}.")
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Names of the schemes that the rules use, without repetition."""
+        return tuple(dict.fromkeys(rule.scheme for rule in self.rules))
+
+
+def _rule(entry: Any, where: str) -> Rule:
+    if not isinstance(entry, Mapping):
+        raise RecipeError(f"{where}: expected a table with match and scheme, got {entry!r}.")
+    _only(entry, ("match", "scheme", "block"), where)
+    match, scheme, block = entry.get("match"), entry.get("scheme"), entry.get("block")
+    if not isinstance(match, str) or not match:
+        raise RecipeError(f"{where}: match must be a pattern of tensor names, got {match!r}.")
+    if scheme not in SCHEMES:
+        raise RecipeError(
+            f"{where}: scheme {scheme!r} is not known{_near(str(scheme), SCHEMES)}. Known: {_list(SCHEMES)}."
+        )
+    if scheme != "int4":
+        if block is not None:
+            raise RecipeError(f"{where}: block belongs to int4, {scheme} has none to choose.")
+        return Rule(match, str(scheme))
+    blocks = block if isinstance(block, list) else list(BLOCKS[::-1]) if block is None else [block]
+    if not blocks or any(type(b) is not int or b not in BLOCKS for b in blocks):
+        raise RecipeError(f"{where}: block must be of {_list(BLOCKS)}, got {block!r}.")
+    return Rule(match, "int4", tuple(blocks))
+
+
+def _only(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in raw:
+        if key not in known:
+            raise RecipeError(f"{where}: {key!r} is not known{_near(str(key), known)}. Known: {_list(known)}.")
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _list(words: Iterable[Any]) -> str:
+    return ", ".join(map(str, words))
