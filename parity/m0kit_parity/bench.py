@@ -15,8 +15,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,10 +28,11 @@ import click
 from tqdm import tqdm
 
 from m0kit.config import ModelConfig
-from m0kit.errors import InputError, M0kitError
+from m0kit.errors import InputError
 from m0kit.precision import SCHEMES
 from m0kit.prompt import PromptBuilder
 from m0kit_parity import plot
+from m0kit_parity.measure import measure_memory
 
 # Words that stand for one token each in Qwen2's vocabulary behind a blank, and for a few in a small one.
 WORDS: Final = ("the", "model", "page", "text", "small", "language", "score", "image", "data", "report", "line")
@@ -299,46 +298,18 @@ def growth(
     click.echo(_about(about), err=True)
 
 
-# A process of its own for each point: a peak never falls again. No PyTorch, no parity, only the runtime.
-_MEMORY_CHILD: Final = """
-import json, sys, threading, time
-from pathlib import Path
-from m0kit.reranker import Reranker
-
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
-
-folder, threads, max_pixels, kind, payload = sys.argv[1:]
-reranker = Reranker.load(folder, threads=int(threads), max_pixels=int(max_pixels))
-loaded, anonymous, done = status("VmRSS"), [status("RssAnon")], False
-
-def watch():
-    while not done:
-        anonymous.append(status("RssAnon"))
-        time.sleep(0.01)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-document = Path(payload) if kind == "page" else Path(payload).read_text("utf-8")
-start = time.perf_counter()
-reranker.score([(%r, document)])
-seconds = time.perf_counter() - start
-done = True
-watcher.join()
-print(json.dumps({"loaded": loaded, "peak": status("VmHWM"), "private": max(anonymous), "seconds": seconds}))
-"""
-
-
 @bench.command()
 @_ARTIFACT
 @click.option("--max-tokens", type=click.IntRange(64), default=10_240, show_default=True)
 @click.option("--max-visual-tokens", type=click.IntRange(64), default=3072, show_default=True)
+@click.option("--memory", "mode", type=click.Choice(["fast", "low"]), default="fast", show_default=True)
 @_THREADS
 @_PLOT
 @_JSON
 def memory(
-    artifact: Path, max_tokens: int, max_visual_tokens: int, threads: int, plot_file: Path | None, as_json: bool
-) -> None:
+    artifact: Path, max_tokens: int, max_visual_tokens: int, mode: str, threads: int, plot_file: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Peak memory of one pair as its tokens, or its page's pixels, grow.
 
     `private` is what scoring itself needs; the rest of the peak are weights mapped from the artifact,
@@ -352,16 +323,9 @@ def memory(
     points = [("text", n) for n in _doubling(256, max_tokens)] + [
         ("page", n) for n in _doubling(192, max_visual_tokens)
     ]
-    with tempfile.TemporaryDirectory(prefix="m0kit-bench-") as temporary:
-        for kind, amount in tqdm(points, unit="point"):
-            payload = Path(temporary) / f"{kind}-{amount}"
-            payload.write_bytes(text_of(prompts, amount).encode() if kind == "text" else page_of(amount))
-            arguments = [str(artifact), str(threads), str(pixels), kind, str(payload)]
-            child = [sys.executable, "-c", _MEMORY_CHILD % QUERY, *arguments]
-            done = subprocess.run(child, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise M0kitError(f"{kind} of {amount} tokens: the measuring process failed: {done.stderr[-300:]}")
-            measured[kind][amount] = json.loads(done.stdout)
+    for kind, amount in tqdm(points, unit="point"):
+        document: Any = text_of(prompts, amount) if kind == "text" else page_of(amount)
+        measured[kind][amount] = asdict(measure_memory(artifact, [(QUERY, document)], threads, pixels, mode))
     if plot_file:
         charts = [
             plot.lines(
@@ -372,7 +336,7 @@ def memory(
             for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page"))
         ]
         write_plot(plot_file, charts)
-    about = {**machine(), "threads": threads, "artifact": str(artifact)}
+    about = {**machine(), "threads": threads, "memory": mode, "artifact": str(artifact)}
     if as_json:
         click.echo(json.dumps({"about": about, "mebibytes": measured}, ensure_ascii=False))
         return

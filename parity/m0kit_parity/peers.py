@@ -13,6 +13,7 @@ import ctypes
 import logging
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,20 +41,23 @@ GgufType = Literal["f32", "f16", "q8_0", "q4_0", "q4_k"]
 
 OPENVINO: Final = "openvino-int8"
 # f32 is for proving that llama.cpp computes the same; nobody runs it.
-LLAMA: Final[Mapping[str, GgufType]] = {f"llama-{t}": t for t in ("f16", "q8_0", "q4_0", "q4_k")}  # type: ignore[misc]
+LLAMA: Final[Mapping[str, GgufType]] = {f"llama-{t}": t for t in ("f16", "q8_0", "q4_0", "q4_k")}
 NAMES: Final = (OPENVINO, *LLAMA)
 
-# Columns that share one scale when OpenVINO quantises activations. Its default is 32; measured in int8 on full
-# widths, 256 takes a quarter off that, and more is no faster. It must divide every width to be used at all.
+# Columns that share one scale when OpenVINO quantises activations. Its default is 32; on full widths 256 takes a
+# fifth off that, and more is no faster. A group wider than a product's input would switch that product's off.
 _MAX_GROUP: Final = 256
-# Tokens llama.cpp computes at once. 512 is its default; 1024 and 2048 are as fast and need more memory.
+# Tokens llama.cpp computes at once: its default. Twice of it is as fast and only needs more memory.
 _LLAMA_ROWS: Final = 512
 
 
 class Peer(Protocol):
     """Another engine on whole pairs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """One of NAMES."""
+        ...
 
     def run(self, pairs: Sequence[tuple[Any, Any]]) -> Float32:
         """Scores (B,) of (query, document) pairs. Raises InputError for what this peer cannot score."""
@@ -153,6 +157,7 @@ def openvino(checkpoint: Checkpoint, threads: int, *, int8: bool = True) -> Rera
     """transformers' modules through OpenVINO's converter, weights through nncf, activations in int8 as they come.
 
     With `int8` False the same graphs in float32: the proof that they are the model. Raises DependencyError.
+    OpenVINO's converter and nncf tell Intel that they were used, unless `opt_in_out --opt_out` was run once.
     """
     ov = _package("openvino", "openvino", OPENVINO)
     reference, config = Reference.load(checkpoint.folder), checkpoint.config
@@ -179,7 +184,8 @@ def openvino(checkpoint: Checkpoint, threads: int, *, int8: bool = True) -> Rera
     }
     engine, compiled = ov.Core(), {}
     for name, (module, example, shapes) in modules.items():
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the converter still uses in torch and transformers
             model = ov.convert_model(module.eval(), example_input=example, input=[ov.PartialShape(s) for s in shapes])
         if int8:
             model = _compress(model)
@@ -303,8 +309,8 @@ def additive_mask(pieces: NDArray[np.int64], num_tokens: int) -> Float32:
     mask = np.full((num_tokens, num_tokens), -np.inf, np.float32)
     for q0, q1, a0, a1, b0, b1, *_ in pieces.tolist():
         mask[q0:q1, a0:a1] = 0
-        own = mask[q0:q1, b0:b1]
-        own[np.tri(*own.shape, own.shape[1] - own.shape[0], dtype=np.bool_)] = 0
+        rows, columns = q1 - q0, b1 - b0
+        mask[q0:q1, b0:b1][np.tri(rows, columns, columns - rows, dtype=np.bool_)] = 0
     return mask
 
 
@@ -319,7 +325,7 @@ def llama(checkpoint: Checkpoint, kind: GgufType, threads: int, scratch: Path) -
     lib = _package("llama_cpp", "llama-cpp-python", f"llama-{kind}")
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it prints every tensor it loads
     scratch.mkdir(parents=True, exist_ok=True)
-    plain: GgufType = "f32" if kind == "f32" else "f16"
+    plain: Literal["f32", "f16"] = "f32" if kind == "f32" else "f16"
     path = scratch / f"decoder-{plain}.gguf"
     if not path.exists():
         write_gguf(checkpoint, path, plain)
@@ -406,6 +412,7 @@ def _quantise(lib: Any, source: Path, target: Path, kind: GgufType, threads: int
 
 class _NoVision:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        del feeds, outputs
         raise InputError("llama.cpp is a peer for text alone, and a pair has an image. Leave such pairs out.")
 
 

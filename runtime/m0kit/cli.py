@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from m0kit.artifact import read_manifest, verify_files
+from m0kit.doctor import doctor
 from m0kit.errors import InputError, M0kitError
 from m0kit.reranker import Reranker, Result
 
@@ -77,6 +78,13 @@ _DEVICE = click.option(
     help="cpu, cuda, cuda:1, or the name of an execution provider.",
 )
 _THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores by default.")
+_MEMORY = click.option(
+    "--memory",
+    type=click.Choice(["fast", "low"]),
+    default="fast",
+    show_default=True,
+    help="low: vision encoder and decoder never in memory together, int8 weights left in their files.",
+)
 _PIXELS = click.option(
     "--max-pixels",
     type=click.IntRange(1),
@@ -99,6 +107,7 @@ _ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
 @_JSON
 @_DEVICE
 @_THREADS
+@_MEMORY
 @_PIXELS
 @click.pass_context
 def rerank(
@@ -113,6 +122,7 @@ def rerank(
     as_json: bool,
     device: str,
     threads: int | None,
+    memory: Literal["fast", "low"],
     max_pixels: int | None,
 ) -> None:
     """Order DOCUMENTS, files, by their relevance to a query, best first.
@@ -121,7 +131,7 @@ def rerank(
     """
     if (query is None) == (query_image is None):
         raise click.UsageError("Give either --query or --query-image.")
-    reranker = _load(artifact, device, threads, max_pixels)
+    reranker = _load(artifact, device, threads, memory, max_pixels)
     names = [click.format_filename(path) for path in documents]
     asked = query_image if query is None else query
     results = _evaluate(reranker, [(asked, _document(path)) for path in documents], names, strict)
@@ -145,6 +155,7 @@ def rerank(
 @_STRICT
 @_DEVICE
 @_THREADS
+@_MEMORY
 @_PIXELS
 @click.pass_context
 def score(
@@ -155,6 +166,7 @@ def score(
     strict: bool,
     device: str,
     threads: int | None,
+    memory: Literal["fast", "low"],
     max_pixels: int | None,
 ) -> None:
     """Score PAIRS, JSON lines from a file or stdin; prints one JSON line for each.
@@ -164,12 +176,15 @@ def score(
     """
     folder = Path(pairs.name).parent if pairs.name not in ("-", "<stdin>") else Path()
     values = dict(_read_pairs(pairs, folder))
-    reranker = _load(artifact, device, threads, max_pixels)
+    reranker = _load(artifact, device, threads, memory, max_pixels)
     results = _evaluate(reranker, list(values.values()), [f"line {number}" for number in values], strict)
     for result in results:
         value = result.logit if raw else result.score
         click.echo(json.dumps({"error": str(result.error)} if result.error else {"score": value}))
     ctx.exit(PARTLY if any(result.error for result in results) else 0)
+
+
+cli.add_command(doctor)
 
 
 @cli.command()
@@ -185,6 +200,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         facts = {
             "artifact": str(artifact),
             "scheme": manifest.scheme,
+            "recipe": dict(manifest.recipe),
             "bytes": manifest.num_bytes,
             "fingerprint": manifest.fingerprint,
             "licence": manifest.licence,
@@ -198,6 +214,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     adapters = ", ".join(_adapter(a) for a in manifest.provenance.get("adapters", [])) or "none"
     rows = [
         ("artifact", f"{artifact}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}"),
+        ("weights", ", ".join(f"{rule['match']} {rule['scheme']}" for rule in manifest.recipe["weights"])),
         ("base", manifest.provenance.get("base")),
         ("adapters", adapters),
         ("licence", manifest.licence),
@@ -222,9 +239,11 @@ def _adapter(entry: dict[str, Any]) -> str:
     return f"{entry.get('name')}{weight}" + (f" ({entry['licence']})" if entry.get("licence") else "")
 
 
-def _load(artifact: Path, device: str, threads: int | None, max_pixels: int | None) -> Reranker:
+def _load(
+    artifact: Path, device: str, threads: int | None, memory: Literal["fast", "low"], max_pixels: int | None
+) -> Reranker:
     try:
-        return Reranker.load(artifact, device=device, threads=threads, max_pixels=max_pixels)
+        return Reranker.load(artifact, device=device, threads=threads, memory=memory, max_pixels=max_pixels)
     except M0kitError:
         raise
     except ValueError as error:  # a limit that this model cannot have

@@ -71,13 +71,26 @@ class _Ready:
 class Reranker:
     """An opened artifact. Thread-safe: every call keeps its state to itself."""
 
-    def __init__(self, folder: Path, manifest: Manifest, config: ModelConfig, opener: sessions.GraphOpener):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        config: ModelConfig,
+        opener: sessions.GraphOpener,
+        low_memory: bool = False,
+    ):
         self.manifest = manifest
         self.config = config
         self._folder = folder
         self._open = opener
         self._prompts = PromptBuilder(folder / TOKENIZER, config.prompt)
-        self._vision, self._decoder, self._head = (_Lazy(partial(opener, folder, name)) for name in GRAPHS)
+        self._low_memory = low_memory
+        self._vision, self._decoder, self._head = (_Opened(partial(opener, folder, name)) for name in GRAPHS)
+        self._head.open()  # tells at once whether the device is there
+        if low_memory:
+            self._vision.rival, self._decoder.rival = self._decoder, self._vision
+        else:
+            self._decoder.open()
         decoder = config.decoder
         nothing = np.zeros((0, decoder.kv_size), np.float32)
         self._no_past = {
@@ -91,16 +104,23 @@ class Reranker:
         device: str = "cpu",
         threads: int | None = None,
         *,
+        memory: Literal["fast", "low"] = "fast",
         max_pixels: int | None = None,
         max_length: int | None = None,
         open_graph: sessions.GraphOpener | None = None,
     ) -> "Reranker":
         """Open an artifact on a device ("cpu", "cuda", "cuda:1", or an execution provider's name).
 
+        `memory`: "fast" keeps quantised weights packed for this CPU in memory; "low" leaves int8 weights mapped
+        from the artifact's files, and never holds the vision encoder and the decoder at once: a call encodes all its
+        images first, and each opens anew for it. Float weights are mapped either way, and the vision encoder is opened
+        when the first image comes. Scores are the same to rounding.
         `max_pixels` and `max_length` (tokens of a prompt) replace the checkpoint's own limits. `open_graph`
-        runs the graphs in another engine than ONNX Runtime. Weights are memory-mapped, not read.
+        runs the graphs in another engine than ONNX Runtime.
         Raises ArtifactError, DeviceError, DependencyError, ValueError for limits the model cannot have.
         """
+        if memory not in ("fast", "low"):
+            raise ValueError(f'memory must be "fast" or "low", got {memory!r}')
         folder = Path(path)
         manifest = read_manifest(folder)
         config = manifest.model
@@ -110,11 +130,11 @@ class Reranker:
             config = replace(config, prompt=replace(config.prompt, max_length=max_length))
         if open_graph is None:
             check_device(device, manifest.schemes, str(folder))
-            # Packed 4-bit products are three times as fast; the others hardly gain and stay mapped.
-            prepack = "int4" in manifest.schemes
+            # 4-bit products are three times slower unpacked, int8 a little; packed floats gain nothing worth 9 GB.
+            prepack = "int4" in manifest.schemes or ("int8" in manifest.schemes and memory == "fast")
             open_graph = partial(sessions.open_graph, device=device, threads=threads, prepack=prepack)
         verify_files(folder, manifest)
-        return cls(folder, manifest, config, open_graph)
+        return cls(folder, manifest, config, open_graph, memory == "low")
 
     # --- the one method ----------------------------------------------------------------------------
 
@@ -138,6 +158,8 @@ class Reranker:
                 if on_error == "raise":
                     raise
                 results[position] = Result(math.nan, math.nan, error)
+        if self._low_memory:
+            images.embeds([key for pair in ready for key in pair.images])
         with tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
             bar.update(len(pairs) - len(ready))
             for run in plan_runs([pair.item for pair in ready]):
@@ -363,19 +385,30 @@ class Reranker:
         return scores[0] if single else scores
 
 
-class _Lazy:
-    """A graph that is opened when it is first run: who scores texts alone never pays for the vision encoder."""
+class _Opened:
+    """A graph that is opened when it is needed, and takes the place of its rival where it has one.
+
+    Who scores texts alone never pays for the vision encoder. A rival that another thread is running lives until
+    that run ends.
+    """
 
     def __init__(self, opener: Callable[[], sessions.Graph]) -> None:
+        self.rival: _Opened | None = None
         self._opener = opener
         self._lock = threading.Lock()
         self._graph: sessions.Graph | None = None
 
-    def run(self, feeds: Mapping[str, sessions.Array], outputs: Sequence[str]) -> dict[str, sessions.Array]:
+    def open(self) -> sessions.Graph:
         with self._lock:
-            if self._graph is None:
-                self._graph = self._opener()
-        return self._graph.run(feeds, outputs)
+            graph = self._graph
+            if graph is None:
+                if self.rival is not None:
+                    self.rival._graph = None  # before, so that the two are never there together
+                graph = self._graph = self._opener()
+        return graph
+
+    def run(self, feeds: Mapping[str, sessions.Array], outputs: Sequence[str]) -> dict[str, sessions.Array]:
+        return self.open().run(feeds, outputs)
 
 
 class _Images:

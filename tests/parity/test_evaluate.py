@@ -28,6 +28,7 @@ from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
 from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterSpec
 from m0kit_parity import bench, evaluate
+from m0kit_parity import measure as measure_module
 from m0kit_parity.cli import SMALL
 from m0kit_parity.evaluate import Query, quality_of, spearman
 from m0kit_parity.small import evaluate as ranking
@@ -56,13 +57,13 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Measuring processes replaced by figures; returns the measurements asked for, in order."""
     asked: list[tuple[str, str, int]] = []
 
-    def measure(what: str, artifact: Path, pairs: Sequence[Any], threads: int, max_pixels: int | None) -> Any:
+    def measure(what: str, artifact: Path, pairs: Sequence[Any], *_: Any) -> Any:
         asked.append((what, artifact.name, len(pairs)))
         if what == "seconds":
             return {"base": 2.0, "tuned": 0.5}.get(artifact.name, 1.0) * len(asked)
         return {"loaded": 10.0, "peak": 30.0, "private": 20.0, "seconds": 1.0}
 
-    monkeypatch.setattr(evaluate, "_measure", measure)
+    monkeypatch.setattr(measure_module, "_measure", measure)
     return asked
 
 
@@ -340,14 +341,14 @@ def test_what_was_cut_is_said_once(tiny_artifact: Path, fast: list[Any], tmp_pat
 def test_a_measurement_that_fails_costs_the_others_nothing(
     base: Path, tuned: Path, fast: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    works = evaluate._measure
+    works = measure_module._measure
 
     def fails(what: str, artifact: Path, *rest: Any) -> Any:
         if artifact == tuned:
             raise M0kitError(f"{what} of tuned failed")
         return works(what, artifact, *rest)
 
-    monkeypatch.setattr(evaluate, "_measure", fails)
+    monkeypatch.setattr(measure_module, "_measure", fails)
     pairs = judged(tmp_path, row(relevance=[1, 0, 0]))
     done = invoke(base, tuned, "--pairs", pairs, "--threads", 1, "--html", tmp_path / "r.html", code=3)
     assert re.search(r"tuned +fp32 +– +– +–\n", done.stdout)
@@ -373,42 +374,6 @@ def test_the_files_own_pairs_are_timed_a_few_of_each_kind(tmp_path: Path) -> Non
     assert texts[0] == ("q0", "d0")
     assert texts[-1] == ("q6", {"text": "e6"}), "spread from the first to the last"
     assert list(evaluate.judged_workloads([Query("line 1", page, ("a", "b"), None)])) == ["2 of the file's image pairs"]
-
-
-@linux
-def test_processes_measure_every_form_of_content(tiny_artifact: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    Image.new("RGB", (56, 56)).save(tmp_path / "p.png")
-    png = (tmp_path / "p.png").read_bytes()
-    uri = evaluate._for_child(png)
-    monkeypatch.chdir(tmp_path)
-    contents = ["text", {"text": "more"}, Path("p.png"), {"image": Path("p.png")}, png, uri]
-    pairs = [(query, document) for query, document in combinations(contents, 2)]
-    memory = evaluate.measure_memory(tiny_artifact, pairs, 1)
-    assert 0 < memory.loaded <= memory.peak
-    assert 0 < memory.private <= memory.peak
-    assert 0 < evaluate.measure_seconds(tiny_artifact, pairs, 1) < 60
-
-
-@linux
-def test_private_memory_grows_with_the_work(tiny_artifact: Path) -> None:
-    few, many = (evaluate.measure_memory(tiny_artifact, [("q", bench.page_of(n))], 1).private for n in (48, 768))
-    # 3,072 patches of 1,176 float32 values alone are 13.8 MiB
-    assert many > few + 13
-
-
-def test_a_process_that_fails_says_why(tiny_artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(M0kitError, match=r"measuring seconds failed: .*there is no manifest"):
-        evaluate.measure_seconds(tmp_path, [("q", "d")], 1)
-    with pytest.raises(M0kitError, match=r"measuring memory failed: .*No such file"):
-        evaluate.measure_memory(tiny_artifact, [("q", tmp_path / "gone.png")], 1)
-
-
-def test_a_process_that_is_killed_is_told_from_one_that_fails(
-    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluate, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(M0kitError, match=r"ended by signal 9\. If memory ran out"):
-        evaluate.measure_seconds(tiny_artifact, [("q", "d")], 1)
 
 
 # --- forms ---------------------------------------------------------------------------------------------

@@ -6,14 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-
-from m0kit_quant import int4, int8
-from m0kit_quant.int4 import BLOCKS, Int4, dequantize, pack, product, quantize, unpack
 from tests.quant import _graphs
+
+from m0kit_quant import int8
+from m0kit_quant.int4 import BLOCKS, Int4, dequantize, pack, product, quantize, unpack
 
 Float32 = NDArray[np.float32]
 # Errors are compared as float32 sums: of two that are closer than this either may win.
 SUMS = 1e-4
+# ONNX Runtime adds up x·q·s and x·z·s apart, in float32 in some order: this much of the sum of their sizes may be
+# lost. 3e-7 were seen.
+ADDED = 2.0**-20
 MOST = float(
     np.float32(1e37)
 )  # ten times below float32's largest: the range of a block, from −m to m, must be a number too
@@ -149,8 +152,9 @@ def check_stored(weight: Float32, block: int) -> None:
     assert np.isfinite(values).all()
     assert (values[weight == 0] == 0).all()  # a zero point is a whole number, so zero is exact
     largest = np.abs(weight).reshape(len(weight), -1, block).max(axis=2).astype(np.float64)
-    # Beyond the float32 sums: roundings of values and scales, 2⁻²² of the largest each; less than SMALLEST is zero.
-    roundings = block**0.5 * (2.0**-22 * largest + int8.SMALLEST)
+    # Beyond that, values are rounded, and a scale is a quotient of float32 sums of up to 128 terms: 2⁻²⁰ of the
+    # largest each. What is less than SMALLEST counts as zero.
+    roundings = block**0.5 * (2.0**-20 * largest + int8.SMALLEST)
     plain = error_of(weight, min_max(weight, block), block)
     assert (error_of(weight, values, block) ** 0.5 <= plain**0.5 * (1 + SUMS) + roundings).all()
 
@@ -158,8 +162,8 @@ def check_stored(weight: Float32, block: int) -> None:
 @pytest.mark.parametrize("name", ["constant", "negative constant", "one block of zeros"])
 def test_blocks_of_one_value_are_exact(name: str) -> None:
     weight = SPECIAL[name]
-    # 15 steps of v/15: one rounding of the scale, one of the product.
-    np.testing.assert_allclose(dequantize(quantize(weight, 32)), weight, rtol=2.0**-23, atol=0)
+    # 15 steps of v/15, a quotient of two float32 sums of 32 terms.
+    np.testing.assert_allclose(dequantize(quantize(weight, 32)), weight, rtol=2.0**-20, atol=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -203,11 +207,12 @@ def test_importance_lowers_the_error_that_counts() -> None:
 
 def test_inputs_that_are_never_seen_cost_nothing() -> None:
     weight = random(3, 64)
-    weight[:, 7] = 0.45  # some two times the others' largest: the range may shrink to 0.6 of itself
+    unseen = [7, 8]
+    weight[:, unseen] = 0.45, -0.45  # less than twice the others' largest: the range may shrink to 0.6 of itself
     importance = np.ones(64, np.float32)
-    importance[7] = 0
-    error = np.delete(weight - dequantize(quantize(weight, 64, importance)), 7, axis=1)
-    plain = np.delete(weight - dequantize(quantize(weight, 64)), 7, axis=1)
+    importance[unseen] = 0
+    error = np.delete(weight - dequantize(quantize(weight, 64, importance)), unseen, axis=1)
+    plain = np.delete(weight - dequantize(quantize(weight, 64)), unseen, axis=1)
     assert np.square(error).sum() < 0.8 * np.square(plain).sum()
     nothing = quantize(weight, 64, np.zeros(64, np.float32))
     assert np.isfinite(dequantize(nothing)).all()
@@ -293,8 +298,7 @@ def test_onnx_runtime_gives_the_model_product(block: int, blocks: int, rows: int
     x = x[-rows:]
     y, expected = _graphs.four_bits(stored, x, 4), product(x, stored)
     w = np.abs(dequantize(stored)).astype(np.float64)
-    # Sums of x·q·s and of x·z·s apart, in float32 in some order.
-    bound = 2.0**-22 * (np.abs(x).astype(np.float64) @ apart(stored).T)
+    bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
     # An input within a few roundings of the middle of two steps may go to either: then a whole step of it more.
     grouped = x.reshape(rows, blocks, block)
     steps = np.abs(grouped).max(axis=2, keepdims=True) / np.float32(127)
@@ -308,9 +312,9 @@ def test_onnx_runtime_gives_the_model_product(block: int, blocks: int, rows: int
 def test_that_bound_is_far_below_what_rounded_activations_change() -> None:
     stored, x = sample(64, 3)
     exact = x.astype(np.float64) @ dequantize(stored).T
-    bound = 2.0**-22 * (np.abs(x).astype(np.float64) @ apart(stored).T)
+    bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
     off = np.abs(product(x, stored) - exact)
-    assert np.median(off[2:] / bound[2:]) > 500
+    assert np.median(off[2:] / bound[2:]) > 50
     # Half a step of its block for each input.
     steps = np.abs(x.reshape(len(x), 3, 64)).max(axis=2, keepdims=True).astype(np.float64) / 127
     half = np.broadcast_to(steps / 2, (len(x), 3, 64)).reshape(x.shape)
@@ -321,7 +325,7 @@ def test_without_packing_the_operator_rounds_no_activations() -> None:
     """So a model in int4 is opened with packing, which is also three times as fast."""
     stored, x = sample(64, 3)
     exact = x.astype(np.float64) @ dequantize(stored).T
-    bound = 2.0**-22 * (np.abs(x).astype(np.float64) @ apart(stored).T)
+    bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
     assert (np.abs(_graphs.four_bits(stored, x, 4, prepack=False) - exact) <= bound).all()
 
 

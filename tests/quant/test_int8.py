@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
+from tests.quant import _graphs
+from tests.quant.conftest import Made
 
 from m0kit_quant import int8
 from m0kit_quant.int8 import LEVELS, LIMIT, SMALLEST, ZERO_POINT, dequantize, quantize, quantize_activation
 from m0kit_quant.schemes import Scheme
-from tests.quant import _graphs
-from tests.quant.conftest import Made
 
 Float32 = NDArray[np.float32]
 INT8 = Scheme("int8")

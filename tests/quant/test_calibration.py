@@ -1,0 +1,313 @@
+"""Statistics of inputs and what is made of them: predicted errors, and scales that lower the real ones."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from m0kit.config import ModelConfig
+from m0kit_export.checkpoint import expected_shapes
+from m0kit_parity.checkpoints import model_config
+from m0kit_parity.outliers import inject, outlier_scales
+from m0kit_quant import int4, int8, nf4
+from m0kit_quant.calibration import Calibration, channel_scales, predicted_error
+from m0kit_quant.equalize import Rescaled, channel_groups, equalizing_scale
+from m0kit_quant.recipe import Recipe
+from m0kit_quant.schemes import Parts, Scheme
+from m0kit_quant.weights import Weights
+
+Float32 = NDArray[np.float32]
+SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 64), Scheme("nf4"), Scheme("bf16")]
+# int4 in blocks that divide the widths of this model; what is in floats is a group nobody need scale.
+RECIPE = Recipe.from_dict(
+    {
+        "precision": "mixed",
+        "weights": [
+            {"match": "score.*", "scheme": "fp32"},
+            {"match": "model.layers.1.mlp.*", "scheme": "fp16"},
+            {"match": "model.layers.*.self_attn.*", "scheme": "int4", "block": 32},
+            {"match": "*", "scheme": "int8"},
+        ],
+    },
+    "test",
+)
+
+
+class Tensors:
+    """Weights in a dictionary."""
+
+    def __init__(self, tensors: dict[str, Float32]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str) -> Float32:
+        return self.tensors[name]
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        spread = 1 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.3
+        centre = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")) else 0.0
+        tensors[name] = (centre + spread * rng.standard_normal(shape)).astype(np.float32)
+    return Tensors(tensors)
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return model_config("wide")
+
+
+def inputs_of(config: ModelConfig, weights: Weights, rows: int = 200, seed: int = 5) -> dict[str, Float32]:
+    """What the consumers of each group take, by the group: normal values, as large as what makes them is."""
+    rng = np.random.default_rng(seed)
+    inputs = {}
+    for group in channel_groups(config):
+        size = np.zeros(group.num_channels)
+        for name, first in group.producers:
+            rows_of = weights.read(name)[first : first + group.num_channels]
+            size += np.abs(rows_of) if rows_of.ndim == 1 else np.sqrt(np.square(rows_of).sum(axis=1))
+        x = rng.standard_normal((rows, len(group.columns))) * size[group.columns]
+        inputs[group.name] = x.astype(np.float32)
+    return inputs
+
+
+def observed(config: ModelConfig, inputs: dict[str, Float32]) -> Calibration:
+    peak, energy = {}, {}
+    for group in channel_groups(config):
+        for tensor in group.consumers:
+            module = tensor.removesuffix(".weight")
+            peak[module] = np.abs(inputs[group.name]).max(axis=0)
+            energy[module] = np.square(inputs[group.name]).mean(axis=0)
+    return Calibration(peak, energy, {})
+
+
+def multiplied(x: Float32, scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> NDArray[Any]:
+    """x times the transposed matrix as the scheme has it."""
+    if scheme.name == "int8":
+        return int8.product(x, parts["int8"], parts["scale"])
+    if scheme.name == "int4":
+        return int4.product(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
+    if scheme.name == "nf4":
+        return nf4.product(x, nf4.NF4((shape[0], shape[1]), parts["nf4"], parts["absmax"]))
+    return x @ scheme.decode(parts, shape).T
+
+
+def real_error(x: Float32, weight: Float32, scheme: Scheme, importance: Float32 | None = None) -> float:
+    """Mean over rows of the squared error of the product, summed over outputs."""
+    y = multiplied(x, scheme, scheme.encode(weight, importance), weight.shape)
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    return float(np.square(y - exact).sum(axis=1).mean())
+
+
+# --- the prediction --------------------------------------------------------------------------------
+
+
+def spread(kind: str, columns: int, rng: np.random.Generator) -> NDArray[Any]:
+    """Sizes of channels."""
+    if kind == "even":
+        return np.ones(columns)
+    if kind == "uneven":
+        return np.exp(rng.standard_normal(columns))
+    return np.where(np.arange(columns) == 11, 64.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven", "one outlier"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}{s.block or ''}")
+def test_the_predicted_error_is_the_real_one_where_rows_are_alike(scheme: Scheme, kind: str) -> None:
+    """Uniform inputs: nearly every row, and every block of it, reaches the peak, as the prediction has it."""
+    rng = np.random.default_rng(3)
+    weight = (rng.standard_normal((64, 192)) * 0.1).astype(np.float32)
+    x = (rng.uniform(-1, 1, (4000, 192)) * spread(kind, 192, rng)).astype(np.float32)
+    peak, energy = np.abs(x).max(axis=0), np.square(x).mean(axis=0)
+    importance = energy + np.float32(1e-3) * energy.mean()
+    predicted = predicted_error(weight, scheme, peak, energy)
+    # A row's own largest value lies below the peak of all by a few per cent; where one channel decides, by half.
+    low, high = (1.0, 2.6) if kind != "even" and scheme.name == "int8" else (0.95, 1.35)
+    assert low < predicted / real_error(x, weight, scheme, importance) < high
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}{s.block or ''}")
+def test_the_prediction_is_of_the_worst_rows_where_rows_differ(scheme: Scheme) -> None:
+    """Normal inputs: the peak of thousands of rows is up to twice that of one, its square four times."""
+    rng = np.random.default_rng(4)
+    weight = (rng.standard_normal((64, 192)) * 0.1).astype(np.float32)
+    x = (rng.standard_normal((4000, 192)) * np.exp(0.5 * rng.standard_normal(192))).astype(np.float32)
+    peak, energy = np.abs(x).max(axis=0), np.square(x).mean(axis=0)
+    predicted = predicted_error(weight, scheme, peak, energy)
+    real = real_error(x, weight, scheme, energy + np.float32(1e-3) * energy.mean())
+    assert 0.9 < predicted / real < 4
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=lambda s: s.name)
+def test_the_prediction_ranks_scales_as_the_real_error_does(scheme: Scheme) -> None:
+    rng = np.random.default_rng(6)
+    weight = (rng.standard_normal((48, 96)) * 0.1).astype(np.float32)
+    x = (rng.standard_normal((500, 96)) * spread("one outlier", 96, rng)).astype(np.float32)
+    predicted, real = [], []
+    for power in (-2, 0, 2, 4, 6):
+        scale = np.where(np.arange(96) == 11, 2.0**power, 1).astype(np.float32)
+        scaled = x / scale
+        peak, energy = np.abs(scaled).max(axis=0), np.square(scaled).mean(axis=0)
+        predicted.append(predicted_error(weight * scale, scheme, peak, energy))
+        real.append(real_error(scaled, weight * scale, scheme, energy + np.float32(1e-3) * energy.mean()))
+    assert np.argmin(predicted) == np.argmin(real)
+    assert np.argmax(predicted) == np.argmax(real)
+    assert real[np.argmin(predicted)] < 0.5 * real[1]
+
+
+def test_inputs_without_energy_cost_nothing() -> None:
+    weight = np.ones((4, 64), np.float32)
+    nothing = np.zeros(64, np.float32)
+    assert predicted_error(weight, Scheme("int8"), nothing, nothing) == 0
+    assert predicted_error(weight, Scheme("nf4"), nothing, nothing) == 0
+
+
+# --- importance ------------------------------------------------------------------------------------
+
+
+def test_importance_is_the_energy_and_never_zero() -> None:
+    energy = np.array([0, 1, 4, 1e-12], np.float32)
+    calibration = Calibration({"a.b": np.sqrt(energy)}, {"a.b": energy, "dead": np.zeros(3, np.float32)}, {})
+    found = calibration.importance("a.b.weight")
+    assert found is not None
+    assert found.dtype == np.float32
+    assert (found > 0).all()
+    np.testing.assert_allclose(found[1:3], energy[1:3], rtol=2e-3)
+    assert found[0] == pytest.approx(1e-3 * energy.mean())
+    dead = calibration.importance("dead.weight")
+    assert dead is not None
+    assert (dead > 0).all()
+    assert calibration.importance("model.embed_tokens.weight") is None  # looked up: no product sees it
+
+
+# --- the scales ------------------------------------------------------------------------------------
+
+
+def test_only_groups_whose_consumers_lose_bits_have_scales_and_all_are_told(config: ModelConfig) -> None:
+    weights = random_weights(config)
+    calibration = observed(config, inputs_of(config, weights))
+    groups = {group.name: group for group in channel_groups(config)}
+    for given in (None, calibration):
+        told: list[str] = []
+        scales = channel_scales(weights, config, RECIPE, given, told.append)
+        assert told == list(groups)
+        floats = {"model.layers.1.post_attention_layernorm", "model.layers.1.mlp.up_proj"}
+        assert set(groups) - set(scales) == floats
+        for name, scale in scales.items():
+            assert (scale.shape, scale.dtype) == ((groups[name].num_channels,), np.float32)
+            assert (np.isfinite(scale) & (scale > 0)).all()
+    assert channel_scales(weights, config, Recipe.default("fp16"), calibration) == {}
+
+
+def test_without_calibration_the_weights_alone_decide(config: ModelConfig) -> None:
+    weights = inject(random_weights(config), config, 256)
+    scales = channel_scales(weights, config, RECIPE, None)
+    for group in channel_groups(config):
+        if group.name in scales:
+            assert np.array_equal(scales[group.name], equalizing_scale(weights, group))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_planted_outliers_are_undone(config: ModelConfig, calibrated: bool) -> None:
+    plain = random_weights(config)
+    spiky = inject(plain, config, 1024)
+    outliers = outlier_scales(config, 1024)
+    inputs = inputs_of(config, spiky)
+    scales = channel_scales(spiky, config, RECIPE, observed(config, inputs) if calibrated else None)
+    ratios = {}
+    for group in channel_groups(config):
+        if group.name not in scales:
+            continue
+        scale, chosen = scales[group.name], outliers[group.name] != 1
+        # Ten bits too many: half of them are the least that lets eight bits see the others.
+        assert np.log2(scale[chosen] / np.median(scale[~chosen])).min() >= 5, group.name
+        ratios[group.name] = errors(group.consumers, plain, spiky, scale[group.columns], inputs[group.name], outliers[group.name][group.columns])
+    none, found = np.array(list(ratios.values())).T
+    assert np.median(none) > 20  # what outliers make of the error
+    assert np.exp(np.log(found).mean()) < (1.5 if calibrated else 2)  # and what is left of that
+    assert found.max() < 5
+
+
+def errors(
+    consumers: tuple[str, ...], plain: Weights, spiky: Weights, scale: Float32, x: Float32, outliers: Float32
+) -> tuple[float, float]:
+    """Squared errors with outliers, unscaled and scaled, in units of that without outliers."""
+    schemes = {name: RECIPE.scheme(name, plain.read(name).shape) for name in consumers}
+    before = sum(real_error(x * outliers, plain.read(name), schemes[name]) for name in consumers)
+    none = sum(real_error(x, spiky.read(name), schemes[name]) for name in consumers)
+    found = sum(real_error(x / scale, spiky.read(name) * scale, schemes[name]) for name in consumers)
+    return none / before, found / before
+
+
+def test_calibration_finds_outliers_that_no_weight_tells(config: ModelConfig) -> None:
+    """Inputs of a channel may be large for what the layers before do, not for a large gain."""
+    weights = random_weights(config)
+    inputs = inputs_of(config, weights)
+    rng = np.random.default_rng(9)
+    for group in channel_groups(config):
+        large = rng.choice(group.num_channels, 2, replace=False)
+        inputs[group.name][:, np.isin(group.columns, large)] *= 200
+    blind = channel_scales(weights, config, RECIPE, None)
+    seeing = channel_scales(weights, config, RECIPE, observed(config, inputs))
+    lower = []
+    for group in channel_groups(config):
+        if group.name not in seeing:
+            continue
+        x = inputs[group.name]
+        schemes = {name: RECIPE.scheme(name, weights.read(name).shape) for name in group.consumers}
+
+        def error(scale: Float32) -> float:
+            columns = scale[group.columns]  # noqa: B023  (called within the turn)
+            energy = np.square(x / columns).mean(axis=0)  # noqa: B023
+            importance = energy + np.float32(1e-3) * energy.mean()
+            return sum(
+                real_error(x / columns, weights.read(name) * columns, scheme, importance)  # noqa: B023
+                for name, scheme in schemes.items()  # noqa: B023
+            )
+
+        none = error(np.ones(group.num_channels, np.float32))
+        found = error(seeing[group.name])
+        assert found <= 1.02 * none, group.name  # none at all is among the choices; predicted is not quite real
+        assert found < error(blind[group.name]), group.name
+        lower.append(found / none)
+    assert np.exp(np.log(lower).mean()) < 0.25
+
+
+def test_calibration_leaves_an_even_model_about_as_it_is(config: ModelConfig) -> None:
+    weights = random_weights(config)
+    rng = np.random.default_rng(1)
+    inputs = {
+        group.name: rng.uniform(-1, 1, (500, len(group.columns))).astype(np.float32) for group in channel_groups(config)
+    }
+    for scale in channel_scales(weights, config, RECIPE, observed(config, inputs)).values():
+        assert 1 / 3 < scale.min() <= scale.max() < 3
+
+
+def test_channels_without_any_input_do_no_harm(config: ModelConfig) -> None:
+    weights = random_weights(config)
+    inputs = inputs_of(config, weights)
+    for number, x in enumerate(inputs.values()):
+        x[:, :: 2 if number % 2 else 1] = 0
+    for scale in channel_scales(weights, config, RECIPE, observed(config, inputs)).values():
+        assert (np.isfinite(scale) & (scale > 0)).all()
+
+
+def test_scales_of_calibration_leave_the_function_alone(config: ModelConfig) -> None:
+    """Powers of AWQ are no powers of two, so each side rounds: float32's 2⁻²⁴ for the weight and its channel."""
+    weights = random_weights(config)
+    inputs = inputs_of(config, weights)
+    scales = channel_scales(weights, config, RECIPE, observed(config, inputs))
+    groups = channel_groups(config)
+    scaled = Rescaled(weights, groups, scales)
+    for group in groups:
+        vectors = [(name, first) for name, first in group.producers if weights.read(name).ndim == 1]
+        for name, first in vectors:
+            made = weights.read(name)[first : first + group.num_channels].astype(np.float64)
+            ours = scaled.read(name)[first : first + group.num_channels].astype(np.float64)
+            for matrix in group.consumers:
+                exact = made[group.columns] * weights.read(matrix).astype(np.float64)
+                if matrix not in {n for g in groups for n, _ in g.producers}:  # whose rows no other group scales
+                    product = ours[group.columns] * scaled.read(matrix).astype(np.float64)
+                    np.testing.assert_allclose(product, exact, rtol=3 * 2.0**-24, atol=1e-30)

@@ -1,0 +1,317 @@
+"""Recipes: those that come along, how rules are chosen, and that whatever is wrong is said with its place."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m0kit.errors import RecipeError
+from m0kit.precision import SCHEMES, supported
+from m0kit_export.checkpoint import expected_shapes
+from m0kit_export.graphs import build_graphs
+from m0kit_parity.checkpoints import model_config
+from m0kit_quant.recipe import DEVICES, EMBEDDING, Recipe, Rule
+from m0kit_quant.schemes import Scheme
+
+DEFAULTS = [(precision, device) for device in DEVICES for precision in supported(device)]
+
+
+def recipe(*rules: dict[str, Any], **others: Any) -> Recipe:
+    return Recipe.from_dict({"precision": "mine", "weights": list(rules), **others}, "mine.toml")
+
+
+def matrices(shape: str) -> dict[str, tuple[int, int]]:
+    """Of a model of that shape: matrices by their names, (out, in)."""
+    shapes = expected_shapes(model_config(shape))  # type: ignore[arg-type]
+    two = {name: s for name, s in shapes.items() if len(s) == 2}
+    patches = shapes["visual.patch_embed.proj.weight"]
+    return {**two, "visual.patch_embed.proj.weight": (patches[0], patches[1] * patches[2] * patches[3] * patches[4])}
+
+
+# --- those that come along -------------------------------------------------------------------------
+
+
+def test_there_is_one_for_every_precision_and_device() -> None:
+    assert set(DEFAULTS) == {(p, "cpu") for p in SCHEMES} | {(p, "cuda") for p in SCHEMES if p != "int8"}
+
+
+@pytest.mark.parametrize(("precision", "device"), DEFAULTS)
+def test_a_default_recipe_fits_the_published_model(precision: str, device: str) -> None:
+    found = Recipe.default(precision, device)
+    assert (found.precision, found.device) == (precision, device)
+    assert set(found.schemes) <= set(supported(device))
+    assert precision in found.schemes
+    names = matrices("full")
+    found.check(names)
+    stored = {name: found.scheme(name, shape) for name, shape in names.items()}
+    for name, shape in names.items():
+        assert stored[name].layout(shape)
+        assert stored[name].table == (name == EMBEDDING)
+    assert found.equalize == (precision in ("int8", "int4", "nf4"))
+
+
+@pytest.mark.parametrize(("precision", "device"), DEFAULTS)
+def test_what_meets_pixels_and_what_makes_the_score_stay_floats(precision: str, device: str) -> None:
+    found = Recipe.default(precision, device)
+    for name, shape in matrices("full").items():
+        if name.startswith(("score.", "visual.patch_embed.")):
+            assert found.scheme(name, shape).is_float
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nearly_all_of_the_products_have_the_bits_of_the_name(device: str) -> None:
+    names = {name: shape for name, shape in matrices("full").items() if name.startswith("model.layers.")}
+    for precision in supported(device):
+        found = Recipe.default(precision, device)
+        assert {found.scheme(name, shape).name for name, shape in names.items()} == {precision}
+
+
+@pytest.mark.parametrize(("precision", "device"), DEFAULTS)
+def test_graphs_can_be_built_of_a_default_recipe(precision: str, device: str) -> None:
+    graphs = build_graphs(model_config("wide" if precision == "int4" else "tiny"), Recipe.default(precision, device))
+    assert {weight.scheme.name for graph in graphs.values() for weight in graph.weights} >= {precision}
+
+
+@pytest.mark.parametrize(("word", "near"), [("int9", "int8"), ("fp23", "fp32"), ("nf", "nf4"), ("INT4", None)])
+def test_an_unknown_precision_is_named_with_those_near_it(word: str, near: str | None) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.default(word)
+    assert str(caught.value).startswith(f"precision {word!r} is not known")
+    assert str(caught.value).endswith("Choose one of fp32, fp16, bf16, int8, int4, nf4.")
+    if near:
+        assert "did you mean" in str(caught.value)
+        assert near in str(caught.value).split("?")[0]
+
+
+def test_int8_for_cuda_is_refused_with_what_works_there() -> None:
+    said = r"int8 has no kernels on cuda in ONNX Runtime; there fp32, fp16, bf16, int4, nf4 work\.$"
+    with pytest.raises(RecipeError, match=f"^{said}"):
+        Recipe.default("int8", "cuda")
+    with pytest.raises(RecipeError, match=rf"^mine\.toml: {said}"):
+        recipe({"match": "a", "scheme": "fp16"}, {"match": "*", "scheme": "int8"}, device="cuda")
+
+
+# --- there and back --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "device"), DEFAULTS)
+def test_a_default_recipe_survives_the_manifest(precision: str, device: str) -> None:
+    found = Recipe.default(precision, device)
+    assert Recipe.from_dict(found.to_dict(), "manifest") == found
+
+
+rules = st.one_of(
+    st.builds(Rule, st.text(min_size=1), st.sampled_from([s for s in SCHEMES if s != "int4"])),
+    st.builds(
+        Rule,
+        st.text(min_size=1),
+        st.just("int4"),
+        st.lists(st.sampled_from([32, 64, 128]), min_size=1, max_size=4).map(tuple),
+    ),
+)
+recipes = st.builds(
+    Recipe, st.text(min_size=1), st.just("cpu"), st.booleans(), st.lists(rules, min_size=1, max_size=5).map(tuple)
+)
+
+
+@given(recipes)
+def test_any_recipe_survives_the_manifest(found: Recipe) -> None:
+    assert Recipe.from_dict(found.to_dict(), "manifest") == found
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'precision = "größer"\nequalize = true\n[[weights]]\nmatch = "a.*"\nscheme = "int4"\nblock = 64\n'
+        '[[weights]]\nmatch = "*"\nscheme = "int4"\n',
+        "utf-8",
+    )
+    found = Recipe.read(path)
+    assert found == Recipe("größer", "cpu", True, (Rule("a.*", "int4", (64,)), Rule("*", "int4", (128, 64, 32))))
+    assert found.schemes == ("int4",)
+
+
+# --- which rule ------------------------------------------------------------------------------------
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    found = recipe(
+        {"match": "model.layers.0.*", "scheme": "fp32"},
+        {"match": "model.layers.?.mlp.*", "scheme": "int8"},
+        {"match": "*", "scheme": "nf4"},
+    )
+    name = "model.layers.{}.{}.weight"
+    assert found.scheme(name.format(0, "mlp.up_proj"), (4, 64)) == Scheme("fp32")
+    assert found.scheme(name.format(1, "mlp.up_proj"), (4, 64)) == Scheme("int8")
+    assert found.scheme(name.format(12, "mlp.up_proj"), (4, 64)) == Scheme("nf4")
+    assert found.scheme(name.format(1, "self_attn.q_proj"), (4, 64)) == Scheme("nf4")
+    assert found.schemes == ("fp32", "int8", "nf4")
+
+
+def test_patterns_know_upper_and_lower_case() -> None:
+    found = recipe({"match": "Model.*", "scheme": "fp16"}, {"match": "*", "scheme": "fp32"})
+    assert found.scheme("model.norm", (1, 1)).name == "fp32"
+
+
+def test_the_embedding_is_a_table() -> None:
+    found = recipe({"match": "*", "scheme": "int8"})
+    assert found.scheme(EMBEDDING, (10, 64)) == Scheme("int8", table=True)
+    assert recipe({"match": "*", "scheme": "int4"}).scheme(EMBEDDING, (10, 64)) == Scheme("int4", 64, table=True)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "inputs", "chosen"),
+    [
+        ([128, 64, 32], 256, 128),
+        ([128, 64, 32], 192, 64),
+        ([128, 64, 32], 96, 32),
+        ([32, 128], 256, 32),
+        (64, 128, 64),
+        (None, 1536, 128),
+        (None, 8960, 128),
+        (None, 160, 32),
+    ],
+)
+def test_the_first_block_that_divides_is_taken(blocks: Any, inputs: int, chosen: int) -> None:
+    rule = {"match": "*", "scheme": "int4"} | ({} if blocks is None else {"block": blocks})
+    assert recipe(rule).scheme("a", (5, inputs)) == Scheme("int4", chosen)
+
+
+@pytest.mark.parametrize(("blocks", "inputs"), [([128, 64], 96), (32, 48), (None, 1176)])
+def test_inputs_that_no_block_divides_are_refused_with_the_ways_out(blocks: Any, inputs: int) -> None:
+    rule = {"match": "visual.*", "scheme": "int4"} | ({} if blocks is None else {"block": blocks})
+    with pytest.raises(RecipeError) as caught:
+        recipe(rule).scheme("visual.patch_embed.proj.weight", (5, inputs))
+    said = str(caught.value)
+    assert said.startswith(f"visual.patch_embed.proj.weight has {inputs} inputs, which no block of ")
+    assert "Add a smaller block (of 32, 64, 128) to the rule 'visual.*', or a rule before it" in said
+
+
+def test_a_matrix_without_a_rule_is_named() -> None:
+    with pytest.raises(
+        RecipeError, match=r'^the recipe says nothing about b\.weight\. Add a last rule with match = "\*"'
+    ):
+        recipe({"match": "a.*", "scheme": "fp16"}).scheme("b.weight", (1, 1))
+
+
+def test_a_scheme_that_cannot_store_a_table_is_refused_with_the_way_out() -> None:
+    with pytest.raises(RecipeError, match=rf"^{EMBEDDING}: .*cannot store a table\. Give it another scheme in a rule"):
+        recipe({"match": "*", "scheme": "nf4"}).scheme(EMBEDDING, (10, 64))
+
+
+def test_a_rule_that_matches_nothing_is_refused_with_names_near_it() -> None:
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "score.0.weight"]
+    found = recipe({"match": "model.layers.0.mlp.upproj.weight", "scheme": "fp16"}, {"match": "*", "scheme": "fp32"})
+    with pytest.raises(RecipeError) as caught:
+        found.check(iter(names))
+    assert "the rule 'model.layers.0.mlp.upproj.weight' matches no matrix of this model" in str(caught.value)
+    assert "did you mean model.layers.0.mlp.up_proj.weight" in str(caught.value)
+    recipe({"match": "score.*", "scheme": "fp16"}, {"match": "*", "scheme": "fp32"}).check(iter(names))
+
+
+def test_building_graphs_checks_the_rules() -> None:
+    found = recipe({"match": "visual.blocks.*.mpl.*", "scheme": "fp16"}, {"match": "*", "scheme": "fp32"})
+    with pytest.raises(RecipeError, match=r"visual\.blocks\.\*\.mpl\.\*"):
+        build_graphs(model_config("tiny"), found)
+
+
+# --- what is wrong ---------------------------------------------------------------------------------
+
+GOOD = {"match": "*", "scheme": "fp32"}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"devise": "cpu"}, "'devise' is not known (did you mean device?). Known: precision, device"),
+    "no precision": ({"precision": None}, "precision must be a name, got None"),
+    "empty precision": ({"precision": ""}, "precision must be a name, got ''"),
+    "unknown device": ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
+    "device list": ({"device": ["cpu"]}, "device must be one of cpu, cuda, got ['cpu']"),
+    "equalize text": ({"equalize": "yes"}, "equalize must be true or false, got 'yes'"),
+    "equalize number": ({"equalize": 1}, "equalize must be true or false, got 1"),
+    "no rules": ({"weights": []}, "needs at least one [[weights]] rule"),
+    "rules missing": ({"weights": None}, "needs at least one [[weights]] rule"),
+    "one table": ({"weights": GOOD}, "needs at least one [[weights]] rule"),
+    "rule text": ({"weights": [GOOD, "fp16"]}, "rule 2: expected a table with match and scheme, got 'fp16'"),
+    "odd rule key": ({"weights": [GOOD | {"bloc": 32}]}, "rule 1: 'bloc' is not known (did you mean block?)"),
+    "no match": ({"weights": [{"scheme": "fp16"}]}, "rule 1: match must be a pattern of tensor names, got None"),
+    "match number": ({"weights": [GOOD | {"match": 3}]}, "rule 1: match must be a pattern of tensor names, got 3"),
+    "no scheme": ({"weights": [{"match": "*"}]}, "rule 1: scheme None is not known"),
+    "near scheme": ({"weights": [GOOD | {"scheme": "int9"}]}, "rule 1: scheme 'int9' is not known (did you mean int"),
+    "scheme list": ({"weights": [GOOD | {"scheme": ["fp16"]}]}, "rule 1: scheme ['fp16'] is not known"),
+    "block of fp32": ({"weights": [GOOD | {"block": 32}]}, "rule 1: block belongs to int4, fp32 has none to choose"),
+    "block 16": ({"weights": [GOOD | {"scheme": "int4", "block": 16}]}, "block must be of 32, 64, 128, got 16"),
+    "block text": ({"weights": [GOOD | {"scheme": "int4", "block": "32"}]}, "block must be of 32, 64, 128, got '32'"),
+    "block list": ({"weights": [GOOD | {"scheme": "int4", "block": [64, 48]}]}, "of 32, 64, 128, got [64, 48]"),
+    "no block": ({"weights": [GOOD | {"scheme": "int4", "block": []}]}, "block must be of 32, 64, 128, got []"),
+    "block true": ({"weights": [GOOD | {"scheme": "int4", "block": True}]}, "of 32, 64, 128, got True"),
+    "block half": ({"weights": [GOOD | {"scheme": "int4", "block": 32.0}]}, "of 32, 64, 128, got 32.0"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said_with_its_place(what: str) -> None:
+    change, said = WRONG[what]
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict({"precision": "mine", "weights": [GOOD], **change}, "mine.toml")
+    assert str(caught.value).startswith("mine.toml: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"precision = ", b"[[weights]", b"\xff\xfe", b'precision = "a"\nprecision = "b"'])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"^{path}: (not TOML|cannot be read \(UnicodeDecodeError\))"):
+        Recipe.read(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(RecipeError, match=rf"^{path}: cannot be read \(\w+Error\)\. Give a TOML file\."):
+            Recipe.read(path)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([*SCHEMES, "*", "cuda"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+entries = st.fixed_dictionaries(
+    {}, optional={"match": anything, "scheme": st.sampled_from(SCHEMES) | anything, "block": anything, "x": anything}
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "precision": anything | st.just("mine"),
+            "device": anything | st.sampled_from(DEVICES),
+            "equalize": anything | st.booleans(),
+            "weights": anything | st.lists(entries | anything, max_size=3),
+            "other": anything,
+        },
+    )
+)
+def test_whatever_a_manifest_holds_is_a_recipe_or_a_recipe_error(raw: dict[str, Any]) -> None:
+    try:
+        found = Recipe.from_dict(raw, "place")
+    except RecipeError as error:
+        assert str(error).startswith("place: ")  # noqa: PT017  (either outcome is right)
+    else:
+        assert Recipe.from_dict(found.to_dict(), "place") == found
+
+
+@given(st.text(string.printable, max_size=60))
+def test_whatever_a_file_holds_is_a_recipe_or_a_recipe_error(text: str) -> None:
+    for content in (text, f'precision = "a"\n{text}', f'precision = "a"\n[[weights]]\n{text}'):
+        try:
+            Recipe.from_toml(content, "place")
+        except RecipeError as error:
+            assert str(error).startswith("place: ")  # noqa: PT017  (either outcome is right)
