@@ -89,7 +89,8 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
         try:
             reranker.score([pair])
         except InputError as error:
-            raise RecipeError(f"{pairs}: line {line}: {error} Correct the line or take it out.") from error
+            said = str(error).removeprefix("pair 0: ")  # its place in a call of one
+            raise RecipeError(f"{pairs}: line {line}: {said} Correct the line or take it out.") from error
         counts[kind[0]] += 1
     about = {"pairs": counts, "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest()}
     return Calibration(

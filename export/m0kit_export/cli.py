@@ -20,8 +20,7 @@ _OPTIONS = (
     click.option(
         "--device",
         type=click.Choice(["cpu", "cuda"]),
-        default="cpu",
-        show_default=True,
+        show_default="cpu",
         help="What the artifact is meant for: the default recipes differ.",
     ),
     click.option(
@@ -125,10 +124,14 @@ def _recipe(precision: str | None, options: dict[str, Any], default: str | None)
             raise click.UsageError(
                 f"--precision {precision}, but the recipe is of {recipe.precision}. Leave one of the two out."
             )
+        if options["device"] not in (None, recipe.device):
+            raise click.UsageError(
+                f"--device {options['device']}, but the recipe is for {recipe.device}. Leave one of the two out."
+            )
         return recipe
     if precision is None and default is None:
         raise click.UsageError("Give --precision or --recipe.")
-    return Recipe.default(precision or str(default), options["device"])
+    return Recipe.default(precision or str(default), options["device"] or "cpu")
 
 
 def describe(output: Path, manifest: Manifest, as_json: bool) -> None:

@@ -120,10 +120,11 @@ def _write(
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
             weights, scales = _rescaled(source, recipe, calibration, bar, progress)
             _begin("writing", bar, num_bytes, progress)
+            importance = calibration.importance(source.config, scales) if calibration else {}
             hashes: dict[str, str] = {}
             for name, graph in graphs.items():
                 path = folder / f"{name}.onnx.data"
-                hashes |= _write_weights(path, graph, weights, bar, _importance(source, scales, calibration))
+                hashes |= _write_weights(path, graph, weights, bar, importance)
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
@@ -165,22 +166,6 @@ def _rescaled(
 
 def _size(source: Source, name: str) -> int:
     return int(np.prod(source.shape(name)))
-
-
-def _importance(
-    source: Source, scales: Mapping[str, NDArray[np.float32]], calibration: Calibration | None
-) -> Mapping[str, NDArray[np.float32]]:
-    """By tensor: how much the error of each input counts, after its channels were scaled."""
-    if calibration is None:
-        return {}
-    found = {name: calibration.importance(name) for name in source.names}
-    by_tensor = {name: values for name, values in found.items() if values is not None}
-    for group in channel_groups(source.config):
-        if group.name in scales:
-            columns = scales[group.name][group.columns]
-            for tensor in group.consumers:
-                by_tensor[tensor] = np.asarray(by_tensor[tensor] / columns**2, np.float32)
-    return by_tensor
 
 
 @contextmanager
@@ -228,7 +213,7 @@ def _check_complete(source: Source, graphs: dict[str, Graph]) -> None:
 def _check_seen(calibration: Calibration, graphs: dict[str, Graph]) -> None:
     """Every product whose weights lose bits was computed in calibration: pairs of text never reach the vision graph."""
     losing = [w for graph in graphs.values() for w in graph.weights if not (w.scheme.is_float or w.scheme.table)]
-    if unseen := [weight.name for weight in losing if calibration.importance(weight.name) is None]:
+    if unseen := [w.name for w in losing if w.name.removesuffix(".weight") not in calibration.energy]:
         raise RecipeError(
             f"no pair of the calibration set reaches {unseen[0]} and {len(unseen) - 1} more matrices. "
             "Add pairs with an image, a few at least, or calibrate for a recipe that leaves these matrices as floats."

@@ -35,10 +35,14 @@ class Calibration:
     energy: Mapping[str, Float32]  # (K,) mean of x², text and images counting alike
     about: Mapping[str, Any]  # numbers of pairs and the hash of their file, for the manifest
 
-    def importance(self, tensor: str) -> Float32 | None:
-        """Weights (K,) of the error of each input of a matrix; never zero, as a calibration set is small."""
-        energy = self.energy.get(tensor.removesuffix(".weight"))
-        return None if energy is None else np.asarray(energy + 1e-3 * max(float(energy.mean()), 1e-12), np.float32)
+    def importance(self, config: ModelConfig, scales: Mapping[str, Float32]) -> dict[str, Float32]:
+        """By matrix: how much the error of each input (K,) counts once the channels are scaled so."""
+        energy = {f"{module}.weight": values for module, values in self.energy.items()}
+        for group in channel_groups(config):
+            if group.name in scales:
+                columns = scales[group.name][group.columns]
+                energy |= {name: energy[name] / columns**2 for name in group.consumers if name in energy}
+        return {name: floored(values) for name, values in energy.items()}
 
 
 def channel_scales(
@@ -69,8 +73,9 @@ def channel_scales(
 def _best_scale(
     weights: Weights, group: ChannelGroup, schemes: Mapping[str, Scheme], calibration: Calibration
 ) -> Float32:
-    module = group.consumers[0].removesuffix(".weight")  # all consumers of a group take the same input
-    peak, energy = calibration.peak[module], calibration.energy[module]
+    # All consumers of a group take the same input, but of the last layer's some see the wanted rows alone.
+    modules = [name.removesuffix(".weight") for name in group.consumers]
+    peak, energy = (np.max([of[m] for m in modules], axis=0) for of in (calibration.peak, calibration.energy))
     samples = {name: _sample(weights.read(name)) for name in group.consumers}
     best, least = np.ones(group.num_channels, np.float32), np.inf
     for scale in _candidates(weights, group, peak, energy):
@@ -102,19 +107,27 @@ def _candidates(weights: Weights, group: ChannelGroup, peak: Float32, energy: Fl
 
 
 def predicted_error(weight: Float32, scheme: Scheme, peak: Float32, energy: Float32) -> float:
-    """Expected square of a product's error, summed over outputs (N, K)·x: rounded weights and rounded inputs.
+    """Expected square of a product's error relative to the square of the product, the mean over outputs (N, K)·x.
 
+    Relative, because how large an output is says nothing about its worth: another group may have scaled it.
     Weights: their own error times the mean square of the input they meet. Inputs: rounded in steps of max|x| / 127 of
     the stretch that shares a scale (a row in int8, a block in int4), which is uniform noise of step²/12.
     """
-    stored = scheme.decode(scheme.encode(weight, energy + 1e-3 * max(float(energy.mean()), 1e-12)), weight.shape)
-    of_weights = float((np.square(weight - stored).sum(axis=0, dtype=np.float64) * energy).sum())
-    if scheme.name not in ("int8", "int4"):
-        return of_weights
-    width = scheme.block or weight.shape[1]
-    steps = peak.reshape(-1, width).max(axis=1) / LEVELS
-    squares = np.square(weight).sum(axis=0, dtype=np.float64).reshape(-1, width).sum(axis=1)
-    return of_weights + float((steps.astype(np.float64) ** 2 / 12 * squares).sum())
+    stored = scheme.decode(scheme.encode(weight, floored(energy)), weight.shape)
+    energy = np.asarray(floored(energy), np.float64)
+    errors = np.square(weight - stored, dtype=np.float64) @ energy
+    if scheme.name in ("int8", "int4"):
+        width = scheme.block or weight.shape[1]
+        steps = peak.astype(np.float64).reshape(-1, width).max(axis=1) / LEVELS
+        squares = np.square(weight, dtype=np.float64).reshape(len(weight), -1, width).sum(axis=2)
+        errors += squares @ (steps**2 / 12)
+    signal = np.square(weight, dtype=np.float64) @ energy
+    return float((errors[signal > 0] / signal[signal > 0]).mean()) if (signal > 0).any() else 0.0
+
+
+def floored(energy: Float32) -> Float32:
+    """Never zero: a calibration set is small, and what it has not seen may still come."""
+    return np.asarray(energy + 1e-3 * max(float(energy.mean()), 1e-12), np.float32)
 
 
 def _sample(matrix: Float32) -> NDArray[np.float32]:

@@ -440,7 +440,7 @@ def test_an_observed_product_tells_the_largest_and_the_squares_of_its_inputs(tmp
     b.linear("second", h, (3, 4), bias=False, out="y")
     graph = b.finish([Port("x", F32, ("T", 8))], [Port("y", F32, ("T", 3))])
     names = [port.name for port in graph.outputs]
-    assert names == ["y", "first.peak", "first.energy", "second.peak", "second.energy"]
+    assert names == ["y", *(f"{name}.{what}" for name in ("first", "second") for what in ("peak", "energy", "rows"))]
     values = {
         "first.weight": RNG.standard_normal((4, 8), np.float32),
         "first.bias": RNG.standard_normal(4, np.float32),
@@ -452,5 +452,6 @@ def test_an_observed_product_tells_the_largest_and_the_squares_of_its_inputs(tmp
     for name, given in inputs.items():
         assert np.allclose(seen[f"{name}.peak"], np.abs(given).max(axis=0), rtol=1e-5)
         assert np.allclose(seen[f"{name}.energy"], np.square(given).sum(axis=0), rtol=1e-5)
+        assert seen[f"{name}.rows"].tolist() == [len(given)]
     assert np.array_equal(seen["first.peak"], np.abs(x).max(axis=0))
     assert names[:1] == [port.name for port in linear_graph(FP32, bias=False).outputs]  # and nothing when not observed

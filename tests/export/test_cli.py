@@ -1,5 +1,6 @@
-"""`m0kit export`: results, messages and exit codes, as a shell sees them."""
+"""`m0kit export` and `m0kit quantize`: results, messages and exit codes, as a shell sees them."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -8,13 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import pytest
+from PIL import Image
 from tests.export import _tiny
 from tests.export.test_merge import save_adapter
 
 from m0kit import Reranker
 from m0kit.artifact import read_manifest, verify_files
 from m0kit.cli import main
+from m0kit.precision import SCHEMES
+from m0kit_export.export import export_artifact, quantize_artifact
+from m0kit_quant.recipe import Recipe
 
 
 @dataclass
@@ -133,7 +139,7 @@ def test_adapters_and_their_weights_reach_the_result(
     assert len(fingerprints) == 3
 
 
-def test_scheme_and_overwrite(m0kit: Callable[..., Done], tmp_path: Path, base: Path) -> None:
+def test_precision_and_overwrite(m0kit: Callable[..., Done], tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
     assert m0kit("export", base, "-o", out).code == 0
     done = m0kit("export", base, "-o", out, "--precision", "fp16")
@@ -175,15 +181,239 @@ def test_errors_are_one_line_and_exit_code_1(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[], ["base"], ["base", "-o", "out", "--precision", "int3"]])
+RECIPE = """
+precision = "half and half"
+
+[[weights]]
+match = "model.layers.*.mlp.*"
+scheme = "int8"
+
+[[weights]]
+match = "*"
+scheme = "fp16"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "half.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    Image.effect_noise((56, 56), 64).save(folder / "page.png")
+    rows = [{"query": "a", "documents": ["b", {"image": "page.png"}]}, {"query": "c", "document": "d"}]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_every_precision_is_written_by_its_default_recipe(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny: Path, tiny_artifact: Path, command: str, precision: str
+) -> None:
+    source = {"export": tiny, "quantize": tiny_artifact}[command]
+    done = m0kit(command, source, "-o", tmp_path / "out", "--precision", precision)
+    manifest = read_manifest(tmp_path / "out")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'out'}: {manifest.num_bytes / 2**20:.1f} MiB, {precision}\n")
+    assert done.err.endswith("licence of the weights: cc-by-nc-4.0\n")
+    assert Recipe.from_dict(manifest.recipe, "manifest") == Recipe.default(precision)
+    verify_files(tmp_path / "out", manifest)
+
+
+def test_phases_of_a_quantisation_are_lines_on_a_pipe(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny_artifact: Path, pairs: Path
+) -> None:
+    done = m0kit("quantize", tiny_artifact, "-o", tmp_path / "out", "--precision", "int8", "--calibrate", pairs)
+    assert done.code == 0
+    *phases, licence = done.err.splitlines()
+    assert [line.partition(":")[0] for line in phases] == ["equalizing", "writing", "reading back", "hashing"]
+    assert licence.startswith("licence")
+    assert "\r" not in done.err
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_a_recipe_file_says_how_each_matrix_is_stored(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny: Path, tiny_artifact: Path, recipe: Path, command: str
+) -> None:
+    source = {"export": tiny, "quantize": tiny_artifact}[command]
+    done = m0kit(command, source, "-o", tmp_path / "out", "--recipe", recipe, "--json")
+    assert (done.code, json.loads(done.out)["scheme"]) == (0, "half and half")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.schemes == ("fp16", "int8")
+    assert Recipe.from_dict(manifest.recipe, "manifest") == Recipe.read(recipe)
+    names = {t.name for t in onnx.load(tmp_path / "out" / "decoder.onnx", load_external_data=False).graph.initializer}
+    assert {"model.layers.0.mlp.up_proj.weight.int8", "model.layers.0.self_attn.q_proj.weight"} <= names
+    assert "model.layers.0.self_attn.q_proj.weight.int8" not in names
+
+
+def test_the_device_chooses_among_the_default_recipes(m0kit: Callable[..., Done], tmp_path: Path, tiny: Path) -> None:
+    for device in ("cpu", "cuda"):
+        options = ["--precision", "int4", "--device", device]
+        assert m0kit("export", tiny, "-o", tmp_path / device, *options).code == 0
+        assert Recipe.from_dict(read_manifest(tmp_path / device).recipe, "m") == Recipe.default("int4", device)
+    assert Recipe.default("int4", "cpu") != Recipe.default("int4", "cuda")
+
+
+def test_calibration_reaches_the_weights_and_the_manifest(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny: Path, tiny_artifact: Path, pairs: Path
+) -> None:
+    told = []
+    for command, source in (("export", tiny), ("quantize", tiny_artifact)):
+        out = tmp_path / command
+        done = m0kit(command, source, "-o", out, "--precision", "int8", "--calibrate", pairs, "--json")
+        assert done.code == 0
+        told.append(json.loads(done.out))
+    assert told[0]["fingerprint"] == told[1]["fingerprint"]
+    sha256 = hashlib.sha256(pairs.read_bytes()).hexdigest()
+    assert told[0]["provenance"]["calibration"] == {"pairs": {"text": 2, "image": 1}, "sha256": sha256}
+    done = m0kit("export", tiny, "-o", tmp_path / "plain", "--precision", "int8", "--json")
+    assert json.loads(done.out)["fingerprint"] != told[0]["fingerprint"]
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "quantize", "plain"}
+
+
+def test_qlora_reaches_the_exporter(m0kit: Callable[..., Done], tmp_path: Path, tiny: Path) -> None:
+    fingerprints = set()
+    for number, options in enumerate([[], ["--qlora", "single"], ["--qlora", "double"]]):
+        done = m0kit("export", tiny, "-o", tmp_path / str(number), *options, "--json")
+        assert done.code == 0, done.err
+        told = json.loads(done.out)
+        fingerprints.add(told["fingerprint"])
+        assert ("qlora" in told["provenance"]) == bool(options)
+    keep = ["--qlora-keep", "score.2", "--qlora-keep", "score.0"]
+    done = m0kit("export", tiny, "-o", tmp_path / "kept", "--qlora", "single", *keep, "--json")
+    fingerprints.add(json.loads(done.out)["fingerprint"])
+    assert len(fingerprints) == 4
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--precision", "int4", "--recipe", "RECIPE"], 2, "--precision int4, but the recipe is of half and half"),
+        (["--recipe", "RECIPE", "--device", "cuda"], 2, "--device cuda, but the recipe is for cpu"),
+        (["--precision", "int9"], 2, "'int9' is not one of 'fp32', 'fp16', 'bf16', 'int8', 'int4', 'nf4'"),
+        (["--precision", "int8", "--device", "tpu"], 2, "'tpu' is not one of 'cpu', 'cuda'"),
+        (
+            ["--precision", "int8", "--device", "cuda"],
+            1,
+            "error: int8 has no kernels on cuda in ONNX Runtime; there fp32, fp16, bf16, int4, nf4 work.",
+        ),
+        (["--recipe", "/nowhere.toml"], 1, "error: /nowhere.toml: cannot be read (FileNotFoundError). Give a TOML"),
+        (["--recipe", "PAIRS"], 1, "pairs.jsonl: not TOML ("),
+        (["--precision", "int8", "--calibrate", "RECIPE"], 1, "half.toml: line 2: not JSON; line 4: not JSON;"),
+        (["--precision", "int8", "--calibrate", "/nowhere"], 1, "error: /nowhere: cannot be read (FileNotFoundError)."),
+    ],
+)
+def test_what_does_not_go_together_or_is_not_there_is_named(
+    m0kit: Callable[..., Done],
+    tmp_path: Path,
+    tiny: Path,
+    tiny_artifact: Path,
+    recipe: Path,
+    pairs: Path,
+    command: str,
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
+    given = [option.replace("RECIPE", str(recipe)).replace("PAIRS", str(pairs)) for option in options]
+    done = m0kit(command, {"export": tiny, "quantize": tiny_artifact}[command], "-o", tmp_path / "out", *given)
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            'match = "model.layers.*.mpl.*"\nscheme = "int8"',
+            "the rule 'model.layers.*.mpl.*' matches no matrix of this",
+        ),
+        ('match = "score.0.weights"\nscheme = "int8"', "(did you mean score.0.weight"),
+        ('match = "*"\nscheme = "int7"', "half.toml: rule 1: scheme 'int7' is not known (did you mean int8"),
+        ('match = "*"\nscheme = "int4"\nblock = 128', "has 1176 inputs, which no block of 128 divides"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_one_line_with_what_comes_near(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny: Path, recipe: Path, line: str, message: str
+) -> None:
+    recipe.write_text(f"precision = 'own'\n[[weights]]\n{line}\n[[weights]]\nmatch = '*'\nscheme = 'fp32'\n")
+    done = m0kit("export", tiny, "-o", tmp_path / "out", "--recipe", recipe)
+    assert (done.code, done.out) == (1, "")
+    assert message in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantising_what_cannot_be_quantised_is_one_line(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny: Path, in_precision: Callable[[str], Path]
+) -> None:
+    for source, message in (
+        (in_precision("int4"), "weights, which have lost bits already. Quantise the fp32 artifact, or export from"),
+        (tiny, "there is no manifest.json, so this is not a finished artifact"),
+        (tmp_path / "nowhere", "no such folder"),
+    ):
+        done = m0kit("quantize", source, "-o", tmp_path / "out", "--precision", "int8")
+        assert (done.code, done.out) == (1, "")
+        assert message in done.err
+        assert done.err.count("\n") == 1
+    done = m0kit("quantize", in_precision("fp16"), "-o", in_precision("fp16"), "--precision", "int8", "--overwrite")
+    assert (done.code, done.err.partition(":")[0]) == (1, "error")
+    assert "is the artifact that is read" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["base"],
+        ["base", "-o", "out", "--precision", "int3"],
+        ["base", "-o", "out", "--qlora", "triple"],
+        ["base", "-o", "out", "--qlora-keep", "score.2"],
+    ],
+)
 def test_wrong_usage_exits_with_2(m0kit: Callable[..., Done], arguments: list[str]) -> None:
     done = m0kit("export", *arguments)
     assert (done.code, done.out) == (2, "")
     assert "m0kit export [OPTIONS] CHECKPOINT" in done.err
+    if "--qlora-keep" in arguments:
+        assert "--qlora-keep goes with --qlora." in done.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "-o", "out"], ["a", "-o", "out", "--precision", ""]])
+def test_wrong_usage_of_quantize_exits_with_2(m0kit: Callable[..., Done], arguments: list[str]) -> None:
+    done = m0kit("quantize", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "m0kit quantize [OPTIONS] ARTIFACT" in done.err
+    if arguments[-1:] == ["out"]:
+        assert "Give --precision or --recipe." in done.err
+
+
+def test_the_commands_do_what_the_functions_do(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny: Path, tiny_artifact: Path
+) -> None:
+    int4 = Recipe.default("int4", "cuda")
+    export_artifact(tiny, tmp_path / "meant", recipe=int4, progress=False)
+    quantize_artifact(tiny_artifact, tmp_path / "meant too", recipe=int4, progress=False)
+    for command, source in (("export", tiny), ("quantize", tiny_artifact)):
+        options = ["--precision", "int4", "--device", "cuda"]
+        assert m0kit(command, source, "-o", tmp_path / command, *options).code == 0
+    assert read_manifest(tmp_path / "export") == read_manifest(tmp_path / "meant")
+    assert read_manifest(tmp_path / "quantize") == read_manifest(tmp_path / "meant too")
 
 
 def test_help_loads_neither_torch_nor_peft(m0kit: Callable[..., Done]) -> None:
     assert "PATH[:WEIGHT]" in m0kit("export", "--help").out
+    told = m0kit("quantize", "--help").out
+    assert "--calibrate" in told
+    assert "--adapter" not in told
     code = "import sys, m0kit_export.cli; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -192,7 +422,7 @@ def test_options_come_from_the_environment_too(
     m0kit: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path
 ) -> None:
     monkeypatch.setenv("M0KIT_EXPORT_OUTPUT", str(tmp_path / "out"))
-    monkeypatch.setenv("M0KIT_EXPORT_SCHEME", "fp16")
+    monkeypatch.setenv("M0KIT_EXPORT_PRECISION", "fp16")
     assert m0kit("export", base).code == 0
     assert read_manifest(tmp_path / "out").scheme == "fp16"
 

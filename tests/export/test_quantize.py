@@ -104,10 +104,10 @@ def in_precision_injected(injected: Path) -> Callable[[str], Path]:
 
 # --- what stands in the files ------------------------------------------------------------------------------
 
-# Root mean square of what rounding takes, relative to that of the matrix. Measured on normally distributed values:
-# 7 bits a row 0.011 (0.018 in the short rows of the patches' blocks), 4 bits a block of 32 to 128 0.08 to 0.095,
-# NF4 0.092. A wrong nibble, transposition or place is 1 and more.
-ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.025, "int4": 0.11, "nf4": 0.11}
+# Root mean square of what rounding takes, relative to that of the matrix, the worst of all. Measured on normally
+# distributed values: 7 bits a row 0.013, 4 bits a block of 32 to 128 0.090, NF4 0.094; bounds leave a fifth and more.
+# A wrong nibble, transposition or place is 1 and more.
+ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.018, "int4": 0.11, "nf4": 0.115}
 
 
 def assert_stored(artifact: Path, checkpoint: Path, scales: dict[str, Float32]) -> None:
@@ -150,7 +150,9 @@ def test_stored_parts_decode_to_the_equalised_weights_within_the_schemes_roundin
     scales = channel_scales(source, source.config, recipe, None)
     assert sum(bool((scale != 1).any()) for scale in scales.values()) > len(scales) / 2
     assert_stored(in_precision_injected(precision), injected, scales)
-    with pytest.raises(AssertionError, match=" in "):  # the measure tells scaled weights from others
+    with pytest.raises(
+        AssertionError, match=r"visual\.blocks\.0\.norm1"
+    ):  # the measure tells scaled weights from others
         assert_stored(in_precision_injected(precision), injected, {})
 
 
@@ -191,10 +193,10 @@ def rewritten(tiny: Path, folder: Path, tensors: dict[str, Float32]) -> Path:
 
 
 # Logits of a whole model whose weights are the decoded ones, against the model that holds the parts. Products that
-# take their inputs as they are differ by fp32 rounding. Inputs rounded to 8 bits (int8; int4 as the runtime opens
-# it) move a logit by a tenth or two at these widths of 32 to 96: rounding is by rows, and there are few terms.
-UNROUNDED = 2e-5
-ROUNDED = 0.5
+# take their inputs as they are differ by fp32 rounding (measured 1e-5). Inputs rounded to 8 bits (int8; int4 as the
+# runtime opens it) move a logit by up to 0.16: there are few terms at widths of 32 to 96. Logits spread over 4.
+UNROUNDED = 5e-5
+ROUNDED = 0.4
 
 
 @pytest.mark.parametrize("precision", LOSSY)

@@ -14,6 +14,7 @@ from m0kit.errors import ArtifactDamagedError, ArtifactError, ArtifactNotFoundEr
 from m0kit_export.checkpoint import expected_shapes, open_checkpoint
 from m0kit_export.export import export_artifact
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora
+from m0kit_parity.checkpoints import write_checkpoint
 from m0kit_quant import nf4
 from m0kit_quant.recipe import Recipe
 from m0kit_quant.schemes import FLOATS
@@ -40,6 +41,16 @@ def test_an_artifact_gives_the_checkpoints_tensors_as_they_are_stored(
         # float16 holds this checkpoint exactly; of bfloat16 only matrices are stored in it
         exact = precision != "bf16" or meant.ndim == 1
         assert np.array_equal(given, meant if exact else meant.astype(FLOATS["bf16"]).astype(np.float32)), name
+
+
+def test_an_fp32_artifact_gives_every_bit_of_a_checkpoint_in_fp32(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", "tiny", dtype="float32")
+    export_artifact(tmp_path / "checkpoint", tmp_path / "out", progress=False)
+    checkpoint, artifact = CheckpointSource.open(tmp_path / "checkpoint"), ArtifactSource.open(tmp_path / "out")
+    for name in checkpoint.names:
+        assert np.array_equal(artifact.read(name), checkpoint.read(name)), name
+    values = checkpoint.read("model.norm.weight")
+    assert (values != values.astype(np.float16)).any()
 
 
 def test_the_kernel_of_the_patches_comes_back_in_the_checkpoints_shape(tiny: Path, tiny_artifact: Path) -> None:

@@ -23,17 +23,25 @@ from m0kit_parity.checkpoints import model_config
 
 FILES = {"tokenizer.json": b"{}", "vision.onnx": b"v", "decoder.onnx": b"dd", "head.onnx": b"h", "head.onnx.data": b""}
 
+RECIPE = {
+    "precision": "int4",
+    "device": "cpu",
+    "equalize": True,
+    "weights": [{"match": "score.*", "scheme": "fp32"}, {"match": "*", "scheme": "int4", "block": [128, 64]}],
+}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder in the artifact's form; what the files hold doesn't matter here."""
-    folder = tmp_path / "m0-fp32"
+    folder = tmp_path / "m0-int4"
     folder.mkdir()
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     files = {name: FileEntry(len(content), sha256_of(folder / name)) for name, content in FILES.items()}
     provenance = {"base": "jinaai/jina-reranker-m0 é", "licence": "cc-by-nc-4.0", "adapters": []}
-    write_manifest(folder, Manifest(model_config("tiny"), "fp32", {"vision": {"inputs": []}}, files, provenance))
+    manifest = Manifest(model_config("tiny"), "int4", {"vision": {"inputs": []}}, files, provenance, RECIPE)
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -61,7 +69,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_what_was_written_is_read(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest.model == model_config("tiny")
-    assert manifest.scheme == "fp32"
+    assert manifest.scheme == "int4"
+    assert manifest.schemes == ("fp32", "int4")
+    assert manifest.recipe == RECIPE
     assert manifest.graphs == {"vision": {"inputs": []}}
     assert manifest.files["decoder.onnx"].size == 2
     assert manifest.provenance["base"] == "jinaai/jina-reranker-m0 é"
@@ -70,6 +80,24 @@ def test_what_was_written_is_read(folder: Path) -> None:
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     verify_files(folder, manifest)
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp16"])
+def test_a_manifest_from_before_recipes_is_read_as_one_scheme_for_all(folder: Path, scheme: str) -> None:
+    edit(folder, lambda raw: (raw.pop("recipe"), raw.update(scheme=scheme)))
+    manifest = read_manifest(folder)
+    assert manifest.schemes == (scheme,)
+    assert manifest.recipe == {"precision": scheme, "weights": [{"match": "*", "scheme": scheme}]}
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+
+
+def test_a_scheme_is_listed_once_however_many_rules_use_it(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    rules = [
+        {"match": name, "scheme": scheme} for name, scheme in zip("abcd", ("nf4", "int8", "nf4", "fp32"), strict=True)
+    ]
+    assert replace(manifest, recipe={"weights": rules}).schemes == ("fp32", "int8", "nf4")
 
 
 def test_a_real_artifact_is_whole(artifact: Path) -> None:
@@ -152,6 +180,18 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "graphs list": (lambda raw: raw.update(graphs=[]), "graphs"),
     "no provenance": (lambda raw: raw.pop("provenance"), "'provenance'"),
     "provenance list": (lambda raw: raw.update(provenance=[]), "provenance"),
+    "recipe list": (lambda raw: raw.update(recipe=[]), "recipe: expected an object, got list"),
+    "recipe null": (lambda raw: raw.update(recipe=None), "recipe: expected an object"),
+    "no rules": (lambda raw: raw["recipe"].pop("weights"), "'weights'"),
+    "rules empty": (lambda raw: raw["recipe"].update(weights=[]), "recipe: has no weights"),
+    "rules text": (lambda raw: raw["recipe"].update(weights="int4"), "recipe: has no weights"),
+    "rule text": (lambda raw: raw["recipe"].update(weights=["int4"]), ""),
+    "rule without scheme": (lambda raw: raw["recipe"]["weights"][1].pop("scheme"), "'scheme'"),
+    "odd scheme": (
+        lambda raw: raw["recipe"]["weights"][1].update(scheme="int3"),
+        "recipe: scheme 'int3' is not known; known are fp32, fp16, bf16, int8, int4, nf4",
+    ),
+    "scheme list": (lambda raw: raw["recipe"]["weights"][1].update(scheme=["int4"]), "is not known"),
     "no files": (lambda raw: raw.pop("files"), "'files'"),
     "files list": (lambda raw: raw.update(files=["vision.onnx"]), ""),
     "no size": (lambda raw: raw["files"]["head.onnx"].pop("size"), "'size'"),

@@ -6,10 +6,12 @@ import io
 import math
 import random
 import threading
+import time
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit import Reranker, Result, sessions
-from m0kit.errors import ImageError, InputError
+from m0kit.errors import ImageError, InputError, M0kitError
 from m0kit_parity.reference import Reference
 
 # fp32 noise of another batch; the tiny model's scores of different pairs lie 1e-2 to 1 apart.
@@ -161,6 +163,97 @@ class Counting:
 def counting(artifact: Path) -> tuple[Reranker, Counting]:
     opener = Counting()
     return Reranker.load(artifact, open_graph=opener), opener
+
+
+class Opening:
+    """Opens graphs, slowly, and notes which."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        self.names.append(name)
+        time.sleep(0.05)  # so that a second thread would come in between
+        return sessions.open_graph(folder, name, threads=1, also=also)
+
+
+def test_texts_alone_never_open_the_vision_encoder(artifact: Path, pairs: list[Any], alone: list[float]) -> None:
+    opening = Opening()
+    reranker = Reranker.load(artifact, open_graph=opening)
+    np.testing.assert_allclose(reranker.score(pairs[:5]), alone[:5], atol=SAME, rtol=0)
+    reranker.trace(pairs[0])
+    reranker.evaluate([pairs[0], ("query", b"no image")])  # refused before it would be encoded
+    assert sorted(opening.names) == ["decoder", "head"]
+    for _ in range(2):
+        np.testing.assert_allclose(reranker.score(pairs[4:7]), alone[4:7], atol=SAME, rtol=0)
+    assert sorted(opening.names) == ["decoder", "head", "vision"]
+
+
+def test_threads_that_come_first_together_open_each_graph_once(
+    artifact: Path, pairs: list[Any], alone: list[float]
+) -> None:
+    opening = Opening()
+    reranker = Reranker.load(artifact, open_graph=opening)
+    start = threading.Barrier(4)
+
+    def work(number: int) -> Any:
+        start.wait()
+        return reranker.score(pairs[5:7])
+
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(work, range(4)):
+            np.testing.assert_allclose(scores, alone[5:7], atol=SAME, rtol=0)
+    assert sorted(opening.names) == ["decoder", "head", "vision"]
+
+
+def test_low_memory_never_holds_vision_encoder_and_decoder_at_once(
+    artifact: Path, pairs: list[Any], alone: list[float]
+) -> None:
+    alive: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+    opened: list[str] = []
+
+    class Held:
+        def __init__(self, graph: sessions.Graph) -> None:
+            self.run = graph.run
+
+    def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        opened.append(name)
+        assert not ({"vision", "decoder"} - {name}) & set(alive)
+        assert name not in alive
+        alive[name] = graph = Held(sessions.open_graph(folder, name, threads=1, also=also))
+        return graph
+
+    reranker = Reranker.load(artifact, memory="low", open_graph=opener)
+    assert opened == ["head"]
+    for _ in range(2):  # images are encoded before anything is decoded, so each is opened once a call
+        opened.clear()
+        np.testing.assert_allclose(reranker.score(pairs), alone, atol=SAME, rtol=0)
+        assert opened == ["vision", "decoder"]
+    reranker.score(pairs[:5])
+    assert opened == ["vision", "decoder"]
+    assert set(alive) == {"head", "decoder"}
+
+
+def test_another_memory_is_refused(artifact: Path) -> None:
+    with pytest.raises(ValueError, match='memory must be "fast" or "low", got \'tiny\''):
+        Reranker.load(artifact, memory="tiny")  # type: ignore[arg-type]
+
+
+def test_a_graph_that_could_not_be_opened_is_tried_again(artifact: Path, picture: Make, alone: list[float]) -> None:
+    """A graph that did not open for want of memory must not leave the reranker in a state of its own."""
+    opening, missing = Opening(), [True]
+
+    def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        if name == "vision" and missing:
+            missing.pop()
+            raise M0kitError("no memory")
+        return opening(folder, name, also=also)
+
+    reranker = Reranker.load(artifact, open_graph=opener)
+    with pytest.raises(M0kitError, match="no memory"):
+        reranker.score([("slm markdown", picture(60, 90, 1))])
+    score = reranker.score([("slm markdown", picture(60, 90, 1))])
+    np.testing.assert_allclose(score, alone[5:6], atol=SAME, rtol=0)
 
 
 def test_an_image_is_encoded_once_per_call(counting: tuple[Reranker, Counting], picture: Make) -> None:
