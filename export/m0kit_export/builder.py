@@ -106,6 +106,8 @@ class Builder:
         self.name = name
         self.observe = observe
         self._recipe = recipe
+        # With quantised products a graph is for ONNX Runtime alone, and may use its other operators too.
+        self.contrib = any(scheme not in FLOATS for scheme in recipe.schemes)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: list[onnx.TensorProto] = []

@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper
 
 from m0kit.config import DecoderConfig, ModelConfig
-from m0kit_export.builder import Builder, Graph, Port
+from m0kit_export.builder import CONTRIB, Builder, Graph, Port
 from m0kit_quant.recipe import EMBEDDING, Recipe
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -34,8 +34,12 @@ DECODER_PIECE = ("q0", "q1", "a0", "a1", "b0", "b1", "p0", "p1")
 
 # Rows that go through an MLP at once: enough for full speed, few enough to need little memory.
 CHUNK_ROWS = 1024
+# The same for quantised products, four times as fast: there it pays that what lies between them stays in the cache.
+QUANTIZED_CHUNK_ROWS = 512
 # Patches of an image that ask at once. Half of it costs a tenth of the speed, twice of it only memory.
 VISION_PIECE_ROWS = 256
+# The same for MultiHeadAttention. Where it cannot tell the size of a cache it makes the whole table after all.
+FLASH_PIECE_ROWS = 1024
 
 
 def build_graphs(config: ModelConfig, recipe: Recipe, observe: bool = False) -> dict[str, Graph]:
@@ -180,7 +184,8 @@ def _quick_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
 
 def _by_rows(b: Builder, x: str, width: int, mlp: Callable[[str], str]) -> str:
     """An MLP over a bounded number of rows at once; in one go when observed, as a loop gives nothing out."""
-    return mlp(x) if b.observe else _in_chunks(b, x, width, CHUNK_ROWS, mlp)
+    rows = QUANTIZED_CHUNK_ROWS if b.contrib else CHUNK_ROWS
+    return mlp(x) if b.observe else _in_chunks(b, x, width, rows, mlp)
 
 
 def _in_chunks(b: Builder, x: str, width: int, num_rows: int, layer: Callable[[str], str]) -> str:
@@ -237,6 +242,8 @@ def _vision_attention(b: Builder, q: str, k: str, v: str, heads: int, width: int
         first, end = _table_row(b, "images", index, len(IMAGE))
         asking, *answering = (b.op("Slice", x, first, end, zero) for x in (q, k, v))
         keys, values = (b.op("Reshape", x, b.const([1, -1, width])) for x in answering)
+        if b.contrib:
+            return _in_chunks(b, asking, width, FLASH_PIECE_ROWS, partial(_attend_flash, b, keys, values, heads, width))
         return _in_chunks(
             b, asking, width, VISION_PIECE_ROWS, partial(_attend, b, keys, values, [], heads, heads, width)
         )
@@ -287,6 +294,13 @@ def _attend(
     """rows (·, width) that ask keys and values (1, ·, ·) → (·, width). Reshape states ranks that engines lose."""
     asking = b.op("Reshape", rows, b.const([1, -1, width]))
     answers = b.op("Attention", asking, keys, values, *mask, q_num_heads=heads, kv_num_heads=kv_heads)
+    return b.op("Reshape", answers, b.const([-1, width]))
+
+
+def _attend_flash(b: Builder, keys: str, values: str, heads: int, width: int, rows: str) -> str:
+    """The same by ONNX Runtime's own operator, which never has the table of scores in memory: a tenth faster."""
+    asking = b.op("Reshape", rows, b.const([1, -1, width]))
+    answers = b.op("MultiHeadAttention", asking, keys, values, num_heads=heads, domain=CONTRIB)
     return b.op("Reshape", answers, b.const([-1, width]))
 
 
