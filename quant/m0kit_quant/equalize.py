@@ -9,7 +9,7 @@ jina-reranker-m0 (`channel_groups`), their rescaling (`Rescaled`) and the choice
     scales = {group.name: equalizing_scale(weights, group) for group in groups}
     equalized = Rescaled(weights, groups, scales)       # a Weights like the one given
 
-Every s that is chosen here is a power of two, so that scaling rounds nothing and the function in floating
+Every s that `equalizing_scale` chooses is a power of two, so that scaling rounds nothing and the function in floating
 point stays the same to the bit, unless a value leaves the format's range.
 
 Sources: SmoothQuant (arXiv:2211.10438) with activations from calibration; without them cross-layer

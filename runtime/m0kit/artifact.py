@@ -196,9 +196,10 @@ def _object(raw: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 
 def _recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if "recipe" not in raw:  # before there were recipes one scheme stored everything
-        return {"precision": raw["scheme"], "weights": [{"match": "*", "scheme": raw["scheme"]}]}
-    recipe = _object(raw, "recipe")
+    if "recipe" in raw:
+        recipe = _object(raw, "recipe")
+    else:  # before there were recipes one scheme stored everything
+        recipe = {"precision": raw["scheme"], "weights": [{"match": "*", "scheme": raw["scheme"]}]}
     if not isinstance(recipe["weights"], list) or not recipe["weights"]:
         raise ValueError("recipe: has no weights")
     for rule in recipe["weights"]:

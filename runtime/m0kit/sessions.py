@@ -77,6 +77,8 @@ def open_graph(
     if threads is not None:
         options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # patterns are kept per shape; here every run has its own
+    # Threads that spin on after a run would take the cores from the graph that runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     # Layout optimisation and constant folding would keep float16 weights in private memory, widened to float32;

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,33 @@ def test_values_that_half_precision_holds_exactly_lose_nothing_in_it(
     for case in report.cases:
         for stage in case.stages:
             assert stage.value <= tolerances("fp32")[stage.stage].limit, stage
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "nf4"])
+def test_every_precision_stays_within_its_own_tolerances_and_uses_them(
+    precision: str, small: Path, hold: Hold, cases: tuple[Case, ...]
+) -> None:
+    report = hold(small, cases, precision=precision)
+    assert_holds(report)
+    used = max(stage.value for case in report.cases for stage in case.stages if stage.stage == "hidden")
+    assert used > 10 * tolerances("fp32")["hidden"].limit, "it was rounded to fewer bits than these"
+
+
+@pytest.mark.parametrize(("precision", "module", "damage"), [
+    ("int4", "int4", lambda right: lambda values: right(values[..., ::-1])),  # neighbours change places
+    ("int8", "int8", lambda right: lambda *a: (right(*a)[0], np.roll(right(*a)[1], 1))),  # scales of the next output
+])
+def test_weights_that_are_stored_wrongly_fail_the_tolerances_of_few_bits(
+    precision: str, module: str, damage: Callable[..., Any], small: Path, hold: Hold, cases: tuple[Case, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Wide as they are: a mistake in a layout is not a matter of rounding."""
+    scheme = import_module(f"m0kit_quant.{module}")
+    name = "pack" if precision == "int4" else "quantize"
+    monkeypatch.setattr(scheme, name, damage(getattr(scheme, name)))
+    report = hold(small, [case for case in cases if case.name == "text_image"], precision=precision)
+    failed = {s.stage for case in report.cases for s in case.stages if s.value > tolerances(precision)[s.stage].limit}
+    assert {"image_embeds", "hidden"} <= failed
 
 
 def m0kit(*arguments: object, script: str | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
