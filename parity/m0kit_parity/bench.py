@@ -97,12 +97,17 @@ def workloads(prompts: PromptBuilder, mixed: Sequence[int] = (8, 32)) -> dict[st
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each side over `repeats` turns, after one turn that does not count."""
+    sides: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter,
+    rest: float = 0.3,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of each side over `repeats` turns, after one turn that does not count.
+
+    A rest of so many seconds before each: threads of some engines spin on for a while and would slow the next one.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, run in sides.items():
+            time.sleep(rest)
             start = clock()
             run()
             if turn:

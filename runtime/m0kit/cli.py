@@ -55,7 +55,7 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         code = 1
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("m0kit", "m0kit_quant", "m0kit_export", "m0kit_parity"):
+        if error.name is None or error.name.startswith("m0kit"):
             raise
         click.echo(f"error: this command needs {error.name}. pip install 'm0kit[export]'", err=True)
         code = 1

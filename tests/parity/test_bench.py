@@ -77,7 +77,7 @@ def test_sides_take_turns_and_the_first_turn_does_not_count() -> None:
         return float(sum((i // 2 + 1) * (10 if call == "theirs" else 1) for i, call in enumerate(calls)))
 
     sides = {name: partial(calls.append, name) for name in ("ours", "theirs")}
-    times = bench.take_turns(sides, 3, clock)
+    times = bench.take_turns(sides, 3, clock, rest=0)
     assert calls == ["ours", "theirs"] * 4
     assert times == {"ours": [2, 3, 4], "theirs": [20, 30, 40]}
 

@@ -10,7 +10,7 @@ from m0kit.cli import cli
 from m0kit_parity import demo
 
 
-def test_every_step_works_but_for_parity_which_has_tests_of_its_own(
+def test_every_step_works_but_for_those_that_have_tests_of_their_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[list[str]] = []
@@ -21,7 +21,7 @@ def test_every_step_works_but_for_parity_which_has_tests_of_its_own(
         ran.append(words)
         command = cli.get_command(click.Context(cli), words[0])
         assert command is not None
-        if words[0] == "parity":  # arguments it does not know would exit with 2; help ends it before any work
+        if words[0] in ("parity", "evaluate"):  # an argument it does not know would exit with 2; help ends it early
             assert CliRunner().invoke(command, [*words[1:], "--help"]).exit_code == 0
             return
         done = CliRunner().invoke(cli, words)
@@ -31,8 +31,20 @@ def test_every_step_works_but_for_parity_which_has_tests_of_its_own(
     monkeypatch.setattr(demo, "_m0kit", run)
     demo.main()
     verbs = [words[0] for words in ran]
-    assert verbs == ["export", "export", "inspect", "rerank", "rerank", "rerank", "rerank", "parity"]
-    texts, code_without, code_with, pages = outputs[3:]
+    assert verbs == [
+        "export",
+        "export",
+        "inspect",
+        "rerank",
+        "rerank",
+        "rerank",
+        "rerank",
+        "parity",
+        "quantize",
+        "quantize",
+        "evaluate",
+    ]
+    texts, code_without, code_with, pages = outputs[3:7]
     assert "relevant" in texts.splitlines()[0], "the trained checkpoint puts the right text first"
     assert code_without != code_with, "the adapter must change the ranking"
     assert "relevant" in code_with.splitlines()[0]

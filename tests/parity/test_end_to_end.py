@@ -197,10 +197,17 @@ def test_every_precision_stays_within_its_own_tolerances_and_uses_them(
     assert used > 10 * tolerances("fp32")["hidden"].limit, "it was rounded to fewer bits than these"
 
 
-@pytest.mark.parametrize(("precision", "module", "damage"), [
-    ("int4", "int4", lambda right: lambda values: right(values[..., ::-1])),  # neighbours change places
-    ("int8", "int8", lambda right: lambda *a: (right(*a)[0], np.roll(right(*a)[1], 1))),  # scales of the next output
-])
+@pytest.mark.parametrize(
+    ("precision", "module", "damage"),
+    [
+        ("int4", "int4", lambda right: lambda values: right(values[..., ::-1])),  # neighbours change places
+        (
+            "int8",
+            "int8",
+            lambda right: lambda *a: (right(*a)[0], np.roll(right(*a)[1], 1)),
+        ),  # scales of the next output
+    ],
+)
 def test_weights_that_are_stored_wrongly_fail_the_tolerances_of_few_bits(
     precision: str, module: str, damage: Callable[..., Any], small: Path, hold: Hold, cases: tuple[Case, ...],
     monkeypatch: pytest.MonkeyPatch,
