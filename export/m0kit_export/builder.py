@@ -114,7 +114,7 @@ class Builder:
         self._weights: dict[str, Weight] = {}
         self._observed: list[Port] = []
         self._quantized: dict[str, tuple[str, str]] = {}  # activation → its integers and the scales of its rows
-        self._contrib = False  # whether an operator is ONNX Runtime's own, inside a loop too
+        self._uses_contrib = False  # whether an operator is ONNX Runtime's own, inside a loop too
         self._end = 0
         self._serial = 0
 
@@ -123,7 +123,7 @@ class Builder:
     def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         """One node with one result."""
         out = out or self._fresh(op_type)
-        self._contrib |= attributes.get("domain") == CONTRIB
+        self._uses_contrib |= attributes.get("domain") == CONTRIB
         self._nodes.append(helper.make_node(op_type, list(inputs), [out], name=out, **attributes))
         return out
 
@@ -165,7 +165,7 @@ class Builder:
 
     def lookup(self, name: str, ids: str, shape: tuple[int, int]) -> str:
         """Rows `ids` (T,) of the table `name` (V, D) as float32 (T, D); only these rows are ever read."""
-        scheme = self._scheme(name, shape)
+        scheme = self._recipe.scheme(name, shape)
         part = self._declare(name, shape, scheme)
         if scheme.is_float:
             rows = self.op("Gather", part[""], ids, axis=0)
@@ -201,7 +201,7 @@ class Builder:
         """
         if self.observe:
             self._watch(name, x, shape[1])
-        scheme = self._scheme(f"{name}.weight", shape)
+        scheme = self._recipe.scheme(f"{name}.weight", shape)
         part = self._declare(f"{name}.weight", shape, scheme)
         offset = [self.vector(f"{name}.bias", shape[0], "fp16" if scheme.name == "fp16" else "fp32")] if bias else []
         if scheme.name == "fp32":
@@ -263,9 +263,6 @@ class Builder:
         self._observed += [Port(f"{name}.{what}", np.dtype(np.float32), (size,)) for what in ("peak", "energy")]
         self._observed.append(Port(f"{name}.rows", np.dtype(np.int64), (1,)))
 
-    def _scheme(self, name: str, shape: tuple[int, int]) -> Scheme:
-        return self._recipe.scheme(name, shape)
-
     def _declare(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, str]:
         """Give the parts of a tensor their places; returns the initializer of each."""
         if name in self._weights:
@@ -314,7 +311,7 @@ class Builder:
             graph,
             opset_imports=[
                 helper.make_opsetid("", OPSET),
-                *([helper.make_opsetid(CONTRIB, 1)] if self._contrib else []),
+                *([helper.make_opsetid(CONTRIB, 1)] if self._uses_contrib else []),
             ],
             ir_version=IR_VERSION,
             producer_name="m0kit",

@@ -348,9 +348,12 @@ def test_graphs_pass_the_checker_with_data_and_inferred_shapes(written: Path, na
 
 # Which of ONNX Runtime's own operators a graph may hold, by precision; fp32, fp16 and bf16 need none.
 OWN = {
-    "int8": {"vision": {"MatMulIntegerToFloat"}, "decoder": {"MatMulIntegerToFloat"}},
-    "int4": {"vision": {"MatMulIntegerToFloat", "MatMulNBits"}, "decoder": {"MatMulNBits"}},
-    "nf4": {"vision": {"MatMulBnb4"}, "decoder": {"MatMulBnb4"}},
+    "int8": {"vision": {"MatMulIntegerToFloat", "MultiHeadAttention"}, "decoder": {"MatMulIntegerToFloat"}},
+    "int4": {
+        "vision": {"MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention"},
+        "decoder": {"MatMulIntegerToFloat", "MatMulNBits"},
+    },
+    "nf4": {"vision": {"MatMulBnb4", "MultiHeadAttention"}, "decoder": {"MatMulBnb4"}},
 }
 
 

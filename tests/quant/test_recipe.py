@@ -64,9 +64,11 @@ def test_what_meets_pixels_and_what_makes_the_score_stay_floats(precision: str, 
 @pytest.mark.parametrize("device", DEVICES)
 def test_nearly_all_of_the_products_have_the_bits_of_the_name(device: str) -> None:
     names = {name: shape for name, shape in matrices("full").items() if name.startswith("model.layers.")}
+    every = sum(rows * columns for rows, columns in names.values())
     for precision in supported(device):
         found = Recipe.default(precision, device)
-        assert {found.scheme(name, shape).name for name, shape in names.items()} == {precision}
+        named = sum(n * k for name, (n, k) in names.items() if found.scheme(name, (n, k)).name == precision)
+        assert named >= 0.98 * every
 
 
 @pytest.mark.parametrize(("precision", "device"), DEFAULTS)
