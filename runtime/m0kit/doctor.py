@@ -40,22 +40,22 @@ class Need:
 
     disk: float
     peak: float  # resident on the CPU while scoring a page of 768 visual tokens, mapped weights counted
-    private: float  # of that, what cannot be given back to the system
+    private: float  # with memory="low", what of the peak cannot be given back to the system
     gpu: float | None  # GPU memory; None: there are no CUDA kernels
 
 
-# Disk, peak and private: measured, README. GPU: the weights and 2.5 GB for CUDA itself and inner values (an
-# allowance, not measured).
+# Disk, peak and private: measured, README. GPU: the weights and 2.5 GB for CUDA
+# itself and inner values (an allowance, not measured).
 NEEDS: Final[Mapping[str, Need]] = {
-    "fp32": Need(8.9, 7.9, 0.35, 11.4),
-    "fp16": Need(4.45, 4.0, 0.35, 7.0),
-    "bf16": Need(4.45, 4.0, 0.35, 7.0),
-    "int8": Need(2.6, 3.5, 0.35, None),
-    "int4": Need(1.45, 2.0, 0.35, 4.0),
-    "nf4": Need(1.45, 2.0, 0.35, 4.0),
+    "fp32": Need(8.9, 8.3, 0.35, 11.4),
+    "fp16": Need(4.45, 5.1, 1.4, 7.0),
+    "bf16": Need(4.45, 5.1, 1.4, 7.0),
+    "int8": Need(2.24, 2.4, 0.35, None),
+    "int4": Need(1.45, 1.7, 1.0, 4.0),
+    "nf4": Need(1.4, 1.6, 0.4, 3.9),
 }
 # From here on int8's peak leaves the rest of the system as much again as it needs itself.
-INT8_MEMORY: Final = 6.0
+INT8_MEMORY: Final = 4.8
 OLDEST_ONNXRUNTIME: Final = (1, 24)
 _OPENED: Final = 0.15  # GB of a process that opened an artifact of any size; measured, README
 

@@ -47,8 +47,8 @@ RULES = [
     ({"features": features("x86_64", "avx2", "vnni", "amx")}, "int8", "cpu", "AMX"),
     ({"arch": "arm64", "features": features("arm64", "dotprod", "i8mm")}, "int8", "cpu", "i8mm"),
     ({"arch": "riscv64", "features": {}}, "int8", "cpu", "size"),
-    ({"memory": 6 * GB}, "int8", "cpu", "6.0 GB are there"),
-    ({"memory": 6 * GB - 1}, "int4", "cpu", "int8 wants 6 GB"),
+    ({"memory": int(4.8 * GB)}, "int8", "cpu", "4.8 GB are there"),
+    ({"memory": int(4.8 * GB) - 1}, "int4", "cpu", "int8 wants 4.8 GB"),
     ({"memory": GB // 2}, "int4", "cpu", "smallest"),
     ({"memory": None}, "int8", "cpu", "size"),
     ({"free_disk": 2 * GB}, "int4", "cpu", "disk has no room"),
@@ -144,9 +144,9 @@ def test_reasons_against_are_those_of_the_machine() -> None:
     assert "no CUDA kernels" in gpu["int8"].why
     little = advise(machine(providers=CUDA, gpus=(Gpu("GTX", 6 * GB),))).others
     assert little["fp16"] == doctor.Against(False, "needs about 7 GB of GPU memory, there are 6.0 GB")
-    small = advise(machine(memory=3 * GB)).others
+    small = advise(machine(memory=2 * GB)).others
     assert "read again and again" in small["int8"].why
-    assert "wants 6 GB of memory, here are 5.0 GB" in advise(machine(memory=5 * GB)).others["int8"].why
+    assert "wants 4.8 GB of memory, here are 4.0 GB" in advise(machine(memory=4 * GB)).others["int8"].why
     assert not advise(machine(memory=GB // 4)).others["int8"].possible
     full = advise(machine(free_disk=3 * GB)).others
     assert full["fp32"] == doctor.Against(False, "takes 8.9 GB of disk, 3.0 GB are free")
@@ -163,9 +163,9 @@ NOTES = [
     ({"free_disk": GB}, "int4 takes 1.45 GB of disk, 1.0 GB are free"),
     ({"features": features("x86_64")}, "this CPU has no instructions"),
     ({"features": dict.fromkeys(FEATURES["arm64"])}, "it is unknown whether this CPU has"),
-    ({"memory": None}, "the memory is unknown; int8 wants 6 GB"),
-    ({"memory": GB}, "even the smallest takes about 2 GB"),
-    ({"available": GB}, "only 1.0 GB of memory are free now; scoring a page takes 3.5 GB"),
+    ({"memory": None}, "the memory is unknown; int8 wants 4.8 GB"),
+    ({"memory": GB}, "even the smallest takes about 1.7 GB"),
+    ({"available": GB}, "only 1.0 GB of memory are free now; scoring a page takes 2.4 GB"),
 ]
 
 
@@ -189,7 +189,7 @@ FITS = [
     ({}, "fp32", 8.9, "works", "int8 on the CPU suits this machine better. fp32: exact"),
     ({"memory": 4 * GB, "available": 4 * GB}, "int4", 1.45, "suits", "int4 on the CPU"),
     ({"memory": 4 * GB}, "fp32", 8.9, "works", "read from disk again and again"),
-    ({"memory": GB // 4}, "int8", 2.6, "cannot run", "0.5 GB of private memory, the machine has 0.2 GB"),
+    ({"memory": GB // 4}, "int8", 2.6, "cannot run", "0.6 GB of private memory, the machine has 0.2 GB"),
     ({"available": GB}, "int8", 2.6, "works", "only 1.0 GB of memory are free now"),
     ({"memory": 4 * GB, "available": 4 * GB}, "int8", 0.02, "suits", "int8 on the CPU"),
     ({"free_disk": 0}, "int8", 2.6, "suits", "int8 on the CPU"),
