@@ -11,7 +11,7 @@ A calibration file has a pair a line: {"query": …, "document": …}, or "docum
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, RecipeError
+from m0kit.inputs import beside
 from m0kit.reranker import Reranker
 from m0kit.sessions import Graph, open_graph
 from m0kit_export.graphs import build_graphs
@@ -70,9 +71,10 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
     Text and images count alike, whatever their numbers. Raises RecipeError for a file without usable pairs or with a
     bad one (the line is named), ArtifactError.
     """
-    found = list(read_pairs(pairs))
-    recipe = Recipe.from_dict(read_manifest(folder).recipe, str(folder))
-    graphs = build_graphs(read_manifest(folder).model, recipe, observe=True)
+    found = read_pairs(pairs)
+    manifest = read_manifest(folder)
+    recipe = Recipe.from_dict(manifest.recipe, str(folder))
+    graphs = build_graphs(manifest.model, recipe, observe=True)
     sums: dict[str, _Sums] = defaultdict(_Sums)
     kind = ["text"]
 
@@ -100,7 +102,7 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
     )
 
 
-def read_pairs(path: Path) -> Iterator[tuple[int, tuple[Any, Any]]]:
+def read_pairs(path: Path) -> list[tuple[int, tuple[Any, Any]]]:
     """Number of the line and (query, document); images relative to the file. Raises RecipeError naming bad lines."""
     bad: list[str] = []
     pairs: list[tuple[int, tuple[Any, Any]]] = []
@@ -125,7 +127,7 @@ def read_pairs(path: Path) -> Iterator[tuple[int, tuple[Any, Any]]]:
             f"{path}: {shown or 'holds no pairs'}. "
             'A line is {"query": …, "document": …} or {"query": …, "documents": […]}.'
         )
-    yield from pairs
+    return pairs
 
 
 def _documents(row: Any) -> list[Any]:
@@ -141,5 +143,5 @@ def _content(value: Any, folder: Path) -> Any:
     if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("text"), str):
         return value["text"]
     if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("image"), str):
-        return {"image": value["image"] if value["image"].startswith("data:") else folder / value["image"]}
+        return beside(folder, value)
     raise ValueError(f'{str(value)[:40]!r} is neither a text nor {{"image": …}}')

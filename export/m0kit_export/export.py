@@ -8,6 +8,7 @@ compute is `graphs`, how weights become fewer bits is `m0kit_quant`, what the fo
 """
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -32,12 +33,13 @@ from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, sha256_of, 
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
-from m0kit_export.graphs import build_graphs
+from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_export.merge import AdapterSpec
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
 from m0kit_quant.calibration import Calibration, channel_scales
-from m0kit_quant.equalize import Rescaled, channel_groups
+from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
 from m0kit_quant.recipe import Recipe
+from m0kit_quant.schemes import Scheme
 from m0kit_quant.weights import Weights
 
 _SPARE_BYTES = 64 << 20  # for the tokenizer, graphs, manifest and the file system's own needs
@@ -72,7 +74,7 @@ def export_artifact(
         return _write(source, output, recipe, None, overwrite, progress)
     # What is wrong with the recipe, the pairs or the place is said before minutes of work.
     build_graphs(source.config, recipe)
-    list(read_pairs(calibration))
+    read_pairs(calibration)
     with _named_errors(output):
         aside = _make_room(output, 0, overwrite)
     try:
@@ -99,10 +101,12 @@ def quantize_artifact(
     source = ArtifactSource.open(folder)
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
+    if calibration is None:
+        return _write(source, output, recipe, None, overwrite, progress)
     build_graphs(source.config, recipe)
     with _named_errors(output):
         _check_place(output, overwrite)
-    statistics = None if calibration is None else calibrate(folder, calibration, progress=progress)
+    statistics = calibrate(folder, calibration, progress=progress)
     return _write(source, output, recipe, statistics, overwrite, progress)
 
 
@@ -118,7 +122,12 @@ def _write(
         # None: no bar where stderr is no terminal, a log file above all; there each phase is one line
         disable = None if progress else True
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
-            weights, scales = _rescaled(source, recipe, calibration, bar, progress)
+            weights: Weights = source
+            scales: dict[str, NDArray[np.float32]] = {}
+            if recipe.equalize:
+                groups = channel_groups(source.config)
+                scales = _equalized(source, groups, schemes_of(graphs), calibration, bar, progress)
+                weights = Rescaled(source, groups, scales)
             _begin("writing", bar, num_bytes, progress)
             importance = calibration.importance(source.config, scales) if calibration else {}
             hashes: dict[str, str] = {}
@@ -151,21 +160,18 @@ def _write(
     return manifest
 
 
-def _rescaled(
-    source: Source, recipe: Recipe, calibration: Calibration | None, bar: Any, progress: bool
-) -> tuple[Weights, Mapping[str, NDArray[np.float32]]]:
-    """The weights with the ranges of their channels shared between layers, where the recipe says so."""
-    if not recipe.equalize:
-        return source, {}
-    groups = channel_groups(source.config)
-    _begin("equalizing", bar, sum(4 * _size(source, name) for group in groups for name in group.consumers), progress)
-    consumed = {group.name: sum(4 * _size(source, name) for name in group.consumers) for group in groups}
-    scales = channel_scales(source, source.config, recipe, calibration, lambda name: bar.update(consumed[name]))
-    return Rescaled(source, groups, scales), scales
-
-
-def _size(source: Source, name: str) -> int:
-    return int(np.prod(source.shape(name)))
+def _equalized(
+    source: Source,
+    groups: Sequence[ChannelGroup],
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration | None,
+    bar: Any,
+    progress: bool,
+) -> dict[str, NDArray[np.float32]]:
+    """The scales that share the ranges of channels between layers, with the bar moving."""
+    num_bytes = {group.name: sum(4 * math.prod(source.shape(name)) for name in group.consumers) for group in groups}
+    _begin("equalizing", bar, sum(num_bytes.values()), progress)
+    return channel_scales(source, source.config, schemes, calibration, lambda name: bar.update(num_bytes[name]))
 
 
 @contextmanager

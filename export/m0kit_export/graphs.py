@@ -15,7 +15,7 @@ Sources: Qwen2-VL (arXiv:2409.12191), transformers' `modeling_qwen2_vl`, the ONN
 RMSNormalization and RotaryEmbedding (opset 23), LayerNormalization (17), Gelu (20).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from onnx import TensorProto, helper
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit_export.builder import CONTRIB, Builder, Graph, Port
 from m0kit_quant.recipe import EMBEDDING, Recipe
+from m0kit_quant.schemes import Scheme
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 
@@ -54,6 +55,11 @@ def build_graphs(config: ModelConfig, recipe: Recipe, observe: bool = False) -> 
     }
     recipe.check(w.name for graph in graphs.values() for w in graph.weights if len(w.shape) == 2)
     return graphs
+
+
+def schemes_of(graphs: Mapping[str, Graph]) -> dict[str, Scheme]:
+    """How each tensor is stored, by its name."""
+    return {weight.name: weight.scheme for graph in graphs.values() for weight in graph.weights}
 
 
 def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False) -> Graph:

@@ -125,6 +125,7 @@ class ArtifactSource:
 
     folder: Path
     manifest: Manifest
+    _shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     _places: Mapping[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]] = field(repr=False)
 
     @classmethod
@@ -138,17 +139,17 @@ class ArtifactSource:
             )
         verify_files(folder, manifest)
         places = {}
+        shapes = expected_shapes(manifest.model)
         for graph in GRAPHS:
             for tensor in onnx.load(folder / f"{graph}.onnx", load_external_data=False).graph.initializer:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
                     place = ExternalDataInfo(tensor)
                     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
                     places[tensor.name] = folder / place.location, dtype, tuple(tensor.dims), int(place.offset or 0)
-        shapes = expected_shapes(manifest.model)
         for name, shape in shapes.items():
             if name not in places or math.prod(places[name][2]) != math.prod(shape):
                 raise ArtifactDamagedError(f"{folder}: {name} is missing or has another shape. Export again.")
-        return cls(folder, manifest, places)
+        return cls(folder, manifest, shapes, places)
 
     @property
     def name(self) -> str:
@@ -167,7 +168,7 @@ class ArtifactSource:
         return self.folder / TOKENIZER
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return expected_shapes(self.config)[name]
+        return self._shapes[name]
 
     def read(self, name: str) -> Float32:
         path, dtype, shape, offset = self._places[name]

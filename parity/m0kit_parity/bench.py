@@ -32,7 +32,7 @@ from m0kit.errors import InputError
 from m0kit.precision import SCHEMES
 from m0kit.prompt import PromptBuilder
 from m0kit_parity import plot
-from m0kit_parity.measure import measure_memory
+from m0kit_parity.measure import Pair, measure_memory
 
 # Words that stand for one token each in Qwen2's vocabulary behind a blank, and for a few in a small one.
 WORDS: Final = ("the", "model", "page", "text", "small", "language", "score", "image", "data", "report", "line")
@@ -42,8 +42,6 @@ _TORCH: Final = "transformers fp32"
 QUERY: Final = "small language model"
 _LIGHT: Final = {"ink": "#1d2430", "faint": "#5b6472", "grid": "#d9dee6", "series-0": "#2f6fd0", "series-1": "#c4641a",
                  "series-2": "#2b8a57"}  # fmt: skip
-
-Pair = tuple[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

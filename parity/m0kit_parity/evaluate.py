@@ -37,11 +37,11 @@ from tqdm import tqdm
 from m0kit.artifact import TOKENIZER, Manifest, read_manifest
 from m0kit.cli import PARTLY
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
-from m0kit.inputs import parse_content
+from m0kit.inputs import beside, parse_content
 from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker
 from m0kit_parity import bench, plot, report
-from m0kit_parity.measure import Memory, measure_memory, measure_seconds
+from m0kit_parity.measure import Memory, Pair, measure_memory, measure_seconds
 from m0kit_parity.small import evaluate as ranking
 
 ALL: Final = "all sets"
@@ -54,7 +54,6 @@ _MAX_GRADE: Final = 30  # gains are 2^grade − 1; judgements go up to 4 or 5, s
 _STATUS: Final = Path("/proc/self/status")
 
 Key = tuple[str, int]  # set, query within it
-Pair = tuple[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +192,7 @@ def _query(line: str, where: str, folder: Path) -> Query:
 
 def _content(value: Any, where: str, folder: Path) -> Any:
     """A query or document as `Reranker` takes it; files are opened once here, so that bad paths show early."""
-    if isinstance(value, dict) and isinstance(value.get("image"), str) and not value["image"].startswith("data:"):
-        value = {**value, "image": folder / value["image"]}
+    value = beside(folder, value)
     parse_content(value, where)
     return value
 

@@ -2,7 +2,7 @@
 
 Owns the statistics and the choice; collecting them is `m0kit_export.calibrate`, applying the scales is `equalize`.
 
-    scales = channel_scales(weights, config, recipe, calibration)
+    scales = channel_scales(weights, config, schemes, calibration)
     Rescaled(weights, channel_groups(config), scales)
 """
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from m0kit.config import ModelConfig
 from m0kit_quant.equalize import ChannelGroup, channel_groups, equalizing_scale
 from m0kit_quant.int8 import LEVELS
-from m0kit_quant.recipe import Recipe
 from m0kit_quant.schemes import Scheme
 from m0kit_quant.weights import Float32, Weights
 
@@ -48,20 +47,19 @@ class Calibration:
 def channel_scales(
     weights: Weights,
     config: ModelConfig,
-    recipe: Recipe,
+    schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
     done: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Float32]:
     """The scale of every group of channels whose consumers lose bits; `done` hears each group's name.
 
+    `schemes` says how each matrix is going to be stored.
     Without calibration the weights alone decide. With it, the scale with the smallest predicted error of the
     products among none at all, SmoothQuant's at three strengths and AWQ's at four.
     """
     scales = {}
     for group in channel_groups(config):
-        shapes = {name: weights.read(name).shape for name in group.consumers}
-        schemes = {name: recipe.scheme(name, (shape[0], shape[1])) for name, shape in shapes.items()}
-        if not all(scheme.is_float for scheme in schemes.values()):
+        if not all(schemes[name].is_float for name in group.consumers):
             if calibration is None:
                 scales[group.name] = equalizing_scale(weights, group)
             else:
@@ -70,12 +68,26 @@ def channel_scales(
     return scales
 
 
+class _Held:
+    """The few tensors of a group, read once for all that is tried on them."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._read: dict[str, Float32] = {}
+
+    def read(self, name: str) -> Float32:
+        if name not in self._read:
+            self._read[name] = self._weights.read(name)
+        return self._read[name]
+
+
 def _best_scale(
     weights: Weights, group: ChannelGroup, schemes: Mapping[str, Scheme], calibration: Calibration
 ) -> Float32:
     # All consumers of a group take the same input, but of the last layer's some see the wanted rows alone.
     modules = [name.removesuffix(".weight") for name in group.consumers]
     peak, energy = (np.max([of[m] for m in modules], axis=0) for of in (calibration.peak, calibration.energy))
+    weights = _Held(weights)
     samples = {name: _sample(weights.read(name)) for name in group.consumers}
     best, least = np.ones(group.num_channels, np.float32), np.inf
     for scale in _candidates(weights, group, peak, energy):

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from m0kit_quant.int8 import by_rows, unit_of
+from m0kit_quant.int8 import LEVELS, by_rows, unit_of
+from m0kit_quant.weights import Float32
 
-Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
 BLOCKS = (32, 64, 128)
@@ -67,7 +67,7 @@ def product(x: Float32, stored: Int4) -> Float32:
     """
     num_rows, (num_outputs, num_blocks, half) = len(x), stored.packed.shape
     blocks = x.reshape(num_rows, num_blocks, 2 * half)
-    a = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
+    a = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(LEVELS)
     rounded = np.rint(np.divide(blocks, a, out=np.zeros_like(blocks), where=a > 0))
     y = np.zeros((num_rows, num_outputs))
     w = dequantize(stored).reshape(num_outputs, num_blocks, 2 * half).astype(np.float64)

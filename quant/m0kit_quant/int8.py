@@ -13,12 +13,11 @@ is the largest that fits there, so the integers are exact on every CPU.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-Float32 = NDArray[np.float32]
+from m0kit_quant.weights import Float32
 
 LIMIT = 64  # largest |v|: twice 255 · 64 is below 2^15
 LEVELS = 127  # steps of an activation on either side of zero
@@ -28,7 +27,6 @@ SMALLEST = 1e-30  # a row of zeros, or of less than this, gets it as its max|x|:
 # Fractions of the largest |w| of an output that become LIMIT; the one with the smallest squared error wins.
 _FRACTIONS = np.linspace(0.6, 1.0, 9, dtype=np.float32)
 _BLOCK_VALUES = 1 << 20  # values that one thread works on at a time: some 10 MB with its temporaries
-_T = TypeVar("_T")
 
 
 def quantize(weight: Float32, importance: Float32 | None = None) -> tuple[NDArray[np.int8], Float32]:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit_quant import int4, int8, nf4
+from m0kit_quant.weights import Float32
 
-Float32 = NDArray[np.float32]
 Parts = dict[str, NDArray[Any]]
 
 FLOATS: Final[Mapping[str, np.dtype[Any]]] = {

@@ -18,6 +18,7 @@ import click
 from m0kit.artifact import read_manifest, verify_files
 from m0kit.doctor import doctor
 from m0kit.errors import InputError, M0kitError
+from m0kit.inputs import beside
 from m0kit.reranker import Reranker, Result
 
 PARTLY = 3
@@ -281,16 +282,9 @@ def _read_pairs(lines: Any, folder: Path) -> Iterator[tuple[int, Any]]:
                 continue
             pair = json.loads(line)
             if isinstance(pair, dict):
-                pair = {key: _resolve(value, folder) for key, value in pair.items()}
+                pair = {key: beside(folder, value) for key, value in pair.items()}
             yield number, pair
     except UnicodeDecodeError:
         raise InputError(f"{lines.name}: not UTF-8 text. Write one pair per line as JSON, in UTF-8.") from None
     except (ValueError, RecursionError):
         raise InputError(f"line {number}: not JSON. Write one pair per line.") from None
-
-
-def _resolve(value: Any, folder: Path) -> Any:
-    """An image named by a path becomes one; on the command line that is the user's own file system."""
-    if isinstance(value, dict) and isinstance(value.get("image"), str) and not value["image"].startswith("data:"):
-        return {**value, "image": folder / value["image"]}
-    return value

@@ -38,6 +38,13 @@ class Picture:
 Content = Text | Picture
 
 
+def beside(folder: Path, value: Any) -> Any:
+    """For content read from a file in `folder`: an image named by a path lies relative to it. All else as it is."""
+    if isinstance(value, Mapping) and isinstance(value.get("image"), str) and not value["image"].startswith("data:"):
+        return {**value, "image": folder / value["image"]}
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One query and one document."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.export._artifacts import artifacts_of
 
 from m0kit.config import DecoderConfig, ModelConfig, VisionConfig
 from m0kit_export.export import export_artifact
 from m0kit_parity import checkpoints
 from m0kit_parity.checkpoints import write_checkpoint
-from m0kit_quant.recipe import Recipe
 
 
 def broad_config() -> ModelConfig:
@@ -41,15 +41,7 @@ def tiny_artifact(tiny: Path) -> Path:  # of its own: the fixture shared by all 
 @pytest.fixture(scope="session")
 def in_precision(tiny: Path, tiny_artifact: Path) -> Callable[[str], Path]:
     """precision → the artifact of `tiny` in it, by its default recipe; not to be written to."""
-    made = {"fp32": tiny_artifact}
-
-    def artifact(precision: str) -> Path:
-        if precision not in made:
-            made[precision] = tiny.with_name(f"artifact-{precision}")
-            export_artifact(tiny, made[precision], recipe=Recipe.default(precision), progress=False)
-        return made[precision]
-
-    return artifact
+    return artifacts_of(tiny, {"fp32": tiny_artifact})
 
 
 @pytest.fixture(scope="session")

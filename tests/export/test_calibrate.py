@@ -27,7 +27,7 @@ from m0kit_export import export
 from m0kit_export.builder import Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.export import export_artifact, quantize_artifact
-from m0kit_export.graphs import build_graphs
+from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_export.sources import CheckpointSource
 from m0kit_parity.outliers import write_injected
 from m0kit_parity.reference import Reference
@@ -294,7 +294,7 @@ def test_the_error_of_an_input_counts_as_much_as_the_input_after_scaling(
     export_artifact(injected, tmp_path / "fp32", progress=False)
     statistics = calibrate(tmp_path / "fp32", pairs, progress=False)
     export_artifact(injected, tmp_path / "out", recipe=recipe, calibration=pairs, progress=False)
-    scales = channel_scales(source, source.config, recipe, statistics)
+    scales = channel_scales(source, source.config, schemes_of(build_graphs(source.config, recipe)), statistics)
     groups = channel_groups(source.config)
     factors = {tensor: scales[g.name][g.columns] for g in groups if g.name in scales for tensor in g.consumers}
     rescaled = Rescaled(source, groups, scales)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from tests.export._killed import PRELUDE
 from torch import nn
 
 from m0kit import Reranker
@@ -353,48 +354,27 @@ def test_graphs_and_checkpoint_that_differ_in_tensors_are_refused(
 # --- interruption --------------------------------------------------------------------------------------------
 
 # Forked children export and kill themselves before their k-th file operation, for k over the whole export.
-KILLED = textwrap.dedent("""
-    import os, shutil, signal, sys
-    from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
-    from m0kit_export.export import export_artifact
-    from m0kit_quant.recipe import Recipe
+KILLED = (
+    PRELUDE
+    + """
+source, root, overwrite = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "overwrite"
 
-    source, root, overwrite = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "overwrite"
-    count, limit = 0, None
+def export(place):
+    recipe = Recipe.default("fp16")
+    return lambda: export_artifact(source, place, recipe=recipe, overwrite=overwrite, progress=False)
 
-    def watch(event, _):
-        global count
-        if limit is not None and event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"):
-            count += 1
-            if count == limit:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-
-    def export(place, kill_at):
-        global limit, count
-        count, limit = 0, kill_at
-        export_artifact(source, place, recipe=Recipe.default("fp16"), overwrite=overwrite, progress=False)
-        limit = None
-        return count
-
-    export_artifact(source, root / "old", progress=False)
+export_artifact(source, root / "old", progress=False)
+if overwrite:
+    shutil.copytree(root / "old", root / "all")
+total = operations(export(root / "all"))
+for k in sorted({*range(1, total - 14, max(1, total // 8)), *range(total - 14, total + 1)}):
+    place = root / str(k) / "out"
+    place.parent.mkdir()
     if overwrite:
-        shutil.copytree(root / "old", root / "all")
-    total = export(root / "all", 10**9)
-    for k in sorted({*range(1, total - 14, max(1, total // 8)), *range(total - 14, total + 1)}):
-        place = root / str(k) / "out"
-        place.parent.mkdir()
-        if overwrite:
-            shutil.copytree(root / "old", place)
-        pid = os.fork()
-        if pid == 0:
-            export(place, k)
-            os._exit(0)
-        print(k, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-""")
+        shutil.copytree(root / "old", place)
+    print(k, exit_code(export(place), k))
+"""
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

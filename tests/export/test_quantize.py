@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.export._artifacts import artifacts_of
+from tests.export._killed import PRELUDE
 
 from m0kit import Reranker
 from m0kit.artifact import GRAPHS, read_manifest, verify_files
@@ -31,7 +33,7 @@ from m0kit.precision import SCHEMES
 from m0kit.sessions import open_graph
 from m0kit_export import export
 from m0kit_export.export import export_artifact, quantize_artifact
-from m0kit_export.graphs import build_graphs
+from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_export.sources import CheckpointSource
 from m0kit_parity.checkpoints import write_checkpoint
 from m0kit_parity.outliers import write_injected
@@ -91,15 +93,7 @@ def injected(tiny: Path) -> Path:
 @pytest.fixture(scope="module")
 def in_precision_injected(injected: Path) -> Callable[[str], Path]:
     """precision → the artifact of `injected`; not to be written to."""
-    made: dict[str, Path] = {}
-
-    def artifact(precision: str) -> Path:
-        if precision not in made:
-            made[precision] = injected.with_name(f"injected-{precision}")
-            export_artifact(injected, made[precision], recipe=Recipe.default(precision), progress=False)
-        return made[precision]
-
-    return artifact
+    return artifacts_of(injected)
 
 
 # --- what stands in the files ------------------------------------------------------------------------------
@@ -147,7 +141,7 @@ def test_stored_parts_decode_to_the_equalised_weights_within_the_schemes_roundin
 ) -> None:
     source, recipe = CheckpointSource.open(injected), Recipe.default(precision)
     assert recipe.equalize
-    scales = channel_scales(source, source.config, recipe, None)
+    scales = channel_scales(source, source.config, schemes_of(build_graphs(source.config, recipe)), None)
     assert sum(bool((scale != 1).any()) for scale in scales.values()) > len(scales) / 2
     assert_stored(in_precision_injected(precision), injected, scales)
     with pytest.raises(
@@ -440,43 +434,21 @@ def test_a_weight_that_no_scheme_can_hold_is_named(tmp_path: Path, tiny: Path) -
 
 
 # Forked children quantise and kill themselves before their k-th file operation, for some k over the whole of it.
-KILLED = textwrap.dedent("""
-    import os, signal, sys
-    from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
-    from m0kit_export.export import quantize_artifact
-    from m0kit_quant.recipe import Recipe
+KILLED = (
+    PRELUDE
+    + """
+source, root = Path(sys.argv[1]), Path(sys.argv[2])
 
-    source, root = Path(sys.argv[1]), Path(sys.argv[2])
-    count, limit = 0, None
+def quantize(place):
+    return lambda: quantize_artifact(source, place, recipe=Recipe.default("int4"), progress=False)
 
-    def watch(event, _):
-        global count
-        if limit is not None and event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"):
-            count += 1
-            if count == limit:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-
-    def quantize(place, kill_at):
-        global limit, count
-        count, limit = 0, kill_at
-        quantize_artifact(source, place, recipe=Recipe.default("int4"), progress=False)
-        limit = None
-        return count
-
-    total = quantize(root / "all", 10**9)
-    for k in sorted({*range(1, total, max(1, total // 5)), *range(total - 5, total + 1)}):
-        place = root / str(k) / "out"
-        place.parent.mkdir()
-        pid = os.fork()
-        if pid == 0:
-            quantize(place, k)
-            os._exit(0)
-        print(k, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-""")
+total = operations(quantize(root / "all"))
+for k in sorted({*range(1, total, max(1, total // 5)), *range(total - 5, total + 1)}):
+    place = root / str(k) / "out"
+    place.parent.mkdir()
+    print(k, exit_code(quantize(place), k))
+"""
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.quant._weights import random_weights
 
 from m0kit.config import ModelConfig
-from m0kit_export.checkpoint import expected_shapes
+from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_parity.checkpoints import model_config
 from m0kit_parity.outliers import inject, outlier_scales
 from m0kit_quant import int4, int8, nf4
@@ -34,24 +35,8 @@ RECIPE = Recipe.from_dict(
 )
 
 
-class Tensors:
-    """Weights in a dictionary."""
-
-    def __init__(self, tensors: dict[str, Float32]) -> None:
-        self.tensors = tensors
-
-    def read(self, name: str) -> Float32:
-        return self.tensors[name]
-
-
-def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        spread = 1 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.3
-        centre = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")) else 0.0
-        tensors[name] = (centre + spread * rng.standard_normal(shape)).astype(np.float32)
-    return Tensors(tensors)
+def mixed_schemes(config: ModelConfig) -> dict[str, Scheme]:
+    return schemes_of(build_graphs(config, RECIPE))
 
 
 @pytest.fixture(scope="module")
@@ -219,19 +204,19 @@ def test_only_groups_whose_consumers_lose_bits_have_scales_and_all_are_told(conf
     groups = {group.name: group for group in channel_groups(config)}
     for given in (None, calibration):
         told: list[str] = []
-        scales = channel_scales(weights, config, RECIPE, given, told.append)
+        scales = channel_scales(weights, config, mixed_schemes(config), given, told.append)
         assert told == list(groups)
         floats = {"model.layers.1.post_attention_layernorm", "model.layers.1.mlp.up_proj"}
         assert set(groups) - set(scales) == floats
         for name, scale in scales.items():
             assert (scale.shape, scale.dtype) == ((groups[name].num_channels,), np.float32)
             assert (np.isfinite(scale) & (scale > 0)).all()
-    assert channel_scales(weights, config, Recipe.default("fp16"), calibration) == {}
+    assert channel_scales(weights, config, schemes_of(build_graphs(config, Recipe.default("fp16"))), calibration) == {}
 
 
 def test_without_calibration_the_weights_alone_decide(config: ModelConfig) -> None:
     weights = inject(random_weights(config), config, 256)
-    scales = channel_scales(weights, config, RECIPE, None)
+    scales = channel_scales(weights, config, mixed_schemes(config), None)
     for group in channel_groups(config):
         if group.name in scales:
             assert np.array_equal(scales[group.name], equalizing_scale(weights, group))
@@ -243,7 +228,7 @@ def test_planted_outliers_are_undone(config: ModelConfig, calibrated: bool) -> N
     spiky = inject(plain, config, 1024)
     outliers = outlier_scales(config, 1024)
     inputs = inputs_of(config, spiky)
-    scales = channel_scales(spiky, config, RECIPE, observed(config, inputs) if calibrated else None)
+    scales = channel_scales(spiky, config, mixed_schemes(config), observed(config, inputs) if calibrated else None)
     ratios = {}
     for group in channel_groups(config):
         if group.name not in scales:
@@ -281,8 +266,8 @@ def test_calibration_finds_outliers_that_no_weight_tells(config: ModelConfig) ->
     for group in channel_groups(config):
         large = rng.choice(group.num_channels, 2, replace=False)
         inputs[group.name][:, np.isin(group.columns, large)] *= 200
-    blind = channel_scales(weights, config, RECIPE, None)
-    seeing = channel_scales(weights, config, RECIPE, observed(config, inputs))
+    blind = channel_scales(weights, config, mixed_schemes(config), None)
+    seeing = channel_scales(weights, config, mixed_schemes(config), observed(config, inputs))
     lower = []
     for group in channel_groups(config):
         if group.name not in seeing:
@@ -311,7 +296,7 @@ def test_no_candidate_is_predicted_better_than_the_scale_that_is_chosen(config: 
     """SmoothQuant's at three strengths, AWQ's at four powers, none; the first two both win somewhere."""
     weights = inject(random_weights(config), config, 64)
     calibration = observed(config, inputs_of(config, weights))
-    scales = channel_scales(weights, config, RECIPE, calibration)
+    scales = channel_scales(weights, config, mixed_schemes(config), calibration)
     winners = set()
     for group in channel_groups(config):
         if group.name not in scales:
@@ -347,7 +332,7 @@ def test_calibration_leaves_an_even_model_about_as_it_is(config: ModelConfig) ->
     inputs = {
         group.name: rng.uniform(-1, 1, (500, len(group.columns))).astype(np.float32) for group in channel_groups(config)
     }
-    for scale in channel_scales(weights, config, RECIPE, observed(config, inputs)).values():
+    for scale in channel_scales(weights, config, mixed_schemes(config), observed(config, inputs)).values():
         assert 1 / 3 < scale.min() <= scale.max() < 3
 
 
@@ -356,7 +341,7 @@ def test_channels_without_any_input_do_no_harm(config: ModelConfig) -> None:
     inputs = inputs_of(config, weights)
     for number, x in enumerate(inputs.values()):
         x[:, :: 2 if number % 2 else 1] = 0
-    for scale in channel_scales(weights, config, RECIPE, observed(config, inputs)).values():
+    for scale in channel_scales(weights, config, mixed_schemes(config), observed(config, inputs)).values():
         assert (np.isfinite(scale) & (scale > 0)).all()
 
 
@@ -364,7 +349,7 @@ def test_scales_of_calibration_leave_the_function_alone(config: ModelConfig) -> 
     """Powers of AWQ are no powers of two, so each side rounds: float32's 2⁻²⁴ for the weight and its channel."""
     weights = random_weights(config)
     inputs = inputs_of(config, weights)
-    scales = channel_scales(weights, config, RECIPE, observed(config, inputs))
+    scales = channel_scales(weights, config, mixed_schemes(config), observed(config, inputs))
     groups = channel_groups(config)
     scaled = Rescaled(weights, groups, scales)
     for group in groups:

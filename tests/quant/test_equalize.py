@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.quant._weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit_export.checkpoint import expected_shapes
@@ -19,16 +20,6 @@ FLOAT64_NOISE = 1e-12
 FLOAT32_NOISE = 1e-5
 
 
-class Tensors:
-    """Weights in a dictionary."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def read(self, name):
-        return self.tensors[name]
-
-
 def config_of(kv_heads=2, repeats=3, pairs=(1, 1, 1), layers=1, inner=10, merge=2):
     head_dim = 2 * sum(pairs)
     heads = kv_heads * repeats
@@ -38,16 +29,6 @@ def config_of(kv_heads=2, repeats=3, pairs=(1, 1, 1), layers=1, inner=10, merge=
         ImageConfig(16, 1024, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255, 2, 1, merge),
         PromptConfig(1, 2, 3),
     )
-
-
-def random_weights(config, seed=0):
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        spread = 1 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.3
-        centre = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")) else 0.0
-        tensors[name] = (centre + spread * rng.standard_normal(shape)).astype(np.float32)
-    return Tensors(tensors)
 
 
 def softmax(x):
