@@ -41,7 +41,7 @@ def tiny_artifact(tiny: Path) -> Path:  # of its own: the fixture shared by all 
 @pytest.fixture(scope="session")
 def in_precision(tiny: Path, tiny_artifact: Path) -> Callable[[str], Path]:
     """precision → the artifact of `tiny` in it, by its default recipe; not to be written to."""
-    return artifacts_of(tiny, {"fp32": tiny_artifact})
+    return artifacts_of(tiny, "artifact", {"fp32": tiny_artifact})
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def injected(tiny: Path) -> Path:
 @pytest.fixture(scope="module")
 def in_precision_injected(injected: Path) -> Callable[[str], Path]:
     """precision → the artifact of `injected`; not to be written to."""
-    return artifacts_of(injected)
+    return artifacts_of(injected, "injected")
 
 
 # --- what stands in the files ------------------------------------------------------------------------------
