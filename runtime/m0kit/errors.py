@@ -10,6 +10,9 @@
     ├── CheckpointError (ValueError)       a checkpoint that cannot be read as jina-reranker-m0
     │   └── AdapterError                   … or an adapter that does not fit it
     ├── RecipeError (ValueError)           a quantisation recipe or calibration set that cannot be used
+    ├── StoreError (ValueError)            an index that cannot be used: of another artifact or version, or no index
+    │   ├── StoreBusyError                 … because another process is writing to it
+    │   └── RecordDamagedError             … or one of its records is not what was written
     ├── OutputError (OSError)              the result cannot be written: exists, no space, no permission
     ├── DeviceError (RuntimeError)         a device or execution provider that is not there
     └── DependencyError (ImportError)      an optional package is missing; the message names the extra
@@ -60,6 +63,18 @@ class AdapterError(CheckpointError):
 
 class RecipeError(M0kitError, ValueError):
     """A quantisation recipe, or a calibration set, that cannot be used on this model."""
+
+
+class StoreError(M0kitError, ValueError):
+    """An index that cannot be used: made by another artifact or version, or not an index at all."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to the index."""
+
+
+class RecordDamagedError(StoreError):
+    """A record of an index is not what was written."""
 
 
 class OutputError(M0kitError, OSError):

@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -149,27 +149,35 @@ class Reranker:
         """
         pairs = list(pairs)
         results: list[Result | None] = [None] * len(pairs)
+        for position, result in self.stream(pairs, on_error=on_error, progress=progress):
+            results[position] = result
+        return [result for result in results if result is not None]
+
+    def stream(
+        self, pairs: Iterable[Any], *, on_error: Literal["raise", "mark"] = "mark", progress: bool = False
+    ) -> Iterator[tuple[int, Result]]:
+        """As `evaluate`, but gives (position in `pairs`, Result) as soon as it is done, in the order of the work."""
+        pairs = list(pairs)
         images = _Images(self.config, self._vision)
         ready: list[_Ready] = []
-        for position, pair in enumerate(pairs):
-            try:
-                ready.append(self._prepare(position, pair, images))
-            except InputError as error:
-                if on_error == "raise":
-                    raise
-                results[position] = Result(math.nan, math.nan, error)
-        if self._low_memory:
-            images.embeds([key for pair in ready for key in pair.images])
         with tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
-            bar.update(len(pairs) - len(ready))
+            for position, pair in enumerate(pairs):
+                try:
+                    ready.append(self._prepare(position, pair, images))
+                except InputError as error:
+                    if on_error == "raise":
+                        raise
+                    bar.update()
+                    yield position, Result(math.nan, math.nan, error)
+            if self._low_memory:
+                images.embeds([key for pair in ready for key in pair.images])
             for run in plan_runs([pair.item for pair in ready]):
                 groups = [[ready[index] for index in group] for group in run]
                 logits = self._logits(self._decode(groups, images, ["hidden"])["hidden"])
                 for pair, logit in zip((p for group in groups for p in group), logits, strict=True):
-                    results[pair.position] = self._result(pair.prompt, float(logit))
                     images.release(pair.images)
                     bar.update()
-        return [result for result in results if result is not None]
+                    yield pair.position, self._result(pair.prompt, float(logit))
 
     def trace(self, pair: Any, layers: bool = False) -> Trace:
         """Everything one pair produces on its way to the score, for comparison with the reference.
