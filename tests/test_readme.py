@@ -59,7 +59,7 @@ def test_links_lead_to_files() -> None:
 
 
 def test_the_python_example_is_python_and_its_names_exist() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     compile(example, "README.md", "exec")
     used = set(re.findall(r"(?:Reranker|reranker)\.(\w+)\(", example))
     assert used == {"load", "score", "rerank"}

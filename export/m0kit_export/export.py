@@ -33,7 +33,7 @@ from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, sha256_of, 
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
-from m0kit_export.graphs import build_graphs, schemes_of
+from m0kit_export.graphs import build_graphs, kept_decoders, schemes_of
 from m0kit_export.merge import AdapterSpec
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
 from m0kit_quant.calibration import Calibration, channel_scales
@@ -135,6 +135,9 @@ def _write(
                 path = folder / f"{name}.onnx.data"
                 hashes |= _write_weights(path, graph, weights, bar, importance)
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
+            kept = kept_decoders(source.config.decoder, recipe)
+            for name, graph in kept.items():
+                (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
                 _check_weights(folder, f"{name}.onnx", hashes, bar)
@@ -145,7 +148,7 @@ def _write(
         manifest = Manifest(
             model=source.config,
             scheme=recipe.precision,
-            graphs={name: _ports(graph) for name, graph in graphs.items()},
+            graphs={name: _ports(graph) for name, graph in (graphs | kept).items()},
             files=files,
             provenance={
                 **source.provenance(),

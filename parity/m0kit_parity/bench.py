@@ -7,6 +7,7 @@ turns in one run, because machines are noisy and differ; nothing here passes or 
     m0kit bench growth m0-fp32          seconds as pairs, tokens and pixels grow
     m0kit bench memory m0-fp32          peak memory as tokens and pixels grow, a fresh process for each
     m0kit bench ranking m0-fp32         nDCG@10 on the evaluation set that m0kit carries
+    m0kit bench reuse m0-int8           what keeping documents is worth (`m0kit_parity.reuse`)
 """
 
 import bisect
@@ -399,3 +400,6 @@ def _doubling(first: int, last: int) -> list[int]:
 
 def _about(about: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {value}" for key, value in about.items())
+
+
+import m0kit_parity.reuse  # noqa: E402, F401 — adds its command; last, because it uses what stands above

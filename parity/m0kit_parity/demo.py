@@ -1,7 +1,7 @@
 """`make demo`: the whole way on embedded data, by the commands a user would type.
 
-Exports the small trained checkpoint with and without its code adapter, reranks texts, code and page images,
-holds the artifact against the PyTorch reference, and shows what 8 and 4 bits cost in ranking.
+Exports the small trained checkpoint with and without its code adapter, reranks texts, code and page images, reads
+pages once and asks them twice, holds the artifact against the PyTorch reference, and shows what 8 and 4 bits cost.
 
     python -m m0kit_parity.demo
 """
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SMALL = Path(__file__).parent / "data" / "small"
 TEXT, CODE, PAGES = "text", "code", "pages"
@@ -32,8 +33,12 @@ def main() -> None:
         _rerank(base, CODE, root)
         _rerank(code, CODE, root)
         _say("4. Rerank page images")
-        _rerank(base, PAGES, root)
-        _say("5. Parity with the PyTorch reference, stage by stage")
+        pages = _rerank(base, PAGES, root)
+        _say("5. Read the pages once, ask again")
+        _m0kit("index", "add", base, root / "library", *pages)
+        _m0kit("index", "stats", root / "library")
+        _m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top", "3")
+        _say("6. Parity with the PyTorch reference, stage by stage")
         _m0kit(
             "parity",
             SMALL / "base",
@@ -43,7 +48,7 @@ def main() -> None:
             "--html",
             "m0kit-parity.html",
         )
-        _say("6. The same in 8 and 4 bits: what it costs in ranking")
+        _say("7. The same in 8 and 4 bits: what it costs in ranking")
         few = [root / "small-int8", root / "small-int4"]
         for artifact in few:
             _m0kit("quantize", base, "-o", artifact, "--precision", artifact.name.removeprefix("small-"))
@@ -51,10 +56,15 @@ def main() -> None:
         _say("All done. The reports are m0kit-parity.html and m0kit-evaluate.html in this folder.")
 
 
-def _rerank(artifact: Path, kind: str, root: Path) -> None:
-    """Write the documents of one held-out query to files and rerank them."""
+def _case(kind: str) -> Any:
+    """The first held-out query of a set, with its documents."""
     with open(SMALL / "eval" / f"{kind}.jsonl", encoding="utf-8") as file:
-        case = json.loads(file.readline())
+        return json.loads(file.readline())
+
+
+def _rerank(artifact: Path, kind: str, root: Path) -> list[Path]:
+    """Write the documents of one held-out query to files and rerank them; returns the files."""
+    case = _case(kind)
     folder = root / kind
     folder.mkdir(exist_ok=True)
     paths = []
@@ -69,6 +79,7 @@ def _rerank(artifact: Path, kind: str, root: Path) -> None:
         best = [paths[i].name for i, relevance in enumerate(case["relevance"]) if relevance]
         print(f"(the right answer is {' or '.join(best)})")
     _m0kit("rerank", artifact, "--query", case["query"], "--top-n", "5", *paths)
+    return paths
 
 
 def _m0kit(*arguments: object) -> None:

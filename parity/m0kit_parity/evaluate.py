@@ -34,8 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit.artifact import TOKENIZER, Manifest, read_manifest
-from m0kit.cli import PARTLY
+from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
+from m0kit.cli_options import PARTLY
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
 from m0kit.inputs import beside, parse_content
 from m0kit.prompt import PromptBuilder
@@ -246,11 +246,11 @@ def _mean_ndcg(queries: Sequence[Query], scores: Sequence[Sequence[float]]) -> f
 
 
 def _score(
-    artifact: Path, sets: Mapping[str, Sequence[Query]], threads: int, bar: Any, strict: bool,
+    artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, bar: Any, strict: bool,
     errors: dict[Key, str], notes: dict[str, None],
 ) -> dict[Key, list[float]]:  # fmt: skip
     """Scores of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return."""
-    reranker = Reranker.load(artifact, threads=threads)
+    reranker = Reranker.load(artifact, threads=threads, kv=kv)
     scores: dict[Key, list[float]] = {}
     for name, queries in sets.items():
         for number, query in enumerate(queries):
@@ -316,22 +316,27 @@ def compare(
     strict: bool = False,
     about: Mapping[str, Any] | None = None,
     bad: Sequence[str] = (),
+    kvs: Sequence[Kept] = (),
 ) -> tuple[Evaluation, list[str]]:
     """Score `sets` with every artifact, then measure the workloads; also returns notes on what was cut.
 
     `loads` None: the file's own pairs, without the lines that could not be scored. A line that one artifact cannot
-    score is left out for all; `bad` are errors known before. Raises ArtifactError when the artifacts are not of
-    one model, InputError when no line is left, and with `strict` at the first thing that fails.
+    score is left out for all; `bad` are errors known before. With `kvs` every artifact also
+    ranks with the documents' keys and values kept so; what that takes in memory and time is `m0kit bench reuse`'s.
+    Raises ArtifactError when the artifacts are not of one model, InputError when no line is left, and with `strict` at
+    the first thing that fails.
     """
     manifests = [read_manifest(path) for path in artifacts]
     check_same_model(artifacts, manifests)
     labels = labels_of(artifacts)
+    plain: list[tuple[int, Kept]] = [(i, "fp32") for i in range(len(artifacts))]
+    sides = [*plain, *((i, kv) for i in range(len(artifacts)) for kv in kvs)]
     errors: dict[Key, str] = {}
     scores: list[dict[Key, list[float]]] = []
     notes: dict[str, None] = {}
-    with _bar(len(artifacts) * sum(map(len, sets.values())), "query", "scoring") as bar:
-        for artifact in artifacts:
-            scores.append(_score(artifact, sets, threads, bar, strict, errors, notes))
+    with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as bar:
+        for i, kv in sides:
+            scores.append(_score(artifacts[i], kv, sets, threads, bar, strict, errors, notes))
     every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
     every = [(key, query) for key, query in every if key not in errors]
     if not every:
@@ -350,25 +355,26 @@ def compare(
             mine = {label: seconds[load, i] for i, label in enumerate(labels) if (load, i) in seconds}
             timings += bench.compare(load, mine, labels[0])
     measured = []
-    for i, (path, manifest) in enumerate(zip(artifacts, manifests, strict=True)):
+    for side, (i, kv) in enumerate(sides):
+        path, manifest, kept = artifacts[i], manifests[i], side >= len(artifacts)
         quality = {
             name: quality_of(
                 [query for _, query in rows],
-                [scores[i][key] for key, _ in rows],
-                [scores[0][key] for key, _ in rows] if i else None,
+                [scores[side][key] for key, _ in rows],
+                [scores[0][key] for key, _ in rows] if side else None,
             )
             for name, rows in groups.items()
         }
         measured.append(
             Measured(
-                labels[i],
+                f"{labels[i]}, documents in {kv}" if kept else labels[i],
                 str(path),
                 manifest.scheme,
                 manifest.num_bytes,
                 manifest.fingerprint,
                 quality,
-                {load: memory[load, i] for load in loads if (load, i) in memory},
-                {t.workload: t for t in timings if t.side == labels[i]},
+                {load: memory[load, i] for load in loads if (load, i) in memory and not kept},
+                {t.workload: t for t in timings if t.side == labels[i] and not kept},
             )
         )
     chance = {
@@ -630,6 +636,13 @@ def _shown(value: float | None, form: str) -> str:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Your own queries and documents, JSON lines, judged or not; the small checkpoint's sets by default.",
 )
+@click.option(
+    "--kv",
+    "kvs",
+    multiple=True,
+    type=click.Choice(["fp16", "int8"]),
+    help="Repeatable: also what keeping the documents' keys and values so does to the ranking.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write one self-contained page.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
@@ -641,6 +654,7 @@ def evaluate(
     ctx: click.Context,
     artifacts: tuple[Path, ...],
     pairs: Path | None,
+    kvs: tuple[Kept, ...],
     as_json: bool,
     html: Path | None,
     threads: int,
@@ -662,7 +676,7 @@ def evaluate(
         evaluation, notes = compare(
             artifacts, builtin_sets(), builtin_workloads(artifacts[0]), threads=threads, repeats=repeats,
             speed=not no_speed, max_pixels=max(image.max_pixels, VISUAL_TOKENS * image.factor**2), strict=strict,
-            about=about,
+            about=about, kvs=kvs,
         )  # fmt: skip
     else:
         queries, bad = read_judged(pairs)
@@ -670,7 +684,7 @@ def evaluate(
             raise InputError(f"{pairs}: {next(iter(bad.values()))}")
         evaluation, notes = compare(
             artifacts, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
-            about=about, bad=list(bad.values()),
+            about=about, bad=list(bad.values()), kvs=kvs,
         )  # fmt: skip
     for note in notes:
         click.echo(f"note: {note}", err=True)

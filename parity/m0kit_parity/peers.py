@@ -305,7 +305,7 @@ class _OpenVinoDecoder:
 
 
 def additive_mask(pieces: NDArray[np.int64], num_tokens: int) -> Float32:
-    """(T, T): 0 where a row may look and −inf elsewhere, from the planner's table (N, 8) of a run without past."""
+    """(T, T): 0 where a row may look and −inf elsewhere, from the planner's table (N, 9) of a run without past."""
     mask = np.full((num_tokens, num_tokens), -np.inf, np.float32)
     for q0, q1, a0, a1, b0, b1, *_ in pieces.tolist():
         mask[q0:q1, a0:a1] = 0
@@ -441,9 +441,11 @@ class _LlamaDecoder:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         del outputs
         rows = self._embedding.rows(feeds)
-        pairs = feeds["last_pieces"].tolist()
-        hidden = [self._last_hidden(np.concatenate([rows[a0:a1], rows[b0:b1]])) for _, _, a0, a1, b0, b1, *_ in pairs]
-        return {"hidden": np.stack(hidden)}
+        hidden = np.zeros((len(feeds["last_pieces"]), rows.shape[1]), np.float32)
+        for i, (_, _, a0, a1, b0, b1, *_) in enumerate(feeds["last_pieces"].tolist()):
+            if a1 - a0 + b1 - b0 > 1:  # a single token is no prompt: it fills up the run, and nobody looks at it
+                hidden[i] = self._last_hidden(np.concatenate([rows[a0:a1], rows[b0:b1]]))
+        return {"hidden": hidden}
 
     def _last_hidden(self, embeds: Float32) -> Float32:
         """embeds (T, D) of one prompt → (D,)"""

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 from m0kit.config import ModelConfig
 from m0kit.errors import (
@@ -30,6 +30,8 @@ FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GRAPHS = ("vision", "decoder", "head")
+Kept = Literal["fp32", "fp16", "int8"]  # how the decoder's keys and values of a document may be kept
+KV: Final[tuple[Kept, ...]] = get_args(Kept)
 _CHUNK = 1 << 20
 
 
@@ -71,6 +73,11 @@ class Manifest:
         """sha256 over names, sizes and hashes of all files: what a cached value may be keyed by."""
         text = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def decoder_name(kv: str) -> str:
+    """The decoder's graph for pasts kept so: all of them read the data file of "decoder"."""
+    return "decoder" if kv == "fp32" else f"decoder.kv-{kv}"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,12 +1,13 @@
 """The `m0kit` command: rerank, score, inspect, and whatever the other folders add through entry points.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 all well · 1 an error, or a check that
-failed · 2 wrong usage · 3 some inputs could not be scored, the others were · 130 interrupted.
+failed · 2 wrong usage · 3 some inputs could not be scored, the others were · 130 interrupted · 143 terminated.
 Every option is also read from the environment: `m0kit rerank --device` from M0KIT_RERANK_DEVICE.
 """
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -16,12 +17,13 @@ from typing import Any, Literal
 import click
 
 from m0kit.artifact import read_manifest, verify_files
+from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SIZE, THREADS, text_or_path
+from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import doctor
 from m0kit.errors import InputError, M0kitError
+from m0kit.index import index, read_ids
 from m0kit.inputs import beside
 from m0kit.reranker import Reranker, Result
-
-PARTLY = 3
 
 
 class _Commands(click.Group):
@@ -72,44 +74,31 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-_DEVICE = click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="cpu, cuda, cuda:1, or the name of an execution provider.",
-)
-_THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores by default.")
-_MEMORY = click.option(
-    "--memory",
-    type=click.Choice(["fast", "low"]),
-    default="fast",
-    show_default=True,
-    help="low: vision encoder and decoder never in memory together, int8 weights left in their files.",
-)
-_PIXELS = click.option(
-    "--max-pixels",
-    type=click.IntRange(1),
-    help="Shrink images above this size; the checkpoint's own limit by default.",
+_INDEX = click.option(
+    "--index",
+    "index_folder",
+    type=click.Path(path_type=Path),
+    help="What this index holds is not read again.",
 )
 _RAW = click.option("--raw", is_flag=True, help="Print logits instead of scores between 0 and 1.")
 _STRICT = click.option("--strict", is_flag=True, help="Stop at the first input that cannot be scored.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
 
 
 @cli.command()
-@_ARTIFACT
-@click.argument("documents", nargs=-1, required=True, type=click.Path(path_type=Path))
+@ARTIFACT
+@click.argument("documents", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--query", help="The query as text.")
 @click.option("--query-image", type=click.Path(path_type=Path), help="The query as an image file.")
-@click.option("--top-n", type=click.IntRange(1), help="Print the best N only.")
+@click.option("--top-n", "--top", type=click.IntRange(1), help="Print the best N only.")
+@_INDEX
+@click.option("--candidates", type=click.File(encoding="utf-8"), help="Ids of documents of the index, one per line.")
 @_RAW
 @_STRICT
-@_JSON
-@_DEVICE
-@_THREADS
-@_MEMORY
-@_PIXELS
+@JSON
+@DEVICE
+@THREADS
+@MEMORY
+@PIXELS
 @click.pass_context
 def rerank(
     ctx: click.Context,
@@ -118,6 +107,8 @@ def rerank(
     query: str | None,
     query_image: Path | None,
     top_n: int | None,
+    index_folder: Path | None,
+    candidates: Any,
     raw: bool,
     strict: bool,
     as_json: bool,
@@ -128,20 +119,30 @@ def rerank(
 ) -> None:
     """Order DOCUMENTS, files, by their relevance to a query, best first.
 
-    A file that is valid UTF-8 is a text document, any other is opened as an image.
+    A file that is valid UTF-8 is a text document, any other is opened as an image. With --index documents that were
+    read before cost their queries only: the CANDIDATES, or all of the index where neither those nor files are given.
     """
     if (query is None) == (query_image is None):
         raise click.UsageError("Give either --query or --query-image.")
-    reranker = _load(artifact, device, threads, memory, max_pixels)
-    names = [click.format_filename(path) for path in documents]
+    if candidates is not None and index_folder is None:
+        raise click.UsageError("--candidates are ids of an index: give --index too.")
+    if not documents and index_folder is None:
+        raise click.UsageError("Give documents, or --index.")
+    ids = read_ids(candidates) if candidates is not None else []
+    reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder)
+    if reranker.store is not None and candidates is None and not documents:
+        ids = reranker.store.ids()
+    names = [*(click.format_filename(path) for path in documents), *ids]
+    plain = [*map(str, documents), *ids]
     asked = query_image if query is None else query
-    results = _evaluate(reranker, [(asked, _document(path)) for path in documents], names, strict)
+    contents = [*(text_or_path(path) for path in documents), *({"id": name} for name in ids)]
+    results = _evaluate(reranker, [(asked, content) for content in contents], names, strict)
     values = [result.logit if raw else result.score for result in results]
     order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))
     for rank, i in enumerate(order[:top_n]):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
-            line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": str(documents[i])}
+            line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": plain[i]}
             line |= {"error": str(error)} if error else {"score": values[i]}
             click.echo(json.dumps(line))
         else:
@@ -150,19 +151,37 @@ def rerank(
 
 
 @cli.command()
-@_ARTIFACT
+@ARTIFACT
 @click.argument("pairs", type=click.File(encoding="utf-8"), default="-")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the scores to a file: .jsonl or .parquet.")
+@click.option("--overwrite", is_flag=True, help="With -o: replace the file, and what another job left half done.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="With -o: score in this process, or on the cluster at RAY_ADDRESS, or one started here.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Actors of --engine ray; 1 by default.")
+@_INDEX
+@click.option("--cache", "cache_bytes", type=SIZE, default=0, help="Memory to keep documents in that come again: 2G.")
 @_RAW
 @_STRICT
-@_DEVICE
-@_THREADS
-@_MEMORY
-@_PIXELS
+@DEVICE
+@THREADS
+@MEMORY
+@PIXELS
 @click.pass_context
 def score(
     ctx: click.Context,
     artifact: Path,
     pairs: Any,
+    output: Path | None,
+    overwrite: bool,
+    engine: Literal["local", "ray"],
+    workers: int | None,
+    index_folder: Path | None,
+    cache_bytes: int,
     raw: bool,
     strict: bool,
     device: str,
@@ -174,10 +193,24 @@ def score(
 
     A line is {"query": …, "document": …}, each a string (text), {"text": …} or {"image": …}, where an
     image is a data URI or the path of a file, relative to the file of PAIRS.
+
+    With -o PAIRS may be of any size, and Parquet (.parquet) with such columns; an id is carried through. The file
+    has a row for each: row, id, score, logit, truncated, error. Bad rows are also listed in OUTPUT.errors.jsonl.
+    Stopped by whatever, even a kill, the same command goes on where it was.
     """
+    if output is not None:
+        if raw:
+            raise click.UsageError("--raw is for output on the terminal; a file of scores has the logits too.")
+        if workers is not None and engine != "ray":
+            raise click.UsageError("--workers is an option of --engine ray.")
+        load = {"device": device, "threads": threads, "memory": memory, "max_pixels": max_pixels}
+        load |= {"index": str(index_folder) if index_folder else None, "cache_bytes": cache_bytes}
+        ctx.exit(_score_file(artifact, pairs, output, load, engine, workers or 1, overwrite, strict))
+    if overwrite or engine != "local" or workers is not None:
+        raise click.UsageError("--overwrite, --engine and --workers need -o.")
     folder = Path(pairs.name).parent if pairs.name not in ("-", "<stdin>") else Path()
     values = dict(_read_pairs(pairs, folder))
-    reranker = _load(artifact, device, threads, memory, max_pixels)
+    reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder, cache_bytes=cache_bytes)
     results = _evaluate(reranker, list(values.values()), [f"line {number}" for number in values], strict)
     for result in results:
         value = result.logit if raw else result.score
@@ -185,13 +218,56 @@ def score(
     ctx.exit(PARTLY if any(result.error for result in results) else 0)
 
 
+def _score_file(
+    artifact: Path,
+    pairs: Any,
+    output: Path,
+    load: dict[str, Any],
+    engine: Literal["local", "ray"],
+    workers: int,
+    overwrite: bool,
+    strict: bool,
+) -> int:
+    """The exit code of `score -o`."""
+    from m0kit.jobs import local_engine, score_file
+    from m0kit.ray_engine import ray_engine
+
+    if pairs.name in ("-", "<stdin>"):
+        raise click.UsageError("-o needs a file of PAIRS: stdin could not be read again after an interruption.")
+
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)  # so that what is done is committed
+    try:
+        chosen = ray_engine(workers) if engine == "ray" else local_engine
+        done = score_file(
+            artifact, pairs.name, output, load=load, engine=chosen, overwrite=overwrite, strict=strict, progress=True
+        )
+    except M0kitError:
+        raise
+    except ValueError as error:  # a limit that this model cannot have
+        raise click.UsageError(f"--max-pixels: {error}.") from None
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(f"{output}: not finished; the same command goes on with it", err=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = f"{output}: {done.rows} rows" + (f", {done.resumed} of them from before" if done.resumed else "")
+    told += f", {done.truncated} cut to the model's length" if done.truncated else ""
+    told += f", {done.errors} could not be scored: see {done.error_file}" if done.errors else ""
+    click.echo(told, err=True)
+    return PARTLY if done.errors else 0
+
+
 cli.add_command(doctor)
+cli.add_command(index)
 
 
 @cli.command()
-@_ARTIFACT
+@ARTIFACT
 @click.option("--verify", is_flag=True, help="Also check every file against its hash.")
-@_JSON
+@JSON
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     """Show what an artifact is, what it was made from, and under which licence its weights stand."""
     manifest = read_manifest(artifact)
@@ -240,17 +316,6 @@ def _adapter(entry: dict[str, Any]) -> str:
     return f"{entry.get('name')}{weight}" + (f" ({entry['licence']})" if entry.get("licence") else "")
 
 
-def _load(
-    artifact: Path, device: str, threads: int | None, memory: Literal["fast", "low"], max_pixels: int | None
-) -> Reranker:
-    try:
-        return Reranker.load(artifact, device=device, threads=threads, memory=memory, max_pixels=max_pixels)
-    except M0kitError:
-        raise
-    except ValueError as error:  # a limit that this model cannot have
-        raise click.UsageError(f"--max-pixels: {error}.") from None
-
-
 def _evaluate(reranker: Reranker, pairs: list[Any], names: list[str], strict: bool) -> list[Result]:
     results = reranker.evaluate(pairs, on_error="raise" if strict else "mark", progress=sys.stderr.isatty())
     for name, result in zip(names, results, strict=True):
@@ -259,18 +324,6 @@ def _evaluate(reranker: Reranker, pairs: list[Any], names: list[str], strict: bo
         for what in result.truncated:
             click.echo(f"note: {name}: the {what} was too long and was cut", err=True)
     return results
-
-
-def _document(path: Path) -> str | Path | bytes:
-    """Text of a UTF-8 file; the path itself for anything else."""
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        return path  # reported by the reranker, like any image that cannot be read
-    try:
-        return raw.decode("utf-8") if b"\0" not in raw else path
-    except UnicodeDecodeError:
-        return path
 
 
 def _read_pairs(lines: Any, folder: Path) -> Iterator[tuple[int, Any]]:

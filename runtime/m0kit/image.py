@@ -12,10 +12,13 @@ These are the rules of `load_image` followed by `Qwen2VLImageProcessorPil` (tran
     patches = patchify(pixels, config)
 """
 
+import hashlib
 import io
 import math
+import os
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +78,12 @@ def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int
 
 def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
     """Decode a picture and bring it to the model's size. Raises ImageError naming `where`."""
-    image = _decode(picture.source, where) if isinstance(picture.source, bytes) else picture.source
+    image = picture.source if isinstance(picture.source, Image.Image) else _decode(_bytes(picture, where), where)
     width, height = image.size
+    if picture.ready:
+        if height % config.factor or width % config.factor:
+            raise ImageError(f"{where}: kept pixels of {width}×{height}, sides must be multiples of {config.factor}.")
+        return _pixels(np.asarray(image), config)
     if not width or not height:
         raise ImageError(f"{where}: the image has no pixels ({width}×{height}).")
     try:
@@ -94,8 +101,41 @@ def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
         raise ImageError(
             f"{where}: the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
         ) from error
+    return _pixels(np.asarray(resized), config)
+
+
+def to_png(pixels: Pixels) -> bytes:
+    """A file that is read back with `ready`."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.values).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def ready_grid(picture: Picture, config: ImageConfig) -> NDArray[np.int64]:
+    """grid_thw (3,) of a `ready` picture, from its header alone."""
+    assert isinstance(picture.source, bytes)
+    width, height = Image.open(io.BytesIO(picture.source), formats=("PNG",)).size
+    return np.array([1, height // config.patch_size, width // config.patch_size], np.int64)
+
+
+def _pixels(values: NDArray[np.uint8], config: ImageConfig) -> Pixels:
+    rows, columns, _ = values.shape
     grid = np.array([1, rows // config.patch_size, columns // config.patch_size], np.int64)
-    return Pixels(np.asarray(resized), grid, int(grid.prod()) // config.merge_size**2)
+    return Pixels(values, grid, int(grid.prod()) // config.merge_size**2)
+
+
+def _bytes(picture: Picture, where: str) -> bytes:
+    """Of the file, as it was when its key was made. Raises ImageError."""
+    if isinstance(picture.source, bytes):
+        return picture.source
+    assert isinstance(picture.source, Path)
+    try:
+        raw = picture.source.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{where}: {picture.source}: {os.strerror(error.errno or 0)}.") from None
+    if hashlib.sha256(raw).hexdigest() != picture.key:
+        raise ImageError(f"{where}: {picture.source} was changed while it was being scored. Score it again.")
+    return raw
 
 
 def patchify(pixels: Pixels, config: ImageConfig) -> Patches:

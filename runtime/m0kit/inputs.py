@@ -3,7 +3,8 @@
     parse_pair(("slm markdown", Path("page.png")), "pair 0")
 
 A str is always text: never sniffed as a path or URL. An image is a PIL image, a path, bytes, or
-{"image": one of these or a base64 data URI}; {"text": str} is text said explicitly. No network, ever.
+{"image": one of these or a base64 data URI}; {"text": str} is text said explicitly; {"id": str} is a document of
+the index that a reranker was opened with. No network, ever.
 """
 
 import base64
@@ -31,11 +32,19 @@ class Text:
 class Picture:
     """An image not yet decoded. Equal keys within one call mean the same picture."""
 
-    source: bytes | Image.Image  # the bytes of a file, or an image as it is
+    source: bytes | Image.Image | Path  # the bytes of a file, an image as it is, a file that is read when it is needed
     key: str
+    ready: bool = False  # a PNG of the very pixels that the model will see
 
 
-Content = Text | Picture
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A document of an index."""
+
+    id: str
+
+
+Content = Text | Picture | Known
 
 
 def beside(folder: Path, value: Any) -> Any:
@@ -77,12 +86,16 @@ def parse_content(value: Any, where: str) -> Content:
     if isinstance(value, str):
         return _text(value, where)
     if isinstance(value, Mapping):
-        _check_keys(value, {"text", "image"}, where)
+        _check_keys(value, {"text", "image", "id"}, where)
         if len(value) != 1:
             raise InputError(
-                f'{where}: expected {{"text": …}} or {{"image": …}}, got {_names(value)}. '
+                f'{where}: expected {{"text": …}}, {{"image": …}} or {{"id": …}}, got {_names(value)}. '
                 "The model was trained on one of them per document."
             )
+        if "id" in value:
+            if not isinstance(value["id"], str):
+                raise InputError(f'{where}: "id" must be a string, got {type(value["id"]).__name__}.')
+            return Known(value["id"])
         if "text" in value:
             if not isinstance(value["text"], str):
                 raise InputError(f'{where}: "text" must be a string, got {type(value["text"]).__name__}.')
@@ -114,7 +127,7 @@ def _picture(value: Any, where: str) -> Picture:
     if isinstance(value, os.PathLike):
         path = Path(os.fsdecode(value))
         try:
-            return _file(path.read_bytes())
+            return Picture(path, hashlib.sha256(path.read_bytes()).hexdigest())
         except OSError as error:
             raise ImageError(f"{where}: {path}: {os.strerror(error.errno or 0)}.") from None
         except ValueError:  # a null character, or half of a surrogate pair

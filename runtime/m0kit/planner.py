@@ -1,17 +1,20 @@
 """Which rows go into which run, and who looks at whom. Pure integer work; knows nothing of engines.
 
-A *run* is one call of the decoder on packed tokens. Pairs with the same prefix (the same document) form a
-group: the prefix stands once in the run, followed by the suffix of each pair. Tables of pieces tell the
-graphs' attention which rows ask and which answer (columns: `m0kit_export.graphs`).
+A *run* is one call of the decoder on packed tokens. Pairs with the same document form a group: the document's
+prefix stands once in the run, or is a past that was computed before, followed by the suffix of each pair. Tables of
+pieces tell the graphs' attention which rows ask and which answer (columns: `m0kit_export.graphs`).
 
-    layout = layout_groups([(770, [12, 15])])       # one document of 770 tokens, two queries
+    layout = layout_groups([Group(770, [(770, 12), (769, 15)])])       # one document of 770 tokens, two queries
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 # Tokens per run. Products are at full speed from a few hundred rows on; more only costs memory.
 TOKEN_BUDGET = 1024
@@ -19,88 +22,86 @@ TOKEN_BUDGET = 1024
 PATCH_BUDGET = 3072
 # Query rows per attention piece: N² memory becomes rows × N. Fewer are slower, more only cost memory.
 PIECE_ROWS = 256
+# Scores of one attention head in a piece: with many keys a piece has fewer rows.
+PIECE_SCORES = 1 << 20
+# Rows and pairs of a run are filled up to a multiple of this. Products compute rows in tiles, and a last row that is
+# alone in its tile goes through another kernel, whose last bit may differ (seen for one row in float32 and for an
+# odd last row in 4 bits). So filled up, a row's values do not depend on what else is in the run.
+TILE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """What the planner knows of a pair. Equal `prefix` means equal prefix tokens and images."""
+class Group:
+    """A document's prefix and the suffixes of the pairs that share it."""
 
-    prefix: Hashable
-    prefix_length: int
-    length: int  # of the whole prompt
+    length: int  # tokens of the prefix
+    suffixes: Sequence[tuple[int, int]]  # how many tokens of the prefix it follows, its own tokens (at least one)
+    kept: bool = False  # the prefix is a past; it has no rows in this run
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Index tables of one decoder run over T packed tokens with B pairs, int64."""
+    """Index tables of one decoder run over T packed tokens with B pairs, both filled up; int64."""
 
-    num_tokens: int
-    pieces: NDArray[np.int64]  # (N, 8) q0 q1 a0 a1 b0 b1 p0 p1
+    num_tokens: int  # before filling up
+    num_pairs: int
+    fill: int  # rows at the end that belong to nobody, each of which sees itself alone
+    pieces: NDArray[np.int64]  # (N, 9) q0 q1 a0 a1 b0 b1 p0 p1 past
     last_index: NDArray[np.int64]  # (B,) row of each pair's last token
-    last_pieces: NDArray[np.int64]  # (B, 8)
+    last_pieces: NDArray[np.int64]  # (B, 9)
 
 
-def plan_runs(items: Sequence[Item], token_budget: int = TOKEN_BUDGET) -> list[list[list[int]]]:
-    """Runs of groups of positions in `items`; every position appears once.
-
-    Groups stand in the order in which their prefixes first appear, so that what pairs share (images) is
-    needed over a short stretch only. A run holds at most `token_budget` tokens, or a single prefix with
-    at most `token_budget` tokens of suffixes, or a single longer pair.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    for position, item in enumerate(items):
-        groups.setdefault(item.prefix, []).append(position)
-    runs: list[list[list[int]]] = []
-    room = 0
-    for members in groups.values():
-        for part in _split(items, members, token_budget):
-            first = items[part[0]]
-            cost = first.prefix_length + sum(items[p].length - first.prefix_length for p in part)
-            if not runs or cost > room:
-                runs.append([])
-                room = token_budget
-            runs[-1].append(part)
-            room -= cost
-    return runs
+def pack(items: Iterable[tuple[_T, Sequence[int]]], budget: Sequence[int]) -> Iterator[list[_T]]:
+    """Consecutive items whose costs add up to at most `budget` in each kind, or one item alone. Lazy."""
+    packed: list[_T] = []
+    left = list(budget)
+    for item, costs in items:
+        if packed and any(cost > room for cost, room in zip(costs, left, strict=True)):
+            yield packed
+            packed, left = [], list(budget)
+        packed.append(item)
+        left = [room - cost for cost, room in zip(costs, left, strict=True)]
+    if packed:
+        yield packed
 
 
-def _split(items: Sequence[Item], members: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut the pairs of one prefix into parts of at most `token_budget` suffix tokens."""
-    parts: list[list[int]] = []
-    room = 0
-    for position in members:
-        suffix = items[position].length - items[position].prefix_length
-        if not parts or suffix > room:
-            parts.append([])
-            room = token_budget
-        parts[-1].append(position)
-        room -= suffix
-    return parts
-
-
-def layout_groups(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
-    """Tables for groups of (prefix length, lengths of the suffixes), packed in that order.
+def layout_groups(groups: Sequence[Group], tile: int = TILE) -> Layout:
+    """Tables for groups packed in that order; the pasts stand one after the other in the same order.
 
     Where a piece begins depends on its own prefix or suffix alone, so a pair is computed in the same
-    pieces whatever else is in the run. A suffix has at least one token, a prefix may have none.
+    pieces whatever else is in the run, and whether its prefix is a past or not.
     """
     pieces: list[tuple[int, ...]] = []
     last_index: list[int] = []
     last_pieces: list[tuple[int, ...]] = []
-    row = 0
-    for prefix_length, suffix_lengths in groups:
-        prefix = (row, row + prefix_length)
-        for start, end in _cut(*prefix, PIECE_ROWS):
-            pieces.append((start, end, 0, 0, prefix[0], end, 0, 0))
-        row = prefix[1]
-        for suffix_length in suffix_lengths:
-            for start, end in _cut(row, row + suffix_length, PIECE_ROWS):
-                pieces.append((start, end, *prefix, row, end, 0, 0))
-            end = row + suffix_length
-            last_pieces.append((len(last_index), len(last_index) + 1, *prefix, row, end, 0, 0))
-            last_index.append(end - 1)
-            row = end
-    return Layout(row, _table(pieces, 8), np.asarray(last_index, np.int64), _table(last_pieces, 8))
+    row = past_row = past = 0
+    for group in groups:
+        start = past_row if group.kept else row
+        if not group.kept:
+            for q0, q1 in _cut(row, group.length, 0):
+                pieces.append((q0, q1, 0, 0, start, q1, 0, 0, 0))
+            row += group.length
+        for used, length in group.suffixes:
+            seen = (start, start + used)
+            prefix, number = ((0, 0, *seen), past) if group.kept else ((*seen, 0, 0), 0)
+            a0, a1, p0, p1 = prefix
+            for q0, q1 in _cut(row, length, used):
+                pieces.append((q0, q1, a0, a1, row, q1, p0, p1, number))
+            index = len(last_index)
+            last_pieces.append((index, index + 1, a0, a1, row, row + length, p0, p1, number))
+            row += length
+            last_index.append(row - 1)
+        if group.kept:
+            past_row += group.length
+            past += 1
+    fill, fill_pairs = -row % tile, -len(last_index) % tile or tile * (not last_index)
+    pieces += [(r, r + 1, 0, 0, r, r + 1, 0, 0, 0) for r in range(row, row + fill)]
+    pairs = range(len(last_index), len(last_index) + fill_pairs)
+    filled_pieces = [*last_pieces, *((i, i + 1, 0, 0, 0, 1, 0, 0, 0) for i in pairs)]
+    filled_index = [*last_index, *(0 for _ in pairs)]
+    return Layout(
+        row, len(last_index), fill, _table(pieces, 9), np.asarray(filled_index, np.int64), _table(filled_pieces, 9)
+    )
 
 
 def image_rows(patch_counts: Sequence[int]) -> NDArray[np.int64]:
@@ -109,21 +110,14 @@ def image_rows(patch_counts: Sequence[int]) -> NDArray[np.int64]:
     return np.stack([ends - np.asarray(patch_counts, np.int64), ends], axis=1)
 
 
-def pack_images(patch_counts: Sequence[int], patch_budget: int = PATCH_BUDGET) -> list[list[int]]:
-    """Consecutive images per vision run: at most `patch_budget` patches, or one image."""
-    packs: list[list[int]] = []
-    room = 0
-    for position, count in enumerate(patch_counts):
-        if not packs or count > room:
-            packs.append([])
-            room = patch_budget
-        packs[-1].append(position)
-        room -= count
-    return packs
-
-
-def _cut(start: int, end: int, rows: int) -> list[tuple[int, int]]:
-    return [(s, min(s + rows, end)) for s in range(start, end, rows)]
+def _cut(first: int, length: int, before: int) -> Iterator[tuple[int, int]]:
+    """Pieces of `length` rows from row `first` on, which see `before` keys and each other."""
+    start = 0
+    while start < length:
+        rows = min(PIECE_ROWS, max(PIECE_SCORES // (before + start + PIECE_ROWS), TILE))
+        end = min(start + rows, length)
+        yield first + start, first + end
+        start = end
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> NDArray[np.int64]:

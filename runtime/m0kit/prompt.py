@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,12 @@ from tokenizers import Tokenizer
 
 from m0kit.config import PromptConfig
 from m0kit.errors import ArtifactDamagedError, InputError
+
+# Documents that are remembered in tokens, for the next query: tokenising one of 768 tokens takes longer than a
+# hundredth of scoring a query on it.
+_DOCUMENTS: Final = 512
+# A token is a byte of the normalised text at least, and Unicode's NFC makes at most three bytes of one.
+_MOST_TOKENS_PER_BYTE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +35,33 @@ class ImageTokens:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of one pair, the score token last."""
+    """Token ids of one pair: the start of its document's prefix, then the suffix, the score token last."""
 
-    token_ids: NDArray[np.int64]  # (T,)
-    prefix_length: int  # leading tokens that come from the document and the query header alone
-    image_token_index: NDArray[np.int64]  # (V,) where image pads stand
+    prefix: NDArray[np.int64]  # all that the document fixes: its part of the prompt and the query header
+    prefix_length: int  # how much of it stands in this prompt
+    suffix: NDArray[np.int64]
+    image_pad_id: int
     document_truncated: bool
     query_truncated: bool
 
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """(T,)"""
+        return np.concatenate([self.prefix[: self.prefix_length], self.suffix])
 
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """The part of a prompt that a document fixes: token ids, then text that the query's text continues."""
+    @property
+    def image_token_index(self) -> NDArray[np.int64]:
+        """(V,) where image pads stand in `token_ids`."""
+        return np.nonzero(self.token_ids == self.image_pad_id)[0].astype(np.int64)
 
-    token_ids: tuple[int, ...]  # before `text`
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptDocument:
+    """The part of a prompt that a document fixes: token ids, and the text at their end that the query's continues."""
+
+    prefix: NDArray[np.int64]
     text: str
-    text_ids: tuple[int, ...]  # of `text` alone
+    before_text: int  # tokens of the prefix before those of `text`
     truncated: bool
 
 
@@ -61,60 +79,67 @@ class PromptBuilder:
         tokenizer.encode_special_tokens = True  # as text
         self._tokenizer = tokenizer
         self._config = config
-        self._document = lru_cache(maxsize=16)(self._build_document)  # one document, many queries
+        self.document = lru_cache(maxsize=_DOCUMENTS)(self._build_document)
 
     def with_limits(self, config: PromptConfig) -> "PromptBuilder":
         """The same tokenizer under another configuration."""
         other = copy.copy(self)
         other._config = config
-        other._document = lru_cache(maxsize=16)(other._build_document)
+        other.document = lru_cache(maxsize=_DOCUMENTS)(other._build_document)
         return other
 
-    def build(self, query: str | ImageTokens, document: str | ImageTokens) -> Prompt:
+    def build(self, query: str | ImageTokens, document: "str | ImageTokens | PromptDocument") -> Prompt:
         """The prompt of one pair. Raises InputError when an image does not fit.
 
         A text document is cut to `max_document_length` tokens, the whole prompt to `max_length` with the
         score token, which costs the query its end. Text next to text is tokenised as one string, so tokens
-        may span the seam; `prefix_length` then ends before the seam.
+        may span the seam; the part of the document's prefix that is used then ends before the seam.
         """
         config = self._config
-        prefix = self._document(document)
-        fixed = [*prefix.token_ids, *prefix.text_ids]
+        if not isinstance(document, PromptDocument):
+            document = self.document(document)
+        prefix = document.prefix
         if isinstance(query, ImageTokens):
-            token_ids = fixed + self._image(query)
-            prefix_length = len(fixed)
+            used, rest = len(prefix), self._image(query)
         else:
-            token_ids = [*prefix.token_ids, *self._encode(prefix.text + query)]
-            prefix_length = _common_length(token_ids, fixed)
-        kept = token_ids[: config.max_length - 1]
-        is_pad = np.asarray(kept, np.int64) == config.image_pad_id
-        expected = sum(part.num_tokens for part in (document, query) if isinstance(part, ImageTokens))
-        if int(is_pad.sum()) != expected:
+            whole = np.asarray(self._encode(document.text + query), np.int64)
+            start = document.before_text
+            used = start + _common_length(whole, prefix[start:])
+            rest = whole[used - start :].tolist()
+        kept, pad = config.max_length - 1, config.image_pad_id
+        truncated = used + len(rest) > kept
+        used, own = min(used, kept), rest[: max(kept - used, 0)]
+        expected = int((prefix == pad).sum()) + (query.num_tokens if isinstance(query, ImageTokens) else 0)
+        if int((prefix[:used] == pad).sum()) + own.count(pad) != expected:
             raise InputError(
                 f"its images take {expected} visual tokens, and with the rest of the prompt that is over the limit "
                 f"of {config.max_length} tokens. Lower max_pixels, shrink the image, or shorten the document."
             )
         return Prompt(
-            token_ids=np.asarray([*kept, config.score_token_id], np.int64),
-            prefix_length=min(prefix_length, len(kept)),
-            image_token_index=np.nonzero(is_pad)[0].astype(np.int64),
-            document_truncated=prefix.truncated,
-            query_truncated=len(kept) < len(token_ids),
+            prefix=prefix,
+            prefix_length=used,
+            suffix=np.asarray([*own, config.score_token_id], np.int64),
+            image_pad_id=pad,
+            document_truncated=document.truncated,
+            query_truncated=truncated,
         )
 
-    def _build_document(self, document: str | ImageTokens) -> _Document:
+    def _build_document(self, document: str | ImageTokens) -> PromptDocument:
+        """What a document fixes, whatever the query will be; `document` remembers it for the next query."""
         config = self._config
         if isinstance(document, ImageTokens):
-            token_ids = self._encode(config.document_header) + self._image(document)
+            before = self._encode(config.document_header) + self._image(document)
             text, truncated = config.query_header, False
         else:
-            limit = config.max_document_length
-            own = self._encode(document)
-            if len(own) >= limit:  # decoded back even when nothing is lost, as published
-                document = self._tokenizer.decode(own[:limit], skip_special_tokens=False)
-            token_ids, truncated = [], len(own) > limit
+            limit, before, truncated = config.max_document_length, [], False
+            if _MOST_TOKENS_PER_BYTE * len(document.encode()) >= limit:
+                own = self._encode(document)
+                truncated = len(own) > limit
+                if len(own) >= limit:  # decoded back even when nothing is lost, as published
+                    document = self._tokenizer.decode(own[:limit], skip_special_tokens=False)
             text = config.document_header + document + config.query_header
-        return _Document(tuple(token_ids), text, tuple(self._encode(text)), truncated)
+        prefix = np.asarray([*before, *self._encode(text)], np.int64)
+        return PromptDocument(prefix, text, len(before), truncated)
 
     def _image(self, image: ImageTokens) -> list[int]:
         config = self._config
@@ -125,9 +150,8 @@ class PromptBuilder:
         return ids
 
 
-def _common_length(a: list[int], b: list[int]) -> int:
+def _common_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     """How many leading items are equal."""
-    if a[: len(b)] == b:
-        return len(b)
-    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(differing, min(len(a), len(b)))
+    length = min(len(a), len(b))
+    differing = np.nonzero(a[:length] != b[:length])[0]
+    return int(differing[0]) if len(differing) else length

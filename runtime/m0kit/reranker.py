@@ -8,35 +8,49 @@ the names that users of other rerankers know. A score never depends on what else
 """
 
 import copy
+import hashlib
+import json
 import math
 import os
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from m0kit import sessions
-from m0kit.artifact import GRAPHS, TOKENIZER, Manifest, read_manifest, verify_files
+from m0kit.artifact import KV, TOKENIZER, Kept, Manifest, decoder_name, read_manifest, verify_files
+from m0kit.cache import Cache
 from m0kit.config import ModelConfig
-from m0kit.errors import InputError
-from m0kit.image import Pixels, patchify, resize
-from m0kit.inputs import Content, Picture, parse_pair
-from m0kit.planner import Item, image_rows, layout_groups, pack_images, plan_runs
-from m0kit.positions import mrope_positions, vision_positions
+from m0kit.errors import ArtifactError, InputError, RecordDamagedError, StoreError
+from m0kit.image import patchify
+from m0kit.images import Images
+from m0kit.inputs import Content, Known, Picture, Text, parse_pair
+from m0kit.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
+from m0kit.positions import mrope_positions
 from m0kit.precision import check_device
-from m0kit.prompt import ImageTokens, Prompt, PromptBuilder
+from m0kit.prompt import ImageTokens, Prompt, PromptBuilder, PromptDocument
+from m0kit.states import Pasts, State
+from m0kit.store import Document as StoredDocument
+from m0kit.store import Store
 from m0kit.trace import Trace
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+# Bytes of pasts in one run: a query on 18 pages at a time in float16, enough rows for products at full speed.
+PAST_BYTES: Final = 384 << 20
+LOW_MEMORY_PAST_BYTES: Final = 96 << 20
+# Documents whose states are read from disk ahead of the run that needs them.
+READ_AHEAD: Final = 8
+# Visual tokens whose embeddings wait for the decoder where it cannot be in memory beside the image encoder: 96 MiB.
+LOW_MEMORY_VISUAL_TOKENS: Final = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +64,52 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
+class _Pair:
     """A pair that can be run."""
 
     position: int  # in the call
     prompt: Prompt
-    prefix_images: tuple[str, ...]  # keys, in prompt order
-    suffix_images: tuple[str, ...]
+    images: tuple[str, ...]  # keys of the query's images
+
+
+@dataclass(slots=True, eq=False)
+class Document:
+    """A document of the call and the pairs that ask about it."""
+
+    prompt: PromptDocument
+    images: tuple[str, ...]  # keys
+    key: bytes  # of its state
+    pairs: list[_Pair] = field(default_factory=list)
 
     @property
-    def images(self) -> tuple[str, ...]:
-        return self.prefix_images + self.suffix_images
+    def length(self) -> int:
+        return len(self.prompt.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some pairs of a document that go into one run, and its state where it was computed before."""
+
+    document: Document
+    pairs: Sequence[_Pair]
+    state: State | None = None
 
     @property
-    def item(self) -> Item:
-        prefix = self.prompt.token_ids[: self.prompt.prefix_length]
-        return Item((prefix.tobytes(), self.prefix_images), len(prefix), len(self.prompt.token_ids))
+    def group(self) -> Group:
+        suffixes = [(pair.prompt.prefix_length, len(pair.prompt.suffix)) for pair in self.pairs]
+        return Group(self.document.length, suffixes, kept=self.state is not None)
+
+    @property
+    def costs(self) -> tuple[int, int]:
+        """Rows of the run, bytes of pasts."""
+        rows = sum(len(pair.prompt.suffix) for pair in self.pairs)
+        return (rows + self.document.length, 0) if self.state is None else (rows, self.state.num_bytes)
 
 
 class Reranker:
     """An opened artifact. Thread-safe: every call keeps its state to itself."""
+
+    tile = TILE  # to which runs are filled up; 1 for those who count what a run sees
 
     def __init__(
         self,
@@ -78,24 +118,36 @@ class Reranker:
         config: ModelConfig,
         opener: sessions.GraphOpener,
         low_memory: bool = False,
+        *,
+        cache_bytes: int = 0,
+        kv: str = "fp32",
+        store: Store | None = None,
     ):
         self.manifest = manifest
         self.config = config
         self._folder = folder
         self._open = opener
         self._prompts = PromptBuilder(folder / TOKENIZER, config.prompt)
-        self._low_memory = low_memory
-        self._vision, self._decoder, self._head = (_Opened(partial(opener, folder, name)) for name in GRAPHS)
+        self.low_memory = low_memory
+        self.kv = kv
+        self._vision, self._decoder, self._head = (
+            _Opened(partial(opener, folder, name)) for name in ("vision", decoder_name(kv), "head")
+        )
         self._head.open()  # tells at once whether the device is there
         if low_memory:
             self._vision.rival, self._decoder.rival = self._decoder, self._vision
         else:
             self._decoder.open()
+        self.cache = Cache(cache_bytes) if cache_bytes else None
+        self.store = store
+        self._salt = _salt(manifest, config, kv)
         decoder = config.decoder
-        nothing = np.zeros((0, decoder.kv_size), np.float32)
-        self._no_past = {
-            f"past_key_values.{layer}.{kv}": nothing for layer in range(decoder.num_layers) for kv in ("key", "value")
-        }
+        # Artifacts from before documents could be kept: pasts (T_past, K·C), pieces without the number of their past.
+        ports = manifest.graphs.get("decoder", {}).get("inputs", [])
+        self._first_format = any(port["name"] == "pieces" and port["shape"][1] == 8 for port in ports)
+        self._no_past = Pasts(decoder, kv).feeds([])
+        if self._first_format:
+            self._no_past = {name: np.zeros((0, decoder.kv_size), np.float32) for name in self._no_past}
 
     @classmethod
     def load(
@@ -107,6 +159,9 @@ class Reranker:
         memory: Literal["fast", "low"] = "fast",
         max_pixels: int | None = None,
         max_length: int | None = None,
+        cache_bytes: int = 0,
+        kv: Kept | None = None,
+        index: str | os.PathLike[str] | None = None,
         open_graph: sessions.GraphOpener | None = None,
     ) -> "Reranker":
         """Open an artifact on a device ("cpu", "cuda", "cuda:1", or an execution provider's name).
@@ -115,14 +170,25 @@ class Reranker:
         from the artifact's files, and never holds the vision encoder and the decoder at once: a call encodes all its
         images first, and each opens anew for it. Float weights are mapped either way, and the vision encoder is opened
         when the first image comes. Scores are the same to rounding.
-        `max_pixels` and `max_length` (tokens of a prompt) replace the checkpoint's own limits. `open_graph`
-        runs the graphs in another engine than ONNX Runtime.
-        Raises ArtifactError, DeviceError, DependencyError, ValueError for limits the model cannot have.
+        `max_pixels` and `max_length` (tokens of a prompt) replace the checkpoint's own limits.
+        `cache_bytes`: with more than 0, what was computed for documents and images is kept in memory up to so many
+        bytes, and a document that comes again costs its new queries only. `index`: a folder that `m0kit index` made;
+        its documents are known by {"id": …}, and what it holds of any document is not computed again. `kv`: how a
+        document's keys and values are kept, "fp32" as computed (56 KiB a token; the default without an index),
+        "fp16" (28) or "int8" (14). A score depends on `kv`, never on what happens to be kept.
+        `open_graph` runs the graphs in another engine than ONNX Runtime.
+        Raises ArtifactError, DeviceError, DependencyError, StoreError, ValueError for limits the model cannot have.
         """
         if memory not in ("fast", "low"):
             raise ValueError(f'memory must be "fast" or "low", got {memory!r}')
+        store = Store.open(Path(index)) if index is not None else None
+        kv = kv or (store.identity.get("kv") if store else "fp32")
+        if kv not in KV:
+            raise ValueError(f"kv must be one of {', '.join(KV)}, got {kv!r}")
         folder = Path(path)
         manifest = read_manifest(folder)
+        if (cache_bytes or store or kv != "fp32") and decoder_name("int8") not in manifest.graphs:
+            raise ArtifactError(f"{folder}: was exported before documents could be kept. Export it again.")
         config = manifest.model
         if max_pixels is not None:
             config = replace(config, image=replace(config.image, max_pixels=max_pixels))
@@ -134,7 +200,21 @@ class Reranker:
             prepack = "int4" in manifest.schemes or ("int8" in manifest.schemes and memory == "fast")
             open_graph = partial(sessions.open_graph, device=device, threads=threads, prepack=prepack)
         verify_files(folder, manifest)
-        return cls(folder, manifest, config, open_graph, memory == "low")
+        low = memory == "low"
+        reranker = cls(folder, manifest, config, open_graph, low, cache_bytes=cache_bytes, kv=kv, store=store)
+        if store:
+            check_identity(store, reranker)
+        return reranker
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the states of documents depend on, besides the documents: an index belongs to one of these."""
+        return {
+            "artifact": self.manifest.fingerprint,
+            "precision": self.manifest.scheme,
+            "kv": self.kv,
+            "model": json.loads(json.dumps(self.config.to_dict())),  # as it comes back from a file
+        }
 
     # --- the one method ----------------------------------------------------------------------------
 
@@ -158,133 +238,281 @@ class Reranker:
     ) -> Iterator[tuple[int, Result]]:
         """As `evaluate`, but gives (position in `pairs`, Result) as soon as it is done, in the order of the work."""
         pairs = list(pairs)
-        images = _Images(self.config, self._vision)
-        ready: list[_Ready] = []
+        images = self.open_images()
         with tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
+            documents: dict[Any, Document] = {}
             for position, pair in enumerate(pairs):
                 try:
-                    ready.append(self._prepare(position, pair, images))
+                    self._prepare(position, pair, documents, images)
                 except InputError as error:
                     if on_error == "raise":
                         raise
                     bar.update()
                     yield position, Result(math.nan, math.nan, error)
-            if self._low_memory:
-                images.embeds([key for pair in ready for key in pair.images])
-            for run in plan_runs([pair.item for pair in ready]):
-                groups = [[ready[index] for index in group] for group in run]
-                logits = self._logits(self._decode(groups, images, ["hidden"])["hidden"])
-                for pair, logit in zip((p for group in groups for p in group), logits, strict=True):
-                    images.release(pair.images)
+            for done, logits in self._work([d for d in dict.fromkeys(documents.values()) if d.pairs], images):
+                for pair, logit in zip(done, logits, strict=True):
                     bar.update()
-                    yield pair.position, self._result(pair.prompt, float(logit))
+                    if isinstance(logit, InputError):
+                        if on_error == "raise":
+                            raise logit
+                        yield pair.position, Result(math.nan, math.nan, logit)
+                    else:
+                        yield pair.position, self._result(pair.prompt, float(logit))
 
     def trace(self, pair: Any, layers: bool = False) -> Trace:
         """Everything one pair produces on its way to the score, for comparison with the reference.
 
         With `layers` also the last token after each decoder layer, which opens the decoder a second time.
         """
-        images = _Images(self.config, self._vision)
-        ready = self._prepare(0, pair, images)
-        patches = [patchify(images.pixels(key), self.config.image) for key in ready.images]
-        embeds = [images.embeds([key])[0] for key in ready.images]
+        images = self.open_images()
+        documents: dict[Any, Document] = {}
+        self._prepare(0, pair, documents, images)
+        document = next(iter(documents.values()))
+        (ready,) = document.pairs
+        keys = document.images + ready.images
+        patches = [patchify(images.pixels(key), self.config.image) for key in keys]
+        embeds = [images.embeds([key])[0] for key in keys]
         names = [f"layers.{i}" for i in range(self.config.decoder.num_layers)] if layers else []
         decoder = self._open(self._folder, "decoder", also=names) if layers else None
-        out = self._decode([[ready]], images, ["hidden", *names], decoder)
+        part = _Part(document, [ready])
+        out = self._decode([part], images, ["hidden", *names], decoder=decoder)
         logit = float(self._logits(out["hidden"])[0])
+        # The last layer has the wanted rows alone, the others have all of the run, which may be filled up.
+        last = len(document.prompt.prefix) + len(ready.prompt.suffix) - 1
+        rows = [last] * (len(names) - 1) + [0]
         return Trace(
             token_ids=ready.prompt.token_ids,
-            positions=self._positions(ready, images),
+            positions=self._positions(ready.prompt.token_ids, keys, images),
             grid_thw=np.asarray([p.grid_thw for p in patches], np.int64).reshape(-1, 3),
             patches=tuple(p.values for p in patches),
             image_embeds=tuple(embeds),
             hidden=out["hidden"][0],
             logit=logit,
             score=self._result(ready.prompt, logit).score,
-            layers=np.stack([out[name][-1] for name in names]) if layers else None,
+            layers=np.stack([out[name][row] for name, row in zip(names, rows, strict=True)]) if layers else None,
         )
 
     # --- its steps ---------------------------------------------------------------------------------
 
-    def _prepare(self, position: int, pair: Any, images: "_Images") -> _Ready:
-        """Parse a pair, look at its images, build its prompt. Raises InputError naming the pair."""
+    def open_images(self) -> Images:
+        """For the images of one call."""
+        return Images(self.config.image, self._vision, self.cache, self._salt, half=self.kv != "fp32")
+
+    def _prepare(self, position: int, pair: Any, documents: dict[Any, Document], images: Images) -> None:
+        """Parse a pair, look at its images, build its prompt, add it to its document. Raises InputError."""
         where = f"pair {position}"
         parsed = parse_pair(pair, where)
-        keys: dict[str, str] = {}
-
-        def part(name: str, content: Content) -> str | ImageTokens:
-            if not isinstance(content, Picture):
-                return content.text
-            keys[name] = content.key
-            return ImageTokens(images.see(content, f"{where}: {name}"))
-
-        document, query = part("document", parsed.document), part("query", parsed.query)
+        document = self.document(parsed.document, f"{where}: document", documents, images)
+        query, keys = self._part(parsed.query, f"{where}: query", images)
         try:
-            prompt = self._prompts.build(query, document)
+            prompt = self._prompts.build(query, document.prompt)
         except InputError as error:
             raise type(error)(f"{where}: {error}") from None
-        ready = _Ready(
-            position,
-            prompt,
-            *((keys[name],) if name in keys else () for name in ("document", "query")),
-        )
-        images.claim(ready.images)
-        return ready
+        images.claim(document.images + keys)
+        document.pairs.append(_Pair(position, prompt, keys))
 
-    def _positions(self, pair: _Ready, images: "_Images") -> Int64:
-        grids = np.asarray([images.pixels(key).grid_thw for key in pair.images], np.int64).reshape(-1, 3)
+    def document(
+        self, content: Content, where: str, documents: dict[Any, Document], images: Images, *, keyed: bool = False
+    ) -> Document:
+        """The entry of a document in `documents`, made when it is new, with a key where asked or where states are kept.
+
+        Raises InputError.
+        """
+        name = content.key if isinstance(content, Picture) else content
+        if name not in documents:
+            kept = self._stored(content.id, where) if isinstance(content, Known) else None
+            part, images_of_it = self._part(content if kept is None else content_of(kept), where, images)
+            prompt, key = self._prompts.document(part), b""
+            if kept is not None and kept.kind == "image":
+                key = kept.key  # made from the same pixels and tokens, which need not be decoded for it again
+            elif keyed or self.keeps:
+                payload = [prompt.prefix.tobytes(), *(images.digest(image) for image in images_of_it)]
+                key = hashlib.sha256(b"document" + self._salt + b"".join(payload)).digest()
+            fresh = Document(prompt, images_of_it, key)
+            documents[name] = documents.setdefault(key, fresh) if key else fresh
+        return documents[name]
+
+    def _part(self, content: Content, where: str, images: Images) -> tuple[str | ImageTokens, tuple[str, ...]]:
+        if isinstance(content, Known):
+            content = content_of(self._stored(content.id, where))
+        if isinstance(content, Picture):
+            return ImageTokens(images.see(content, where)), (content.key,)
+        return content.text, ()
+
+    def _stored(self, name: str, where: str) -> StoredDocument:
+        """A document of the index. Raises InputError."""
+        if self.store is None:
+            raise InputError(f'{where}: {{"id": {name!r}}} names a document of an index, and none is open.')
+        try:
+            document = self.store.document(name)
+        except RecordDamagedError as error:
+            raise InputError(f"{where}: {error}") from None
+        if document is None:
+            raise InputError(f"{where}: {self.store.path} has no document {name!r}. Add it with `m0kit index add`.")
+        return document
+
+    def _work(
+        self, documents: Sequence[Document], images: Images
+    ) -> Iterator[tuple[Sequence[_Pair], Sequence[float | InputError]]]:
+        """Pairs and their logits, run by run; an error in place of a logit where an image has gone meanwhile."""
+        if not self.low_memory:
+            yield from self._runs(documents, images)
+            return
+        wanted = {document: self._wanted(document) for document in documents}
+        sized = ((d, [sum(images.num_tokens(key) for key in wanted[d])]) for d in documents)
+        for some in pack(sized, [LOW_MEMORY_VISUAL_TOKENS]):
+            images.embeds([key for document in some for key in wanted[document]])
+            yield from self._runs(some, images)
+
+    def _wanted(self, document: Document) -> list[str]:
+        """The images that must be encoded for a document's pairs."""
+        own = () if self.state(document.key) else document.images
+        return [*own, *(key for pair in document.pairs for key in pair.images)]
+
+    def _runs(
+        self, documents: Sequence[Document], images: Images
+    ) -> Iterator[tuple[Sequence[_Pair], Sequence[float | InputError]]]:
+        pasts = Pasts(self.config.decoder, self.kv)
+        failed: list[tuple[_Pair, InputError]] = []
+        parts = ((part, part.costs) for part in self._parts(documents, images, failed))
+        for run in pack(parts, (TOKEN_BUDGET, LOW_MEMORY_PAST_BYTES if self.low_memory else PAST_BYTES)):
+            logits = self._logits(self._decode(run, images, ["hidden"], pasts)["hidden"])
+            pairs = [pair for part in run for pair in part.pairs]
+            for part in run:
+                for pair in part.pairs:
+                    images.release(part.document.images + pair.images)
+            yield pairs, logits[: len(pairs)].tolist()
+        if self.store is not None:
+            self.store.touch({document.key for document in documents})
+        if failed:
+            yield [pair for pair, _ in failed], [error for _, error in failed]
+
+    def _parts(
+        self, documents: Sequence[Document], images: Images, failed: list[tuple[_Pair, InputError]]
+    ) -> Iterator[_Part]:
+        """The pairs of each document, cut where they are too many for one run.
+
+        Where documents are kept, those without a state are computed first, several in a run.
+        """
+
+        def fetched(keys: Sequence[str], pairs: Sequence[_Pair]) -> bool:
+            try:
+                images.fetch(keys)
+            except InputError as error:
+                failed.extend((pair, error) for pair in pairs)
+                return False
+            return True
+
+        new: list[Document] = []
+        for document in self._ahead(documents):
+            document.pairs = [pair for pair in document.pairs if fetched(pair.images, [pair])]
+            state = self.state(document.key) if document.pairs else None
+            if not document.pairs or (state is None and not fetched(document.images, document.pairs)):
+                continue
+            if state is not None or not self.keeps:
+                yield from _split(document, state)
+                continue
+            if new and sum(d.length for d in new) + document.length > TOKEN_BUDGET:
+                for known, computed in zip(new, self.compute(new, images), strict=True):
+                    yield from _split(known, computed)
+                new = []
+            new.append(document)
+        for known, computed in zip(new, self.compute(new, images), strict=True):
+            yield from _split(known, computed)
+
+    def _ahead(self, documents: Sequence[Document]) -> Iterator[Document]:
+        """The documents, while the disk reads the states of those that follow."""
+        if self.store is None:
+            yield from documents
+            return
+        for some in range(0, len(documents), READ_AHEAD):
+            start = some + READ_AHEAD if some else 0
+            self.store.prefetch(d.key for d in documents[start : some + 2 * READ_AHEAD])
+            yield from documents[some : some + READ_AHEAD]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether documents are computed apart from their queries: to be kept, or to round them as if they were."""
+        return self.cache is not None or self.store is not None or self.kv != "fp32"
+
+    def state(self, key: bytes) -> State | None:
+        """A document's state where it was computed before."""
+        state: State | None = self.cache.get(key) if self.cache is not None else None
+        if state is None and self.store is not None:
+            try:
+                raw = self.store.get(key)
+            except RecordDamagedError as error:
+                warnings.warn(f"{error} It was computed anew for now.", stacklevel=2)
+            else:
+                state = None if raw is None else State.from_bytes(raw, self.config.decoder, self.kv)
+        return state
+
+    def compute(self, documents: Sequence[Document], images: Images) -> list[State]:
+        """States of new documents, in one run; they go into the cache."""
+        if not documents:
+            return []
+        names = [f"present.{i}.{name}" for i in range(self.config.decoder.num_layers) for name in ("key", "value")]
+        out = self._decode([_Part(document, []) for document in documents], images, names)
+        states, row = [], 0
+        for document in documents:
+            rows = slice(row, row + document.length)
+            state = State.from_presents(out, rows, self.config.decoder, self.kv)
+            row = rows.stop
+            if self.cache is not None:
+                # A visual token costs the image encoder three times what the decoder spends on it.
+                cost = document.length + 3 * sum(images.num_tokens(key) for key in document.images)
+                self.cache.put(document.key, state, num_bytes=state.num_bytes, cost=cost)
+            states.append(state)
+        return states
+
+    def _positions(self, token_ids: Int64, keys: Sequence[str], images: Images) -> Int64:
+        grids = np.asarray([images.grid(key) for key in keys], np.int64).reshape(-1, 3)
         prompt, merge = self.config.prompt, self.config.image.merge_size
-        return mrope_positions(pair.prompt.token_ids, grids, prompt.image_pad_id, merge)
+        return mrope_positions(token_ids, grids, prompt.image_pad_id, merge)
 
     def _decode(
         self,
-        groups: Sequence[Sequence[_Ready]],
-        images: "_Images",
+        parts: Sequence[_Part],
+        images: Images,
         outputs: Sequence[str],
+        pasts: Pasts | None = None,
+        *,
         decoder: sessions.Graph | None = None,
     ) -> dict[str, Float32]:
-        """One run: each group's prefix once, then the suffixes of its pairs → hidden (B, D) and the like."""
-        layout = layout_groups(
-            [
-                (
-                    group[0].prompt.prefix_length,
-                    [len(p.prompt.token_ids) - p.prompt.prefix_length for p in group],
-                )
-                for group in groups
-            ]
-        )
+        """One run: prefixes that are not kept, and the suffixes behind each → hidden (B, D), filled up, and more."""
+        layout = layout_groups([part.group for part in parts], self.tile)
         token_ids: list[Int64] = []
         positions: list[Int64] = []
-        image_index: list[Int64] = []
         keys: list[str] = []
-        row = 0
-        for group in groups:
-            cut = group[0].prompt.prefix_length
-            for first, pair in enumerate(group):
-                placed = self._positions(pair, images)
-                index = pair.prompt.image_token_index
-                if first == 0:
-                    token_ids.append(pair.prompt.token_ids[:cut])
-                    positions.append(placed[:, :cut])
-                    image_index.append(index[index < cut] + row)
-                    keys += pair.prefix_images
-                    row += cut
-                token_ids.append(pair.prompt.token_ids[cut:])
-                positions.append(placed[:, cut:])
-                image_index.append(index[index >= cut] - cut + row)
-                keys += pair.suffix_images
-                row += len(pair.prompt.token_ids) - cut
-        width = self.config.decoder.hidden_size
+        for part in parts:
+            document = part.document
+            if part.state is None:
+                token_ids.append(document.prompt.prefix)
+                positions.append(self._positions(document.prompt.prefix, document.images, images))
+                keys += document.images
+            for pair in part.pairs:
+                whole = self._positions(pair.prompt.token_ids, document.images + pair.images, images)
+                token_ids.append(pair.prompt.suffix)
+                positions.append(whole[:, pair.prompt.prefix_length :])
+                keys += pair.images
+        token_ids.append(token_ids[0][:1].repeat(layout.fill))
+        positions.append(positions[0][:, :1].repeat(layout.fill, axis=1))
+        ids = np.concatenate(token_ids)
+        states = [part.state for part in parts if part.state is not None]
         feeds = {
-            "token_ids": np.concatenate(token_ids),
+            "token_ids": ids,
             "positions": np.ascontiguousarray(np.concatenate(positions, axis=1)),
-            "image_embeds": np.concatenate([np.zeros((0, width), np.float32), *images.embeds(keys)]),
-            "image_token_index": np.concatenate(image_index),
+            "image_embeds": np.concatenate(
+                [np.zeros((0, self.config.decoder.hidden_size), np.float32), *images.embeds(keys)]
+            ),
+            "image_token_index": np.nonzero(ids[: layout.num_tokens] == self.config.prompt.image_pad_id)[0],
             "pieces": layout.pieces,
             "last_index": layout.last_index,
             "last_pieces": layout.last_pieces,
-            **self._no_past,
+            **(pasts.feeds(states) if pasts and states else self._no_past),
         }
+        if self._first_format:
+            feeds |= {name: feeds[name][:, :8] for name in ("pieces", "last_pieces")}
         return (decoder or self._decoder).run(feeds, outputs)
 
     def _logits(self, hidden: Float32) -> Float32:
@@ -419,59 +647,37 @@ class _Opened:
         return self.open().run(feeds, outputs)
 
 
-class _Images:
-    """The images of one call: resized once, encoded once, forgotten after the last pair that needs them."""
+def check_identity(store: Store, reranker: "Reranker") -> None:
+    """Raises StoreError when an index was made by another artifact, or with other settings."""
+    here = reranker.identity
+    if differing := [name for name in here if store.identity.get(name) != here[name]]:
+        told = {"artifact": "the files of the artifact", "model": "limits of pixels or tokens"}
+        facts = ", ".join(
+            told.get(name) or f"{name} ({store.identity.get(name)} there, {here[name]} here)" for name in differing
+        )
+        raise StoreError(
+            f"{store.path}: this index was made with another artifact or other settings; what differs: {facts}. "
+            "Use what it was made with, or make a new index."
+        )
 
-    def __init__(self, config: ModelConfig, vision: sessions.Graph) -> None:
-        self._config = config
-        self._vision = vision
-        self._pixels: dict[str, Pixels] = {}
-        self._sources: list[Any] = []  # PIL images are known by identity, so none may go before the call ends
-        self._embeds: dict[str, Float32] = {}
-        self._uses: Counter[str] = Counter()
 
-    def see(self, picture: Picture, where: str) -> int:
-        """Decode and resize a picture, if it is new; returns its number of visual tokens."""
-        if picture.key not in self._pixels:
-            self._pixels[picture.key] = resize(picture, self._config.image, where)
-            if not isinstance(picture.source, bytes):
-                self._sources.append(picture.source)
-        return self._pixels[picture.key].num_tokens
+def content_of(document: StoredDocument) -> Text | Picture:
+    """A document of an index as it was given, or as the pixels that the model sees."""
+    if document.kind == "text":
+        return Text(document.data.decode())
+    return Picture(document.data, f"kept {hashlib.sha256(document.data).hexdigest()}", ready=True)
 
-    def pixels(self, key: str) -> Pixels:
-        return self._pixels[key]
 
-    def claim(self, keys: Sequence[str]) -> None:
-        """Note that one more pair needs these."""
-        self._uses.update(keys)
+def _split(document: Document, state: State | None) -> Iterator[_Part]:
+    """A document's pairs in parts of at most a run's tokens."""
+    sized = ((pair, [len(pair.prompt.suffix)]) for pair in document.pairs)
+    return (_Part(document, pairs, state) for pairs in pack(sized, [TOKEN_BUDGET]))
 
-    def release(self, keys: Sequence[str]) -> None:
-        """Note that one pair less does."""
-        self._uses.subtract(keys)
-        for key in keys:
-            if self._uses[key] <= 0:
-                self._embeds.pop(key, None)
-                self._pixels.pop(key, None)
 
-    def embeds(self, keys: Sequence[str]) -> list[Float32]:
-        """Image embeddings (V, D) for each key, in order; those not there yet are encoded, packed."""
-        new = [key for key in dict.fromkeys(keys) if key not in self._embeds]
-        for pack in pack_images([self._pixels[key].num_patches for key in new]):
-            self._encode([new[index] for index in pack])
-        return [self._embeds[key] for key in keys]
-
-    def _encode(self, keys: Sequence[str]) -> None:
-        image = self._config.image
-        patches = [patchify(self._pixels[key], image) for key in keys]
-        feeds = {
-            "patches": np.concatenate([p.values for p in patches]),
-            "positions": np.concatenate([vision_positions(p.grid_thw, image.merge_size) for p in patches]),
-            "images": image_rows([len(p.values) for p in patches]),
-        }
-        out = self._vision.run(feeds, ["image_embeds"])["image_embeds"]
-        ends = np.cumsum([self._pixels[key].num_tokens for key in keys])
-        for key, rows in zip(keys, np.split(out, ends[:-1]), strict=True):
-            self._embeds[key] = rows.copy() if len(keys) > 1 else rows
+def _salt(manifest: Manifest, config: ModelConfig, kv: str) -> bytes:
+    """What every kept value depends on, besides tokens and pixels."""
+    facts = {"artifact": manifest.fingerprint, "kv": kv, "model": config.to_dict() | {"prompt": None}, "format": 1}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def _listed(argument: Any) -> tuple[Any, bool]:

@@ -25,7 +25,7 @@ from tests.export._killed import PRELUDE
 from torch import nn
 
 from m0kit import Reranker
-from m0kit.artifact import GRAPHS, MANIFEST, TOKENIZER, Manifest, read_manifest, verify_files
+from m0kit.artifact import GRAPHS, KV, MANIFEST, TOKENIZER, Manifest, decoder_name, read_manifest, verify_files
 from m0kit.errors import CheckpointError, OutputError
 from m0kit_export import export
 from m0kit_export.checkpoint import open_checkpoint
@@ -36,6 +36,7 @@ from m0kit_quant.schemes import FLOATS
 
 FP16 = Recipe.default("fp16")
 WHOLE = {MANIFEST, TOKENIZER, *(f"{name}.onnx{end}" for name in GRAPHS for end in ("", ".data"))}
+WHOLE |= {f"{decoder_name(kv)}.onnx" for kv in KV}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -367,7 +368,7 @@ export_artifact(source, root / "old", progress=False)
 if overwrite:
     shutil.copytree(root / "old", root / "all")
 total = operations(export(root / "all"))
-for k in sorted({*range(1, total - 14, max(1, total // 8)), *range(total - 14, total + 1)}):
+for k in sorted({*range(1, total - 20, max(1, total // 8)), *range(total - 20, total + 1)}):
     place = root / str(k) / "out"
     place.parent.mkdir()
     if overwrite:

@@ -39,6 +39,9 @@ def test_every_step_works_but_for_those_that_have_tests_of_their_own(
         "rerank",
         "rerank",
         "rerank",
+        "index",
+        "index",
+        "rerank",
         "parity",
         "quantize",
         "quantize",
@@ -48,6 +51,10 @@ def test_every_step_works_but_for_those_that_have_tests_of_their_own(
     assert "relevant" in texts.splitlines()[0], "the trained checkpoint puts the right text first"
     assert code_without != code_with, "the adapter must change the ranking"
     assert "relevant" in code_with.splitlines()[0]
+    asked_again = outputs[9]
+    assert [line.split()[-1] for line in asked_again.splitlines()] == [
+        line.split()[-1] for line in pages.splitlines()[:3]
+    ], "kept pages rank as the pages themselves"
     said = capsys.readouterr().out
     assert Path(pages.splitlines()[0].split()[-1]).name in said.split("(the right answer is ")[1].split(")")[0]
 

@@ -15,7 +15,7 @@ import pytest
 
 from m0kit import Reranker
 from m0kit.errors import CheckpointError, DependencyError, InputError
-from m0kit.planner import PIECE_ROWS, layout_groups
+from m0kit.planner import PIECE_ROWS, Group, layout_groups
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_parity import peers
 from m0kit_parity.bench import page_of
@@ -65,19 +65,24 @@ def llama_cpp() -> Any:
 
 
 def test_the_mask_shows_each_row_its_prefix_and_its_own_rows_up_to_itself() -> None:
-    lengths = [(PIECE_ROWS + 5, [3, PIECE_ROWS + 2]), (0, [4]), (7, [1])]
-    layout = layout_groups(lengths)
-    sees = np.zeros((layout.num_tokens, layout.num_tokens), bool)
+    prefix = PIECE_ROWS + 5
+    groups = [Group(prefix, [(prefix, 3), (prefix - 2, PIECE_ROWS + 2)]), Group(0, [(0, 4)]), Group(7, [(7, 1)])]
+    layout = layout_groups(groups)
+    num_rows = layout.num_tokens + layout.fill
+    assert layout.fill
+    sees = np.zeros((num_rows, num_rows), bool)
     row = 0
-    for prefix, suffixes in lengths:
-        first, row = row, row + prefix
+    for group in groups:
+        first, row = row, row + group.length
         for i in range(first, row):
             sees[i, first : i + 1] = True
-        for suffix in suffixes:
-            for i in range(row, row + suffix):
-                sees[i, first : first + prefix] = sees[i, row : i + 1] = True
-            row += suffix
-    mask = peers.additive_mask(layout.pieces, layout.num_tokens)
+        for used, length in group.suffixes:
+            for i in range(row, row + length):
+                sees[i, first : first + used] = sees[i, row : i + 1] = True
+            row += length
+    for i in range(row, num_rows):  # what fills up the run sees itself: a row that sees nothing gives NaN
+        sees[i, i] = True
+    mask = peers.additive_mask(layout.pieces, num_rows)
     assert mask.dtype == np.float32
     np.testing.assert_array_equal(mask, np.where(sees, np.float32(0), -np.inf))
 
@@ -137,6 +142,33 @@ def test_llama_cpp_computes_the_model(
 ) -> None:
     scores = peers.llama(checkpoint, kind, 1, tmp_path).score(TEXTS)
     np.testing.assert_allclose(scores, expected[: len(TEXTS)], rtol=0, atol=tolerance)
+
+
+class Summing(peers._LlamaDecoder):
+    """llama.cpp's place is taken by a sum; notes the prompts."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[float]] = []
+        self._embedding: Any = self
+
+    def rows(self, feeds: dict[str, Any]) -> np.ndarray:
+        return np.stack([feeds["token_ids"], np.ones_like(feeds["token_ids"])], axis=1).astype(np.float32)
+
+    def _last_hidden(self, embeds: np.ndarray) -> np.ndarray:
+        self.prompts.append(embeds[:, 0].tolist())
+        return np.asarray(embeds.sum(0))
+
+
+def test_llama_cpp_gets_whole_prompts_and_none_of_what_fills_up_a_run() -> None:
+    layout = layout_groups([Group(3, [(3, 2), (2, 2)]), Group(0, [(0, 4)])])
+    ids = np.arange(layout.num_tokens + layout.fill)
+    decoder = Summing()
+    feeds = {"token_ids": ids, "last_pieces": layout.last_pieces, "last_index": layout.last_index}
+    hidden = decoder.run(feeds, ["hidden"])["hidden"]
+    assert decoder.prompts == [[0, 1, 2, 3, 4], [0, 1, 5, 6], [7, 8, 9, 10]]
+    assert (hidden.dtype, hidden.shape) == (np.float32, (4, 2))
+    assert hidden[:3].tolist() == [[10, 5], [12, 4], [34, 4]]
+    assert np.isfinite(hidden).all()  # a head may be run on all of it
 
 
 def test_every_call_of_llama_cpp_starts_from_an_empty_cache(

@@ -1,6 +1,8 @@
 """What the runtime's tests share: one tiny random checkpoint, its artifact, and both sides opened."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 
 from m0kit import Reranker
+from m0kit.artifact import FileEntry, read_manifest, sha256_of, write_manifest
 from m0kit.config import ModelConfig
 from m0kit_parity.reference import Reference
 
@@ -43,3 +46,20 @@ def picture() -> Callable[..., Image.Image]:
         return Image.fromarray((np.asarray(coarse) // 2 + fine).astype(np.uint8))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def old_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny artifact with the graphs and the manifest of the first version of the exporter."""
+    folder = tmp_path_factory.mktemp("old") / "artifact"
+    shutil.copytree(artifact, folder)
+    for file in folder.iterdir():
+        if file.suffix == ".onnx":
+            file.unlink()
+    for file in (Path(__file__).parent / "first_format").iterdir():
+        if file.suffix != ".md":
+            shutil.copy(file, folder)
+    manifest = read_manifest(folder)
+    files = {name: FileEntry((folder / name).stat().st_size, sha256_of(folder / name)) for name in manifest.files}
+    write_manifest(folder, replace(manifest, files=files))
+    return folder

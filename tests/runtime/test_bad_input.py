@@ -72,7 +72,7 @@ PAIRS: dict[str, tuple[Any, type[InputError], list[str]]] = {
     "unknown key": (("q", {"img": b""}), InputError, ["document", "unknown key 'img'", "Known are 'text', 'image'"]),
     "unknown key of a pair": (
         {"query": "q", "passage": "d"}, InputError, ["'passage'", "Known are 'query', 'document'"]),
-    "text and image": (("q", {"text": "t", "image": b""}), InputError, ["document", '{"text": …} or {"image": …}']),
+    "text and image": (("q", {"text": "t", "image": b""}), InputError, ["document", '{"image": …} or {"id": …}']),
     "one item": (("q",), InputError, ["expected (query, document), got 1 items"]),
     "three items": (("q", "d", 1), InputError, ["expected (query, document), got 3 items"]),
     "a bare string": ("q", InputError, ["expected (query, document), got str", "pass a list that holds it"]),

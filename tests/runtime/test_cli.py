@@ -173,7 +173,7 @@ def test_a_name_that_is_not_utf8_is_printed_all_the_same(artifact: Path, tmp_pat
     ("args", "said"),
     [
         ([], "Missing argument 'ARTIFACT'"),
-        (["ARTIFACT"], "Missing argument 'DOCUMENTS"),
+        (["ARTIFACT", "--query", "q"], "Give documents, or --index"),
         (["ARTIFACT", "doc"], "Give either --query or --query-image"),
         (["ARTIFACT", "doc", "--query", "q", "--query-image", "i.png"], "Give either --query or --query-image"),
         (["ARTIFACT", "doc", "--query", "q", "--top-n", "0"], "--top-n"),
@@ -367,7 +367,7 @@ def test_inspect_prints_json(m0kit: Callable[..., Done], artifact: Path) -> None
     assert facts["licence"] == "cc-by-nc-4.0"
     assert facts["model"] == json.loads(json.dumps(manifest.model.to_dict()))
     assert (facts["bytes"], facts["scheme"]) == (manifest.num_bytes, "fp32")
-    assert set(facts["graphs"]) == {"vision", "decoder", "head"}
+    assert set(facts["graphs"]) == {"vision", "decoder", "decoder.kv-fp16", "decoder.kv-int8", "head"}
     assert facts["provenance"] == manifest.provenance
 
 

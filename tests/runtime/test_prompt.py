@@ -1,6 +1,5 @@
 """Prompts are those of the published procedure, token by token, at every edge of truncation."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +77,11 @@ def published(
     return [*kept, 100], kept.count(config.image_pad_id) != images
 
 
+def shared_length(one: list[int], other: list[int]) -> int:
+    """How many leading tokens two prompts share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 fragments = st.sampled_from(
     ["\n", "\n\n", "\r\n", " ", "  ", "\t", "e\u0301", "\u0301", "\u200d", "\ufeff", "漢字", "தமிழ்", "עברית", "हिन्दी",
      "\U0001f469\u200d\U0001f467", "\U0001f1e9", "\U000130a7", "**Query**:\n", "**Document**:", "a", "the", "12345",
@@ -114,7 +118,10 @@ def test_prompts_are_the_published_ones(
         assert not prompt.query_truncated
     if not prompt.query_truncated and not prompt.document_truncated:
         assert len(whole) <= limits[0]
-    assert 0 <= prompt.prefix_length < len(expected)
+    # As much of the document's prefix as the prompt has, and one token at least behind it.
+    assert prompt.prefix_length == shared_length(expected[:-1], prompt.prefix.tolist())
+    assert prompt.suffix.tolist() == expected[prompt.prefix_length :]
+    assert prompt.prefix.dtype == prompt.suffix.dtype == "int64"
 
 
 @settings(max_examples=300)
@@ -129,26 +136,44 @@ def test_text_never_becomes_a_special_token(builders: Builders, query: str, docu
 
 
 @settings(max_examples=300)
-@given(parts, st.one_of(texts, st.integers(1, 30).map(ImageTokens)), st.sampled_from(LIMITS[:2]))
+@given(parts, parts, st.sampled_from(LIMITS[:2]))
 def test_the_prefix_belongs_to_the_document(
     builders: Builders, query: Part, document: Part, limits: tuple[int, int]
 ) -> None:
-    """Queries that begin with an ordinary letter leave the whole prefix as it is, others at least their share."""
+    """All prompts of a document hold one array. Queries that begin with an ordinary letter use all of it."""
     builder = builders[limits]
+    fixed = builder.document(document)
+    before = fixed.prefix.tolist()
     try:
-        prompt = builder.build(query, document)
-        ordinary = [builder.build(text, document) for text in ("what", "Zebra 5", "x")]
+        prompts = [builder.build(part, fixed) for part in (query, "what", "Zebra 5", "x", ImageTokens(1))]
     except InputError:
         return  # an image too large
-    cut = prompt.prefix_length
-    for other in ordinary:
-        shared = min(cut, other.prefix_length)
-        assert prompt.token_ids[:shared].tolist() == other.token_ids[:shared].tolist()
-        assert other.prefix_length >= cut
-        assert prompt.image_token_index[prompt.image_token_index < shared].tolist() == (
-            other.image_token_index[other.image_token_index < shared].tolist()
-        )
-    assert len({other.prefix_length for other in ordinary}) == 1
+    for prompt in prompts:
+        assert prompt.prefix is fixed.prefix
+        assert prompt.token_ids[: prompt.prefix_length].tolist() == before[: prompt.prefix_length]
+        assert prompt.document_truncated == fixed.truncated
+    whole = min(len(before), limits[0] - 1)
+    assert [prompt.prefix_length for prompt in prompts[1:]] == [whole] * 4
+    assert prompts[0].prefix_length <= whole
+    assert fixed.prefix.tolist() == before
+    assert builder.document(document).prefix.tolist() == before
+
+
+@settings(max_examples=100)
+@given(parts)
+def test_the_prefix_is_the_prompt_of_the_document_alone(
+    builders: Builders, theirs: PreTrainedTokenizerFast, document: Part
+) -> None:
+    alone, _ = published(theirs, prompt_config(*LIMITS[0]), "", document)
+    assert builders[LIMITS[0]].document(document).prefix.tolist() == alone[:-1]
+
+
+@pytest.mark.parametrize("document", ["d", "d\n", "", "d<|image_pad|>", "x" * 25, ImageTokens(4)])
+def test_a_document_prepared_once_gives_the_prompts_of_the_document(builders: Builders, document: Part) -> None:
+    builder = builders[(60, 20)]
+    fixed = builder.document(document)
+    for query in ("what", "\n\nwhat", "\u0301", "q" * 80, ImageTokens(2)):
+        assert repr(builder.build(query, fixed)) == repr(builder.build(query, document))
 
 
 def test_the_prefix_is_all_but_the_query(builders: Builders, theirs: PreTrainedTokenizerFast) -> None:
@@ -276,16 +301,9 @@ def test_with_the_real_vocabulary_prompts_are_the_published_ones(tmp_path: Path)
     whole = builder.build("what", "text").token_ids.tolist()
     assert theirs.decode(whole[:-1]) == "**Document**:\ntext\n**Query**:\nwhat"
     assert len(theirs("**Document**:\n\n**Query**:\n")["input_ids"]) < len(whole) < 14
-    # A newline joins the one before it, so the prefix ends earlier.
+    # A newline joins the one before it, so less of the prefix is used.
     assert (
         builder.build("\n\nwhat", "text").prefix_length < builder.build("what", "text").prefix_length == len(whole) - 2
     )
     # A text may itself end in the score token; another is appended all the same.
     assert builder.build("\U000130a7", "d").token_ids[-2:].tolist() == [100, 100]
-
-
-@pytest.mark.parametrize("make", [lambda b: b.build("q", "d" * 50), lambda b: b.build("q", ImageTokens(2))])
-def test_building_again_gives_the_same(builders: Builders, make: Callable[[PromptBuilder], object]) -> None:
-    """What is remembered of a document is not changed by its use."""
-    first = make(builders[(60, 20)])
-    assert repr(make(builders[(60, 20)])) == repr(first)

@@ -1,0 +1,80 @@
+"""What was computed and may be wanted again, in memory, under one limit of bytes. Owns what goes when it is full.
+
+Documents' states and images' embeddings differ a hundredfold in size and in what they cost to compute, so the least
+recently used one is not the one to let go: Greedy-Dual-Size-Frequency (Cherkasova 1998) lets go what saves the
+least work per byte, and ages what was not asked for.
+
+    cache = Cache(1 << 30)
+    cache.put(key, state, num_bytes=state.num_bytes, cost=770)
+    cache.get(key)
+"""
+
+import heapq
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class _Entry:
+    value: Any
+    num_bytes: int
+    cost: float
+    uses: int
+    rank: float  # goes first when lowest
+
+
+class Cache:
+    """Values by key. Thread-safe. A value over the limit is not kept."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.hits = self.misses = self.dropped = 0
+        self._entries: dict[Any, _Entry] = {}
+        self._heap: list[tuple[float, int, Any]] = []  # of ranks, some outdated
+        self._age = 0.0  # the rank of what went last: newcomers start above it
+        self._serial = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Any) -> Any:
+        """The value, or None."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            entry.uses += 1
+            self._place(key, entry)
+            return entry.value
+
+    def put(self, key: Any, value: Any, *, num_bytes: int, cost: float) -> None:
+        """Keep a value that takes `num_bytes` and would cost `cost`, in any unit, to compute again."""
+        with self._lock:
+            if key in self._entries or num_bytes > self.max_bytes:
+                return
+            entry = _Entry(value, num_bytes, cost, 1, 0.0)
+            self._entries[key] = entry
+            self.num_bytes += num_bytes
+            self._place(key, entry)
+            while self.num_bytes > self.max_bytes:
+                rank, _, least = heapq.heappop(self._heap)
+                known = self._entries.get(least)
+                if known is not None and known.rank == rank:
+                    del self._entries[least]
+                    self.num_bytes -= known.num_bytes
+                    self.dropped += 1
+                    self._age = rank
+
+    def _place(self, key: Any, entry: _Entry) -> None:
+        entry.rank = self._age + entry.uses * entry.cost / max(entry.num_bytes, 1)
+        self._serial += 1
+        heapq.heappush(self._heap, (entry.rank, self._serial, key))
+        if len(self._heap) > 4 * len(self._entries) + 64:  # mostly outdated ranks
+            self._heap = [(e.rank, n, k) for n, (k, e) in enumerate(self._entries.items())]
+            self._serial = len(self._heap)
+            heapq.heapify(self._heap)

@@ -1,0 +1,372 @@
+"""An index: documents that were read once, kept on disk with what the decoder needs of them. `m0kit index …`
+
+Owns the way from documents to a store; what a document's state is belongs to `m0kit.reranker` and `m0kit.states`,
+files and durability to `m0kit.store`.
+
+    with open_index("library", reranker) as store:
+        add(reranker, store, [("page-1", Path("page.png"), "page.png")])
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from tqdm import tqdm
+
+from m0kit.artifact import KV, Kept
+from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SIZE, THREADS, load, text_or_path
+from m0kit.errors import InputError, StoreError
+from m0kit.image import to_png
+from m0kit.images import Images
+from m0kit.inputs import Known, Picture, Text, beside, parse_content
+from m0kit.planner import TOKEN_BUDGET, pack
+from m0kit.reranker import LOW_MEMORY_VISUAL_TOKENS, Document, Reranker, check_identity, content_of
+from m0kit.store import Document as StoredDocument
+from m0kit.store import Store
+
+
+@dataclass(slots=True)
+class Added:
+    """What `add` did with the documents it was given."""
+
+    read: int = 0  # computed and kept
+    known: int = 0  # there already
+    tokens: int = 0  # of those read
+    dropped: int = 0  # states of other documents that went to keep to the limit
+    failed: list[tuple[str, str]] = field(default_factory=list)  # id or place, and why
+    truncated: list[str] = field(default_factory=list)  # ids of documents that were cut to the model's length
+
+
+Given = tuple[str, Any, str]  # id; content in a form of `m0kit.inputs`, or why there is none; where it came from
+
+
+def open_index(path: str | os.PathLike[str], reranker: Reranker, max_bytes: int | None = None) -> Store:
+    """The index for writing, made where there is none. Raises StoreError when it is another artifact's."""
+    folder = Path(path)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return Store.create(folder, reranker.identity, max_bytes)
+    store = Store.open(folder, writable=True)
+    try:
+        check_identity(store, reranker)
+        _check_limit(store, max_bytes)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _check_limit(store: Store, max_bytes: int | None) -> None:
+    if max_bytes is not None and max_bytes != store.max_bytes:
+        limit = "no limit" if store.max_bytes is None else f"a limit of {store.max_bytes} bytes"
+        raise StoreError(f"{store.path}: was made with {limit}, not {max_bytes} bytes. Leave the limit out.")
+
+
+def add(
+    reranker: Reranker,
+    store: Store,
+    documents: Iterable[Given],
+    tick: Callable[[int], object] = lambda _: None,
+    *,
+    again: bool = False,
+) -> Added:
+    """Read documents and keep them; what is there already is not computed `again`. `tick` is told how many are done.
+
+    A document that cannot be read costs the others nothing. Each run of the decoder is durable once it is done.
+    """
+    done = Added()
+    for batch in _batches(reranker, documents, done, tick):
+        _read(reranker, store, batch, done, tick, again)
+    return done
+
+
+def _parsed(value: Any, name: str) -> Text | Picture:
+    if isinstance(value, InputError):
+        raise value
+    content = value if isinstance(value, Text | Picture) else parse_content(value, name)
+    if isinstance(content, Known):
+        raise InputError(f"{name}: give the document itself, as text or image.")
+    return content
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Documents that are read together."""
+
+    images: Images
+    entries: dict[Any, Document] = field(default_factory=dict)  # as `Reranker.document` fills it
+    stored: list[tuple[Document, StoredDocument]] = field(default_factory=list)
+    tokens: int = 0
+
+
+def _batches(
+    reranker: Reranker, documents: Iterable[Given], done: Added, tick: Callable[[int], object]
+) -> Iterator[_Batch]:
+    """As many documents as one run takes; in low memory as many as may be encoded before the decoder takes over."""
+    budget = LOW_MEMORY_VISUAL_TOKENS if reranker.low_memory else TOKEN_BUDGET
+    batch = _Batch(reranker.open_images())
+    for name, value, source in documents:
+        try:
+            content = _parsed(value, name)
+            entry = reranker.document(content, name, batch.entries, batch.images, keyed=True)
+            if isinstance(content, Text):
+                stored = StoredDocument(name, "text", content.text.encode(), entry.key, source)
+            else:
+                png = to_png(batch.images.pixels(content.key))
+                stored = StoredDocument(name, "image", png, entry.key, source)
+        except InputError as error:
+            done.failed.append((name, str(error)))
+            tick(1)
+            continue
+        if entry.prompt.truncated:
+            done.truncated.append(name)
+        batch.stored.append((entry, stored))
+        batch.tokens += entry.length
+        if batch.tokens >= budget or len(batch.stored) >= TOKEN_BUDGET:
+            yield batch
+            batch = _Batch(reranker.open_images())
+    if batch.stored:
+        yield batch
+
+
+def _read(
+    reranker: Reranker, store: Store, batch: _Batch, done: Added, tick: Callable[[int], object], again: bool
+) -> None:
+    owners: dict[Document, list[StoredDocument]] = {}
+    for entry, stored in batch.stored:
+        owners.setdefault(entry, []).append(stored)
+    there = set() if again else store.has([entry.key for entry in owners])
+    known = [stored for entry, some in owners.items() if entry.key in there for stored in some]
+    if known:
+        done.dropped += store.add(known, {})
+        done.known += len(known)
+        tick(len(known))
+    new = [entry for entry in owners if entry.key not in there]
+    if reranker.low_memory:
+        batch.images.embeds([key for entry in new for key in entry.images])
+    for run in pack(((entry, [entry.length]) for entry in new), [TOKEN_BUDGET]):
+        states = reranker.compute(run, batch.images)
+        some = [stored for entry in run for stored in owners[entry]]
+        records = {entry.key: state.buffers for entry, state in zip(run, states, strict=True)}
+        done.dropped += store.add(some, records)
+        done.read += len(run)
+        done.known += len(some) - len(run)  # given more than once
+        done.tokens += sum(entry.length for entry in run)
+        tick(len(some))
+
+
+# --- commands ------------------------------------------------------------------------------------------
+
+_INDEX = click.argument("index_folder", metavar="INDEX", type=click.Path(path_type=Path))
+
+
+@click.group()
+def index() -> None:
+    """Keep documents that were read once, so that a new query costs a fraction."""
+
+
+@index.command("add")
+@ARTIFACT
+@_INDEX
+@click.argument("documents", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--kv",
+    type=click.Choice(KV),
+    help="How states are kept, for a new index: 56, 28 or 14 KiB a token of the published model.  [default: fp16]",
+)
+@click.option("--max-bytes", type=SIZE, help="Limit of a new index on disk: 20G, 500M. None by default.")
+@DEVICE
+@THREADS
+@MEMORY
+@PIXELS
+@JSON
+@click.pass_context
+def add_command(
+    ctx: click.Context,
+    artifact: Path,
+    index_folder: Path,
+    documents: tuple[Path, ...],
+    kv: Kept | None,
+    max_bytes: int | None,
+    device: str,
+    threads: int | None,
+    memory: Literal["fast", "low"],
+    max_pixels: int | None,
+    as_json: bool,
+) -> None:
+    """Read DOCUMENTS with ARTIFACT and keep them in INDEX, which is made where there is none.
+
+    A document is a text file (UTF-8), an image, or a .jsonl file of {"id": …, "text": …} or {"id": …, "image": …}.
+    A file's id is its path as given. Without DOCUMENTS, what INDEX knows but has no state of (damaged, pruned) is read
+    again.
+    """
+    exists = index_folder.is_dir() and any(index_folder.iterdir())
+    if exists:
+        with Store.open(index_folder) as store:
+            if kv is not None and kv != store.identity.get("kv"):
+                raise click.UsageError(f"--kv: {index_folder} keeps {store.identity.get('kv')}. Make another index.")
+            kv = store.identity.get("kv")
+    elif not documents:
+        raise click.UsageError(f"{index_folder} does not exist yet: give documents.")
+    reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
+    if exists:
+        with Store.open(index_folder) as store:
+            check_identity(store, reranker)  # before a second of work
+    with open_index(index_folder, reranker, max_bytes) as store:
+        given = _given(documents) if documents else _pending(store)
+        bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=_count(documents) if documents else None)
+        with bar:
+            done = add(reranker, store, given, bar.update, again=not documents)
+    for name in done.truncated:
+        click.echo(f"note: {name}: was too long and was cut", err=True)
+    for _, error in done.failed:
+        click.echo(f"error: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps(asdict(done)))
+    else:
+        told = f"{index_folder}: {done.read} read ({done.tokens} tokens), {done.known} known already"
+        told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
+        click.echo(told + (f", {len(done.failed)} failed" if done.failed else ""))
+    ctx.exit(PARTLY if done.failed else 0)
+
+
+@index.command()
+@_INDEX
+@JSON
+def stats(index_folder: Path, as_json: bool) -> None:
+    """What INDEX holds, and how much space it takes."""
+    with Store.open(index_folder) as store:
+        found = store.stats()
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.documents.items())) or "none"
+    limit = "no limit" if found.max_bytes is None else f"limit {found.max_bytes / 2**20:.1f} MiB"
+    rows = [
+        ("documents", kinds),
+        ("states", f"{found.records}, {found.live_bytes / 2**20:.1f} MiB with the documents themselves"),
+        ("on disk", f"{found.disk_bytes / 2**20:.1f} MiB ({limit}), {found.dead_bytes / 2**20:.1f} MiB to compact"),
+        ("precision", f"{found.identity.get('precision')}, states in {found.identity.get('kv')}"),
+        ("artifact", found.identity.get("artifact")),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:12} {value}")
+
+
+@index.command()
+@_INDEX
+@JSON
+@click.pass_context
+def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
+    """Read everything in INDEX against its checksums. Exit code 1 when something is damaged."""
+    with Store.open(index_folder) as store:
+        total = store.stats().live_bytes
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+            found = store.verify(bar.update)
+    damaged = sorted({name for names in found.damaged.values() for name in names})
+    if as_json:
+        facts = {"states": found.records, "damaged": damaged, "damaged_contents": list(found.contents)}
+        click.echo(json.dumps(facts | {"segments": list(found.segments), "without_state": list(found.pending)}))
+    else:
+        click.echo(f"{index_folder}: {found.records} states read, {len(found.damaged)} damaged")
+        for name in damaged:
+            click.echo(f"damaged: the state of {name}; `m0kit index add ARTIFACT {index_folder}` reads it again")
+        for name in found.contents:
+            click.echo(f"damaged: the document {name} itself; add it again from its source")
+        for name in found.segments:
+            click.echo(f"missing or too short: {name}")
+        if found.pending:
+            click.echo(f"{len(found.pending)} documents have no state and are computed whenever they are asked for")
+    ctx.exit(0 if found.clean else 1)
+
+
+@index.command()
+@_INDEX
+@click.option("--max-bytes", type=SIZE, help="Drop the states used longest ago until INDEX takes so much.")
+@click.option("--unused-days", type=click.FloatRange(0), help="Drop the states not used for so long.")
+@click.option("--remove", type=click.File(encoding="utf-8"), help="Forget the documents whose ids stand in this file.")
+@click.pass_context
+def prune(
+    ctx: click.Context, index_folder: Path, max_bytes: int | None, unused_days: float | None, remove: Any
+) -> None:
+    """Drop states, or whole documents, from INDEX. A document without a state can still be asked for."""
+    if max_bytes is None and unused_days is None and remove is None:
+        raise click.UsageError("Say what to drop: --max-bytes, --unused-days or --remove.")
+    with Store.open(index_folder, writable=True) as store:
+        absent = store.remove(read_ids(remove)) if remove else []
+        for name in absent:
+            click.echo(f"error: no document {name!r}", err=True)
+        found = store.prune(max_bytes=max_bytes, unused_days=unused_days)
+    click.echo(f"{index_folder}: {found.records} states dropped, {found.freed_bytes / 2**20:.1f} MiB given back")
+    ctx.exit(PARTLY if absent else 0)
+
+
+@index.command()
+@_INDEX
+def compact(index_folder: Path) -> None:
+    """Give the space of dropped states in INDEX back to the file system."""
+    with Store.open(index_folder, writable=True) as store:
+        total = store.stats().dead_bytes
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+            found = store.compact(bar.update)
+    for names in found.damaged.values():
+        click.echo(f"note: the damaged state of {', '.join(names)} was left out", err=True)
+    click.echo(f"{index_folder}: {found.freed_bytes / 2**20:.1f} MiB given back")
+
+
+def read_ids(lines: Any) -> list[str]:
+    """One id per line; empty lines do not count. Raises InputError."""
+    try:
+        return [line.rstrip("\r\n") for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{lines.name}: not UTF-8 text. Write one id per line, in UTF-8.") from None
+
+
+def _given(paths: Iterable[Path]) -> Iterator[Given]:
+    for path in paths:
+        name = click.format_filename(path)
+        if path.suffix != ".jsonl":
+            yield name, text_or_path(path), name
+            continue
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                yield _line(path, number, line)
+
+
+def _line(path: Path, number: int, line: bytes) -> Given:
+    """A document of a .jsonl file."""
+    place = f"{click.format_filename(path)}:{number}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return place, InputError(f"{place}: not JSON."), place
+    if not isinstance(value, dict):
+        return place, InputError(f'{place}: expected {{"id": …, "text": …}} or {{"id": …, "image": …}}.'), place
+    kept = {kind: value[kind] for kind in ("text", "image") if kind in value}
+    return str(value.get("id", place)), beside(path.parent, kept), place
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            yield from file
+    except OSError as error:
+        raise InputError(f"{click.format_filename(path)}: {os.strerror(error.errno or 0)}.") from None
+
+
+def _count(paths: Iterable[Path]) -> int:
+    return sum(sum(1 for line in _lines(p) if line.strip()) if p.suffix == ".jsonl" else 1 for p in paths)
+
+
+def _pending(store: Store) -> Iterator[Given]:
+    """Documents whose state is not there or damaged."""
+    found = store.verify()
+    damaged = [name for names in found.damaged.values() for name in names]
+    for name in dict.fromkeys([*found.pending, *damaged]):
+        document = store.document(name)
+        if document is not None:
+            yield name, content_of(document), document.source

@@ -1,0 +1,575 @@
+"""Scoring a large file of candidates into a file of scores, and going on after whatever stopped it.
+
+    score_file("m0-int8", "candidates.jsonl", "scores.parquet", load={"threads": 4})
+
+Owns the windows that bound memory, the journal and the finished file; what a row is belongs to `m0kit.rows`, how rows
+become scores is an engine's: `local_engine` here, `m0kit.ray_engine` on a cluster. Results are committed about once
+a second to the journal, an SQLite file beside the output (`.scores.parquet.partial`). It knows what it belongs to
+and skips what is done, so that the same command, after a kill or a crash, goes on where it was. The output is written
+aside and renamed once every row has its result; rows that cannot be scored are also listed in
+`scores.parquet.errors.jsonl`. Parquet needs the extra m0kit[parquet].
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from m0kit.artifact import read_manifest
+from m0kit.errors import InputError, OutputError
+from m0kit.reranker import Reranker
+from m0kit.rows import JSON_NAMES, PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
+
+# What a window may hold: enough rows to meet most pairs of a document, little enough to stay in memory.
+_WINDOW_ROWS = 8192
+_WINDOW_BYTES = 256 << 20
+# A window holds its images decoded: RGB at the published limit, 768 visual tokens of 28×28 pixels.
+_IMAGE_BYTES = 768 * 28 * 28 * 3
+_WRITE_ROWS = 1 << 16
+_COMMIT_S = 1.0
+_PROGRESS_S = 30.0
+_FORMAT = "1"  # of the journal
+# Options of Reranker.load that change scores; the others change them by rounding at most.
+_SCORING = ("max_pixels", "max_length", "kv", "index")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What became of one row: score and logit, or an error."""
+
+    number: int
+    id: str | None
+    score: float | None
+    logit: float | None
+    truncated: str | None  # "document", "query", "document,query"
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished job did."""
+
+    rows: int
+    resumed: int  # of them were in the journal of an earlier run
+    errors: int  # could not be scored
+    truncated: int
+    error_file: Path | None  # lists the errors, where there are any
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The rows that still need a score; iterating reads the file, window by window. Can be pickled.
+
+    A window's rows stand by document, in the order in which the documents first appear.
+    """
+
+    source: Path
+    done: Sequence[tuple[int, int]]  # half-open ranges of row numbers, ascending
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        window: list[Row] = []
+        contents: dict[_Key, Any] = {}  # equal ones are kept once
+        num_bytes = 0
+        for row in self._rows():
+            keys = {name: _key(value) for name, value in row.pair.items()}
+            cost = sum(_cost(key) for key in set(keys.values()) if key not in contents)
+            if window and (len(window) == _WINDOW_ROWS or num_bytes + cost > _WINDOW_BYTES):
+                yield _by_document(window)
+                window, contents, num_bytes = [], {}, 0
+                cost = sum(_cost(key) for key in set(keys.values()))
+            pair = {
+                name: value if (key := keys[name]) is None else contents.setdefault(key, value)
+                for name, value in row.pair.items()
+            }
+            window.append(replace(row, pair=pair))
+            num_bytes += cost
+        if window:
+            yield _by_document(window)
+
+    def _rows(self) -> Iterator[Row]:
+        done = iter([*self.done, (sys.maxsize, sys.maxsize)])
+        start, end = next(done)
+        for row in read(self.source, first=end if start == 0 else 0):
+            while row.number >= end:
+                start, end = next(done)
+            if row.number < start:
+                yield row
+
+
+# (artifact, options of Reranker.load, work) → results in any order; None is a good moment to commit.
+Engine = Callable[[Path, Mapping[str, Any], Work], Generator[Scored | None, None, None]]
+
+
+def local_engine(artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
+    """Score in this process."""
+    reranker = Reranker.load(artifact, **load)
+    for window in work:
+        yield from score_rows(reranker, window)
+        yield None
+
+
+def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
+    """The results of rows, in the order of the work."""
+    readable = []
+    for row in rows:
+        if row.error is None:
+            readable.append(row)
+        else:
+            yield Scored(row.number, row.id, None, None, None, row.error)
+    for position, result in reranker.stream([row.pair for row in readable]):
+        row = readable[position]
+        if result.error is None:
+            yield Scored(row.number, row.id, result.score, result.logit, ",".join(result.truncated) or None, None)
+        else:  # a position within the call means nothing to who reads the file of scores
+            message = str(result.error).removeprefix(f"pair {position}: ")
+            yield Scored(row.number, row.id, None, None, None, _plain(message))
+
+
+def score_file(
+    artifact: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    load: Mapping[str, Any] | None = None,
+    engine: Engine = local_engine,
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Score every row of `source` into `output`, going on where an earlier run of the same job was stopped.
+
+    Formats go by the names: .jsonl (.ndjson) or .parquet (.pq). A row has `query` and `document`: a string is
+    text, {"text": …} too, {"image": …} is a path relative to the file, a data URI, bytes, or {"bytes", "path"};
+    null is absent. An `id` is carried through. The output has a row per row, in order: `row`, `id`, `score`, `logit`
+    (float32), `truncated`, `error`. A row that cannot be scored costs only itself, or with `strict` stops the job.
+    `load` are options of Reranker.load. `overwrite` replaces a finished output and a journal of another job; a job
+    that was itself begun with it goes on.
+    Raises OutputError, InputError, DependencyError, and what Reranker.load raises.
+    """
+    artifact, source, output = Path(artifact), Path(source), Path(output)
+    load = dict(load or {})
+    if load.get("index") is not None:
+        load["index"] = Path(load["index"]).absolute()  # an engine may be in another folder
+    _check_places(source, output)
+    facts = {
+        "the journal's format": _FORMAT,
+        **identity(source),
+        "the artifact": read_manifest(artifact).fingerprint,
+        **{name: str(load.get(name)) for name in _SCORING},
+    }
+    with _Journal(output, facts, overwrite) as journal:
+        total = count(source)
+        if strict:
+            journal.forget_errors()  # they are tried again
+        done = journal.ranges()
+        resumed = sum(end - start for start, end in done)
+        if resumed < total:
+            work = Work(source.absolute(), done)
+            results = engine(artifact.absolute(), load, work)
+            with contextlib.closing(results), _Progress(total, resumed, progress) as told:
+                for result in results:
+                    if result is None:
+                        journal.commit()
+                        continue
+                    if strict and result.error:
+                        raise InputError(f"{source}: row {result.number}: {result.error}")
+                    told.update(journal.add(result))
+            journal.commit()
+        if identity(source).items() - facts.items():
+            raise InputError(f"{source}: has changed while it was read. Start anew with --overwrite.")
+        if (missing := total - journal.count()) != 0:
+            raise OutputError(f"{output}: {missing} of {total} rows have no result. Run the same command again.")
+        return _finish(journal, source, output, resumed)
+
+
+# --- windows -----------------------------------------------------------------------------------------
+
+
+_Key = tuple[str, str | bytes | Path] | None
+
+
+def _key(value: Any) -> _Key:
+    """What equal contents share: ("text" or "image", its source). None for what is neither."""
+    if isinstance(value, str):
+        value = {"text": value}
+    elif isinstance(value, bytes):
+        value = {"image": value}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        return None
+    ((kind, source),) = value.items()
+    return (kind, source) if isinstance(source, str | bytes | Path) else None
+
+
+def _cost(key: _Key) -> int:
+    """Bytes that a content takes in memory, about."""
+    if key is None:
+        return 0
+    kind, source = key
+    return (0 if isinstance(source, Path) else len(source)) + (_IMAGE_BYTES if kind == "image" else 0)
+
+
+def _by_document(window: Sequence[Row]) -> list[Row]:
+    groups: dict[Any, list[Row]] = {}
+    for row in window:
+        groups.setdefault(_key(row.pair.get("document")), []).append(row)
+    return [row for group in groups.values() for row in group]
+
+
+# --- the journal -------------------------------------------------------------------------------------
+
+
+class _Journal:
+    """The results of a job so far, in SQLite, locked for as long as it is open. Deleted when it is left empty."""
+
+    def __init__(self, output: Path, facts: Mapping[str, str], overwrite: bool) -> None:
+        self.path = output.with_name(f".{output.name}.partial")
+        self.output = output
+        self.overwrites = overwrite
+        self.is_finishing = False  # an output that is there is this job's own
+        self._committed = time.monotonic()
+        with self._named_errors():
+            try:
+                self._open(facts)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:  # not a journal, or a damaged one
+                if not overwrite:
+                    raise
+                self.delete()
+                self._open(facts)
+
+    def _open(self, facts: Mapping[str, str]) -> None:
+        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        try:
+            self._begin(facts)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _begin(self, facts: Mapping[str, str]) -> None:
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # from the first transaction until it is closed
+        self._db.execute("BEGIN EXCLUSIVE")
+        if not self.path.exists():  # another job finished, and deleted it, between our opening and our lock
+            raise self._busy()
+        self._db.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS rows "
+            "(row INTEGER PRIMARY KEY, id TEXT, score REAL, logit REAL, truncated TEXT, error TEXT)"
+        )
+        found = dict(self._db.execute("SELECT name, value FROM facts"))
+        finishing, begun = found.pop("finishing", None), found.pop("overwrites", None)
+        # The same command must go on after a kill: --overwrite does not throw away what it began itself.
+        if self.overwrites and (found != facts or begun != "True"):
+            self._db.execute("DELETE FROM rows")
+            self._db.execute("DELETE FROM facts")
+            found, finishing = {}, None
+        self.is_finishing = finishing is not None
+        if self.output.exists() and not self.overwrites and not self.is_finishing:
+            if not found:
+                self.delete()
+            raise OutputError(f"{self.output}: exists. Choose another file, or give --overwrite to replace it.")
+        if found and found != facts:
+            raise OutputError(self._differences(found, facts))
+        if not found:
+            facts = {**facts, "overwrites": str(self.overwrites)}
+            self._db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+        self._db.execute("COMMIT")
+        self._db.execute("BEGIN")
+
+    def _differences(self, found: Mapping[str, str], facts: Mapping[str, str]) -> str:
+        names = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
+        told = ", ".join(f"{name} (was {str(found.get(name))[:20]}, is {str(facts.get(name))[:20]})" for name in names)
+        return (
+            f"{self.path}: holds the scores of another job, which was stopped; different: {told}. "
+            "Run that job again to go on with it, or give --overwrite to start anew."
+        )
+
+    def count(self, condition: str = "1") -> int:
+        with self._named_errors():
+            return int(self._db.execute(f"SELECT COUNT(*) FROM rows WHERE {condition}").fetchone()[0])
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Half-open ranges of the rows that have a result."""
+        ranges: list[tuple[int, int]] = []
+        start = end = 0
+        with self._named_errors():
+            for (row,) in self._db.execute("SELECT row FROM rows ORDER BY row"):
+                if row != end:
+                    ranges.append((start, end))
+                    start = row
+                end = row + 1
+        return [(first, last) for first, last in [*ranges, (start, end)] if first < last]
+
+    def add(self, result: Scored) -> int:
+        """Rows that are new: 1, or 0 for one that was there. Commits when a second has passed."""
+        values = (result.number, result.id, result.score, result.logit, result.truncated, result.error)
+        with self._named_errors():
+            added = self._db.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?)", values).rowcount
+        if time.monotonic() - self._committed >= _COMMIT_S:
+            self.commit()
+        return added
+
+    def commit(self) -> None:
+        with self._named_errors():
+            self._db.execute("COMMIT")
+            self._db.execute("BEGIN")
+        self._committed = time.monotonic()
+
+    def claim_output(self) -> None:
+        """Note that an output that is there from now on is this job's own. Raises OutputError for one that is not."""
+        if self.output.exists() and not self.overwrites and not self.is_finishing:
+            raise OutputError(f"{self.output}: has appeared meanwhile. Move it away and run the same command again.")
+        self.is_finishing = True
+        with self._named_errors():
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES ('finishing', 'True')")
+        self.commit()
+
+    def forget_errors(self) -> None:
+        with self._named_errors():
+            self._db.execute("DELETE FROM rows WHERE error IS NOT NULL")
+
+    def results(self, condition: str = "1") -> Iterator[Scored]:
+        """In input order."""
+        with self._named_errors():
+            for values in self._db.execute(f"SELECT * FROM rows WHERE {condition} ORDER BY row"):
+                yield Scored(*values)
+
+    def delete(self) -> None:
+        """While the lock is still held; the journal itself last, so that nothing is left without it."""
+        for name in (f"{self.path.name}-journal", self.path.name):
+            self.path.with_name(name).unlink(missing_ok=True)
+
+    def __enter__(self) -> "_Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Keep what is there, also when something went wrong."""
+        try:
+            with contextlib.suppress(sqlite3.Error):  # what could not be committed is scored again
+                self._db.execute("COMMIT")
+                if kind is not None and not self.count():
+                    self.delete()
+        finally:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise self._busy() from None
+            raise OutputError(
+                f"{self.path}: the journal cannot be written ({error}). See to space and permissions there, "
+                "then run the same command again: it goes on from what was kept."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise OutputError(
+                f"{self.path}: is no journal, or a damaged one. Give --overwrite to start anew."
+            ) from error
+
+    def _busy(self) -> OutputError:
+        return OutputError(f"{self.output}: another job is writing it. Wait for that, or choose another file.")
+
+
+# --- the finished file -------------------------------------------------------------------------------
+
+
+def error_file(output: Path) -> Path:
+    """Where the rows that could not be scored are listed."""
+    return output.with_name(f"{output.name}.errors.jsonl")
+
+
+def _check_places(source: Path, output: Path) -> None:
+    for path, error in ((source, InputError), (output, OutputError)):
+        if is_parquet(path):
+            parquet(path)
+        elif path.suffix.lower() not in JSON_NAMES:
+            known = ", ".join((*JSON_NAMES, *PARQUET_NAMES))
+            raise error(f"{path}: JSON lines or Parquet is told from the name, which must end with {known}. Rename it.")
+    if not source.is_file():
+        raise InputError(f"{source}: {'is not a file' if source.exists() else 'no such file'}. Give a file of pairs.")
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder. Give a file's name.")
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"{output.parent}: no such folder. Create it, or choose another place.")
+    if source.resolve() in (output.resolve(), error_file(output).resolve()):
+        raise OutputError(f"{source}: is the file that is read. Choose another output.")
+
+
+def _finish(journal: _Journal, source: Path, output: Path, resumed: int) -> Summary:
+    """Write the output aside, put it in its place, delete the journal."""
+    num_errors = journal.count("error IS NOT NULL")
+    listed = error_file(output)
+    # Before the output: whoever sees that has the right list beside it.
+    if num_errors:
+        with _written_aside(listed) as file:
+            for result in journal.results("error IS NOT NULL"):
+                line = {"row": result.number, "id": json.loads(result.id or "null"), "error": result.error}
+                file.write(json.dumps(line).encode() + b"\n")
+    else:
+        listed.unlink(missing_ok=True)
+    has_id = journal.count("id IS NOT NULL") > 0
+    with _written_aside(output, journal) as file:
+        if is_parquet(output):
+            _write_parquet(file, journal, _id_type(source, journal, has_id))
+        else:
+            _write_json(file, journal.results(), has_id)
+    summary = Summary(
+        journal.count(),
+        resumed,
+        num_errors,
+        journal.count("truncated IS NOT NULL"),
+        listed if num_errors else None,
+    )
+    journal.delete()
+    return summary
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path, journal: _Journal | None = None) -> Iterator[Any]:
+    """A new file that takes the name when the block ends well, and vanishes when not."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if journal is not None:
+            journal.claim_output()
+        os.replace(aside, path)
+        if os.name != "nt":
+            handle = os.open(path.absolute().parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({os.strerror(error.errno or 0)}). No score is lost: see to space and "
+            "permissions there, then run the same command again."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def _write_json(file: Any, results: Iterable[Scored], has_id: bool) -> None:
+    for result in results:
+        line = {
+            "row": result.number,
+            **({"id": json.loads(result.id or "null")} if has_id else {}),
+            "score": _float32(result.score),
+            "logit": _float32(result.logit),
+            "truncated": result.truncated,
+            "error": result.error,
+        }
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def _float32(value: float | None) -> float | None:
+    """The shortest number that is the same in float32."""
+    return None if value is None else float(str(np.float32(value)))
+
+
+def _write_parquet(file: Any, journal: _Journal, id_type: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = [] if id_type is None else [("id", id_type)]
+    schema = pa.schema(
+        [("row", pa.int64()), *ids, ("score", pa.float32()), ("logit", pa.float32()), ("truncated", pa.string()),
+         ("error", pa.string())]
+    )  # fmt: skip
+    with pq.ParquetWriter(file, schema) as writer:
+        results = journal.results()
+        while chunk := list(itertools.islice(results, _WRITE_ROWS)):
+            columns: dict[str, list[Any]] = {
+                "row": [r.number for r in chunk],
+                "score": [r.score for r in chunk],
+                "logit": [r.logit for r in chunk],
+                "truncated": [r.truncated for r in chunk],
+                "error": [r.error for r in chunk],
+            }
+            if id_type is not None:
+                values = [json.loads(r.id or "null") for r in chunk]
+                columns["id"] = [_text(v) for v in values] if pa.types.is_string(id_type) else values
+            writer.write_table(pa.Table.from_pydict(columns, schema))
+
+
+def _id_type(source: Path, journal: _Journal, has_id: bool) -> Any:
+    """The Arrow type of the ids: the input's own where it is a plain one, what holds them all, or string."""
+    import pyarrow as pa
+
+    if is_parquet(source):
+        file, columns = open_parquet(source)
+        with file:
+            if "id" not in columns:
+                return None
+            own = file.schema_arrow.field("id").type
+        is_plain = pa.types.is_integer(own) or pa.types.is_floating(own) or pa.types.is_boolean(own)
+        return own if is_plain else pa.string()
+    if not has_id:
+        return None
+    kinds = set()
+    for result in journal.results("id IS NOT NULL"):
+        value = json.loads(result.id or "null")
+        fits = not isinstance(value, int) or -(2**63) <= value < 2**63
+        kinds.add(type(value) if fits else str)
+    types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    return types.get(kinds.pop(), pa.string()) if len(kinds) == 1 else pa.string()
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else _plain(value if isinstance(value, str) else json.dumps(value))
+
+
+def _plain(text: str) -> str:
+    """Text that UTF-8 can write."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- progress ----------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """How far a job is: a bar on a terminal, a line now and then elsewhere, on stderr."""
+
+    def __init__(self, total: int, resumed: int, shown: bool) -> None:
+        self._total, self._done, self._resumed = total, resumed, resumed
+        self._started = self._told = time.monotonic()
+        self._lines = shown and not sys.stderr.isatty()
+        note = f"{resumed} rows from before" if resumed else None
+        self._bar = tqdm(total=total, initial=resumed, unit="row", desc=note, disable=not shown or self._lines)
+
+    def update(self, num_rows: int) -> None:
+        self._done += num_rows
+        self._bar.update(num_rows)
+        now = time.monotonic()
+        if self._lines and now - self._told >= _PROGRESS_S:
+            self._told = now
+            rate = (self._done - self._resumed) / (now - self._started)
+            left = f", {(self._total - self._done) / rate / 60:.0f} min left" if rate else ""
+            before = f" ({self._resumed} from before)" if self._resumed else ""
+            print(f"{self._done} of {self._total} rows{before}, {rate:.1f} rows/s{left}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,197 @@
+"""Scoring a job's rows on a Ray cluster, with Ray Data. Owns the cluster's side; the job is `m0kit.jobs`'.
+
+    score_file("m0-int8", "candidates.parquet", "scores.parquet", engine=ray_engine(workers=4))
+
+One task on the driver's machine reads the windows and cuts them into blocks; actors, each with a Reranker of its own,
+score them; the driver alone keeps the journal. An actor that dies is started again and its block retried. Artifact and
+images named by paths are opened by the actors: on several machines they must lie on a file system that all share,
+under the same path, and m0kit must be installed on each. Connects to RAY_ADDRESS, else starts Ray here for the job.
+"""
+
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m0kit.errors import DependencyError, DeviceError, InputError, M0kitError
+from m0kit.jobs import Engine, Scored, Work, score_rows
+from m0kit.reranker import Reranker
+from m0kit.rows import Row
+
+# A block is what one actor gets at a time, and what is scored again if it dies: some runs of the decoder.
+_BLOCK_ROWS = 128
+_BLOCK_BYTES = 32 << 20
+
+
+def ray_engine(workers: int = 1) -> Engine:
+    """An engine of `workers` actors: one GPU each for device "cuda", else `threads` cores each.
+
+    Without `threads` the actors share this machine's cores. Raises DependencyError, and when it runs DeviceError,
+    M0kitError for work that the cluster could not do, and what Reranker.load raises.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {workers}")
+    try:
+        import ray.data  # noqa: F401
+    except ImportError:
+        raise DependencyError(
+            "the engine ray needs Ray Data. pip install 'm0kit[ray]', or leave out --engine."
+        ) from None
+
+    def engine(artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
+        options = dict(load)
+        on_gpu = str(options.get("device", "cpu")).split(":")[0] == "cuda"
+        if on_gpu:
+            options["device"] = "cuda"  # Ray shows an actor the one GPU it gave it
+        elif options.get("threads") is None:
+            options["threads"] = max(1, (os.cpu_count() or 1) // workers)
+        cores = int(options.get("threads") or 1)
+        is_ours = _connect(cores * workers)
+        try:
+            if is_ours and on_gpu and not _cluster_gpus():
+                raise DeviceError("device cuda: Ray finds no GPU on this machine. Use --device cpu.")
+            for block in _results(artifact, options, work, workers, cores, 1 if on_gpu else 0):
+                yield from block
+                yield None
+        finally:
+            if is_ours:
+                import ray
+
+                ray.shutdown()
+
+    return engine
+
+
+def _connect(cores: int) -> bool:
+    """Join a cluster, or start one with at least so many cores; returns whether it was started here."""
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return False
+    # Ray warns, for people who write actors, of how its own Ray Data starts them.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    is_ours = not os.environ.get("RAY_ADDRESS")
+    if is_ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        quiet |= {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(**quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
+    return is_ours
+
+
+def _cluster_gpus() -> float:
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def _results(
+    artifact: Path, load: Mapping[str, Any], work: Work, workers: int, cores: int, gpus: int
+) -> Iterator[list[Scored]]:
+    """The results of a block at a time, as they come."""
+    import logging
+
+    import ray
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # bytes: what is yielded is one block, neither joined nor cut
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+    def read(_: Any) -> Iterator[Any]:
+        try:
+            for window in work:
+                yield from map(_packed, blocks(window))
+        except InputError as error:
+            yield _packed(error)
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    with ray.data.DataContext.current(context):
+        scored = (
+            ray.data.from_items([0], override_num_blocks=1)
+            .map_batches(read, batch_format="pyarrow", num_cpus=0, label_selector=here)
+            .map_batches(
+                _Scorer,
+                fn_constructor_kwargs={"artifact": artifact, "load": load},
+                batch_format="pyarrow",
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=0 if gpus else cores,
+                num_gpus=gpus,
+            )
+        )
+    try:
+        for table in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for results in _unpacked(table):
+                if isinstance(results, Exception):
+                    raise results
+                yield results
+    except ray.exceptions.RayError as error:
+        raise M0kitError(
+            f"Ray could not finish the work ({type(error).__name__}). What was scored is kept; "
+            "run the same command again, with fewer --workers if memory ran out."
+        ) from error
+
+
+class _Scorer:
+    """An actor: opens the artifact once, scores blocks. Errors of ours travel as results, so that they stay whole."""
+
+    def __init__(self, artifact: Path, load: Mapping[str, Any]) -> None:
+        try:
+            self._reranker: Reranker | Exception = Reranker.load(artifact, **load)
+        except (M0kitError, ValueError) as error:
+            self._reranker = error
+
+    def __call__(self, table: Any) -> Any:
+        (rows,) = _unpacked(table)
+        if isinstance(rows, Exception):  # of the reading
+            return table
+        if isinstance(self._reranker, Exception):
+            return _packed(self._reranker)
+        try:
+            return _packed(list(score_rows(self._reranker, rows)))
+        except M0kitError as error:
+            return _packed(error)
+
+
+def blocks(window: Sequence[Row]) -> Iterator[list[Row]]:
+    """Consecutive rows of a window, at most so many rows and bytes, or a single row."""
+    block: list[Row] = []
+    seen: set[int] = set()  # what rows share is packed once
+    num_bytes = 0
+    for row in window:
+        sizes = {id(value): len(value) for value in _values(row) if isinstance(value, str | bytes)}
+        cost = sum(size for key, size in sizes.items() if key not in seen)
+        if block and (len(block) == _BLOCK_ROWS or num_bytes + cost > _BLOCK_BYTES):
+            yield block
+            block, seen, num_bytes = [], set(), 0
+        block.append(row)
+        seen.update(sizes)
+        num_bytes += cost
+    if block:
+        yield block
+
+
+def _values(row: Row) -> Iterator[Any]:
+    for content in row.pair.values():
+        yield from content.values() if isinstance(content, Mapping) else (content,)
+
+
+def _packed(content: list[Any] | Exception) -> Any:
+    """A block of one row, and of no type that Ray would look into."""
+    import pyarrow as pa
+
+    return pa.table({"packed": pa.array([pickle.dumps(content)], pa.large_binary())})
+
+
+def _unpacked(table: Any) -> list[Any]:
+    return [pickle.loads(packed) for packed in table.column("packed").to_pylist()]

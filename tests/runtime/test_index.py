@@ -1,0 +1,377 @@
+"""An index gives the scores of the documents themselves, whatever happened to it on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from m0kit import Reranker
+from m0kit.cli import cli
+from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
+from m0kit.index import Given, add, open_index
+from m0kit.store import Store
+from m0kit_export.export import export_artifact
+from m0kit_quant.recipe import Recipe
+
+QUERIES = ["what is it?", "\n\nwhat", {"image": Image.new("RGB", (70, 90), "blue")}]
+
+
+def page(seed: int, size: tuple[int, int] = (150, 120)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> list[Given]:
+    file = tmp_path / "page.png"
+    page(1).save(file)
+    return [
+        ("text", "some text about a small model", "a"),
+        ("tail", "ends in a newline\n", "b"),
+        ("page", file, "c"),
+        ("big", page(2, (400, 300)), "d"),
+        ("same", {"text": "some text about a small model"}, "e"),
+    ]
+
+
+@pytest.fixture(params=["fp32", "fp16", "int8"])
+def kept(request: pytest.FixtureRequest, artifact: Path) -> Reranker:
+    return Reranker.load(artifact, threads=1, kv=request.param)
+
+
+@pytest.fixture
+def library(tmp_path: Path, reranker_fp16: Reranker, documents: list[Given]) -> Path:
+    folder = tmp_path / "library"
+    with open_index(folder, reranker_fp16) as store:
+        add(reranker_fp16, store, documents)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reranker_fp16(artifact: Path) -> Reranker:
+    return Reranker.load(artifact, threads=1, kv="fp16")
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=True)
+
+
+def pairs_of(documents: list[Given], *, by_id: bool) -> list[Any]:
+    return [(query, {"id": name} if by_id else value) for query in QUERIES for name, value, _ in documents]
+
+
+def test_a_document_of_an_index_scores_as_the_document_itself(
+    kept: Reranker, artifact: Path, documents: list[Given], tmp_path: Path
+) -> None:
+    with open_index(tmp_path / "library", kept) as store:
+        done = add(kept, store, documents)
+    assert (done.read, done.known, done.failed) == (4, 1, [])
+    opened = Reranker.load(artifact, threads=1, index=tmp_path / "library")
+    assert opened.kv == kept.kv
+    expected = kept.score(pairs_of(documents, by_id=False), raw=True)
+    np.testing.assert_array_equal(opened.score(pairs_of(documents, by_id=True), raw=True), expected)
+    # given themselves, they are found by what they are
+    np.testing.assert_array_equal(opened.score(pairs_of(documents, by_id=False), raw=True), expected)
+
+
+def test_nothing_of_a_kept_document_is_computed_again(
+    library: Path, artifact: Path, documents: list[Given], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Reranker.load(artifact, threads=1, index=library)
+    monkeypatch.setattr(opened, "compute", lambda new, _images: pytest.fail("computed") if new else [])
+    monkeypatch.setattr(opened._vision, "run", lambda *_: pytest.fail("the image encoder ran"))
+    texts = [("what is it?", {"id": name}) for name, _, _ in documents]
+    assert np.isfinite(opened.score(texts)).all()
+
+
+def test_adding_again_computes_nothing(
+    library: Path, reranker_fp16: Reranker, documents: list[Given], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reranker_fp16, "compute", lambda new, _images: pytest.fail("computed") if new else [])
+    with open_index(library, reranker_fp16) as store:
+        done = add(reranker_fp16, store, documents)
+    assert (done.read, done.known) == (0, 5)
+
+
+def test_a_bad_document_costs_the_others_nothing(tmp_path: Path, reranker_fp16: Reranker) -> None:
+    given: list[Given] = [
+        ("empty", "", ""), ("good", "text", ""), ("no image", b"nonsense", ""), ("id", {"id": "good"}, ""),
+        ("said", InputError("said: what was wrong"), ""),
+    ]  # fmt: skip
+    with open_index(tmp_path / "library", reranker_fp16) as store:
+        done = add(reranker_fp16, store, given)
+        assert store.ids() == ["good"]
+    assert [name for name, _ in done.failed] == ["empty", "no image", "id", "said"]
+    assert all(name in message for name, message in done.failed)
+
+
+def test_low_memory_keeps_the_same(artifact: Path, library: Path, documents: list[Given], tmp_path: Path) -> None:
+    low = Reranker.load(artifact, threads=1, kv="fp16", memory="low")
+    with open_index(tmp_path / "other", low) as store:
+        assert add(low, store, documents).read == 4
+        with Store.open(library) as expected:
+            for name in expected.ids():
+                one, other = store.document(name), expected.document(name)
+                assert one is not None
+                assert other is not None
+                assert one.key == other.key
+                np.testing.assert_array_equal(store.get(one.key), expected.get(other.key))
+    by_id = pairs_of(documents, by_id=True)
+    opened = Reranker.load(artifact, threads=1, index=library)
+    lowly = Reranker.load(artifact, threads=1, index=tmp_path / "other", memory="low")
+    np.testing.assert_array_equal(lowly.score(by_id), opened.score(by_id))
+
+
+# --- an index that does not belong, or is damaged ---------------------------------------------------------
+
+
+def test_an_index_of_something_else_is_refused(library: Path, artifact: Path, tmp_path: Path, tiny: Path) -> None:
+    export_artifact(tiny, tmp_path / "int8", recipe=Recipe.default("int8"), progress=False)
+    with pytest.raises(StoreError, match=r"the files of the artifact, precision \(fp32 there, int8 here\)"):
+        Reranker.load(tmp_path / "int8", threads=1, index=library)
+    with pytest.raises(StoreError, match="kv \\(fp16 there, int8 here\\)"):
+        Reranker.load(artifact, threads=1, index=library, kv="int8")
+    with pytest.raises(StoreError, match="limits of pixels"):
+        Reranker.load(artifact, threads=1, index=library, max_pixels=28 * 28 * 8)
+    with pytest.raises(StoreError, match="limits of pixels"):
+        Reranker.load(artifact, threads=1, index=library, max_length=2000)
+    with pytest.raises(StoreError, match="no such folder"):
+        Reranker.load(artifact, threads=1, index=tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StoreError, match="not an index"):
+        Reranker.load(artifact, threads=1, index=tmp_path / "folder")
+    other = Reranker.load(artifact, threads=1, kv="int8")
+    with pytest.raises(StoreError, match="kv"):
+        open_index(library, other)
+
+
+def test_an_artifact_from_before_scores_as_ever(old_artifact: Path, reranker: Reranker) -> None:
+    pairs = [("what", "some text"), ("\n\nwhat", "some text"), ("q", page(3)), (page(4), "long " * 300)]
+    scores = Reranker.load(old_artifact, threads=1).score(pairs, raw=True)
+    np.testing.assert_allclose(scores, reranker.score(pairs, raw=True), rtol=0, atol=1e-5)  # other attention kernels
+
+
+def test_an_artifact_from_before_is_refused_with_the_way_out(old_artifact: Path, library: Path) -> None:
+    for options in ({"index": library}, {"cache_bytes": 1 << 20}, {"kv": "fp16"}):
+        with pytest.raises(ArtifactError, match="Export it again"):
+            Reranker.load(old_artifact, threads=1, **options)  # type: ignore[arg-type]
+
+
+def test_unknown_ids_and_ids_without_an_index(library: Path, artifact: Path, reranker: Reranker) -> None:
+    opened = Reranker.load(artifact, threads=1, index=library)
+    results = opened.evaluate([("q", {"id": "nope"}), ("q", {"id": "text"}), ("q", {"id": 7})])
+    assert "has no document 'nope'" in str(results[0].error)
+    assert results[1].error is None
+    assert '"id" must be a string' in str(results[2].error)
+    assert "none is open" in str(reranker.evaluate([("q", {"id": "text"})])[0].error)
+
+
+def damage(library: Path) -> None:
+    """Change a byte of every piece's pages, and keep the size."""
+    for segment in (library / "segments").iterdir():
+        raw = bytearray(segment.read_bytes())
+        for start in range(0, len(raw), 4096):
+            raw[start] ^= 1
+        segment.write_bytes(raw)
+
+
+def damage_states(library: Path, names: list[str]) -> None:
+    """Change the middle of these documents' records."""
+    with Store.open(library) as store:
+        keys = [document.key for name in names if (document := store.document(name))]
+        places = [store._rows("SELECT segment, start, size FROM pieces WHERE content = 0 AND key = ?", k) for k in keys]
+    for ((number, start, size),) in places:
+        with open(library / "segments" / f"{number:06d}.kv", "r+b") as file:
+            file.seek(start + size // 2)
+            byte = file.read(1)
+            file.seek(start + size // 2)
+            file.write(bytes([byte[0] ^ 0x40]))
+
+
+def test_a_damaged_state_is_found_computed_and_reported(
+    library: Path, artifact: Path, reranker_fp16: Reranker, documents: list[Given]
+) -> None:
+    expected = reranker_fp16.score(pairs_of(documents, by_id=False))
+    damage_states(library, ["page", "tail"])
+    opened = Reranker.load(artifact, threads=1, index=library)
+    with pytest.warns(UserWarning, match="'page'.*computed anew") as found:
+        scores = opened.score(pairs_of(documents, by_id=True))
+    np.testing.assert_array_equal(scores, expected)
+    assert any("'tail'" in str(warning.message) for warning in found)
+
+    result = run("index", "verify", library)
+    assert result.exit_code == 1
+    assert "damaged: the state of page" in result.output
+    result = run("index", "add", artifact, library, "--threads", 1)  # without documents: what has no sound state
+    assert (result.exit_code, "2 read" in result.output) == (0, True)
+    assert run("index", "verify", library).exit_code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(
+            Reranker.load(artifact, threads=1, index=library).score(pairs_of(documents, by_id=True)), expected
+        )
+
+
+def test_a_document_that_is_itself_damaged_is_an_error_of_that_pair(library: Path, artifact: Path) -> None:
+    damage(library)
+    results = Reranker.load(artifact, threads=1, index=library).evaluate([("q", {"id": "page"}), ("q", "a text")])
+    assert "'page'" in str(results[0].error)
+    assert results[1].error is None
+
+
+def test_a_second_writer_is_refused(library: Path, artifact: Path, reranker_fp16: Reranker) -> None:
+    with open_index(library, reranker_fp16):
+        with pytest.raises(StoreBusyError):
+            open_index(library, reranker_fp16)
+        result = run("index", "prune", library, "--unused-days", 1)
+        assert (result.exit_code, type(result.exception)) == (1, StoreBusyError)
+        assert Reranker.load(artifact, threads=1, index=library).score([("q", {"id": "text"})]).shape == (1,)
+
+
+def test_within_a_limit_what_was_dropped_is_computed_when_asked_for(
+    tmp_path: Path, artifact: Path, reranker_fp16: Reranker
+) -> None:
+    given: list[Given] = [(f"d{i}", f"document {i} " + "with many words " * 60, "") for i in range(12)]
+    limit = 4 << 20
+    with open_index(tmp_path / "library", reranker_fp16, limit) as store:
+        big = reranker_fp16.config.decoder
+        one = 2 * 2 * big.num_layers * big.kv_size * 190
+        repeats = limit // (one * len(given)) + 2
+        given = [(f"{name}-{r}", f"{r} {text}", "") for r in range(repeats) for name, text, _ in given]
+        done = add(reranker_fp16, store, given)
+        assert store.stats().disk_bytes <= limit
+    assert done.dropped > 0
+    opened = Reranker.load(artifact, threads=1, index=tmp_path / "library")
+    some = [given[0], given[len(given) // 2], given[-1]]
+    np.testing.assert_array_equal(
+        opened.score([("what", {"id": name}) for name, _, _ in some]),
+        reranker_fp16.score([("what", text) for _, text, _ in some]),
+    )
+
+
+# --- the commands ---------------------------------------------------------------------------------------
+
+
+def test_the_way_from_files_to_a_ranking(tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page(1).save("page.png")
+    Path("note.txt").write_text("a note about nothing", "utf-8")
+    lines: list[Any] = [
+        {"id": "c1", "text": "chunk"},
+        {"id": "c2", "image": "page.png"},
+        {"text": "no id"},
+        {"id": "c4"},
+    ]
+    Path("chunks.jsonl").write_text("\n".join([*map(json.dumps, lines), "nonsense", "[]"]), "utf-8")
+    result = run("index", "add", artifact, "library", "page.png", "note.txt", "chunks.jsonl", "missing.png", "--json")
+    assert result.exit_code == 3
+    done = json.loads(result.stdout)
+    assert (done["read"], done["known"]) == (4, 1)  # c2 is page.png
+    assert [name for name, _ in done["failed"]] == ["c4", "chunks.jsonl:5", "chunks.jsonl:6", "missing.png"]
+    stats = json.loads(run("index", "stats", "library", "--json").stdout)
+    assert (stats["documents"], stats["records"], stats["identity"]["kv"]) == ({"image": 2, "text": 3}, 4, "fp16")
+    assert "documents" in run("index", "stats", "library").output
+
+    everything = run("rerank", artifact, "--index", "library", "--query", "what", "--json", "--threads", 1)
+    ranked = [json.loads(line) for line in everything.stdout.splitlines()]
+    assert {line["document"] for line in ranked} == {"page.png", "note.txt", "c1", "c2", "chunks.jsonl:3"}
+    scores = {line["document"]: line["score"] for line in ranked}
+    assert scores["c2"] == scores["page.png"]
+    Path("ids.txt").write_text("c1\n\nnope\npage.png\n", "utf-8")
+    some = run(
+        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top", 2, "--json"
+    )
+    assert some.exit_code == 3
+    assert "'nope'" in some.stderr
+    best = [json.loads(line) for line in some.stdout.splitlines()]
+    assert len(best) == 2
+    assert all(line["score"] == scores[line["document"]] for line in best)
+
+    Path("pairs.jsonl").write_text(json.dumps({"query": "what", "document": {"id": "c1"}}) + "\n", "utf-8")
+    scored = run("score", artifact, "pairs.jsonl", "--index", "library")
+    assert json.loads(scored.stdout)["score"] == scores["c1"]
+    filed = run("score", artifact, "pairs.jsonl", "--index", "library", "-o", "out.jsonl", "--cache", "1M")
+    assert filed.exit_code == 0
+    assert json.loads(Path("out.jsonl").read_text("utf-8"))["score"] == pytest.approx(scores["c1"], abs=1e-7)
+
+    Path("gone.txt").write_text("c1\nnope\n", "utf-8")
+    pruned = run("index", "prune", "library", "--remove", "gone.txt")
+    assert (pruned.exit_code, "'nope'" in pruned.stderr) == (3, True)
+    assert run("index", "prune", "library", "--unused-days", 0).exit_code == 0
+    assert json.loads(run("index", "stats", "library", "--json").stdout)["records"] == 0
+    verified = run("index", "verify", "library")
+    assert (verified.exit_code, "4 documents have no state" in verified.output) == (0, True)
+    assert run("index", "compact", "library").exit_code == 0
+    again = run("rerank", artifact, "--index", "library", "--query", "what", "--json", "--threads", 1)
+    assert {(line := json.loads(raw))["document"]: line["score"] for raw in again.stdout.splitlines()} == {
+        name: score for name, score in scores.items() if name != "c1"
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "add", "ARTIFACT", "nothing"], "does not exist yet"),
+        (["index", "add", "ARTIFACT", "LIBRARY", "x.txt", "--kv", "int8"], "keeps fp16"),
+        (["index", "add", "ARTIFACT", "LIBRARY", "x.txt", "--max-bytes", "lots"], "is not a size"),
+        (["index", "add", "ARTIFACT", "LIBRARY", "x.txt", "--max-bytes", "1G"], "Leave the limit out"),
+        (["index", "prune", "LIBRARY"], "Say what to drop"),
+        (["rerank", "ARTIFACT", "--query", "x"], "Give documents, or --index"),
+        (["rerank", "ARTIFACT", "x.txt", "--query", "x", "--candidates", "x.txt"], "give --index too"),
+        (["index", "stats", "nothing"], "no such folder"),
+    ],
+)
+def test_wrong_usage_is_said(
+    arguments: list[str], message: str, artifact: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("some text", "utf-8")
+    result = run(*({"ARTIFACT": artifact, "LIBRARY": library}.get(a, a) for a in arguments))
+    assert result.exit_code in (1, 2)
+    assert message in f"{result.output}{result.exception}"
+    assert not Path("nothing").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, reranker_fp16: Reranker) -> None:
+    """The store has its own, harder test; here the whole command is killed at ten moments."""
+    lines = [json.dumps({"id": f"d{i}", "text": f"document {i} " + "word " * (i * 7 % 200)}) for i in range(60)]
+    source, library = tmp_path / "all.jsonl", tmp_path / "library"
+    source.write_text("\n".join(lines), "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "m0kit",
+        "index",
+        "add",
+        str(artifact),
+        str(library),
+        str(source),
+        "--threads",
+        "1",
+    ]
+    whole = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "60 read" in whole.stdout
+    expected = Reranker.load(artifact, threads=1, index=library).score([("what", {"id": f"d{i}"}) for i in range(60)])
+    broken = tmp_path / "broken"
+    command[6] = str(broken)
+    for attempt in range(10):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.5 + 0.07 * attempt)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        if broken.exists():
+            assert run("index", "verify", broken).exit_code == 0
+    subprocess.run(command, capture_output=True, check=True)
+    scores = Reranker.load(artifact, threads=1, index=broken).score([("what", {"id": f"d{i}"}) for i in range(60)])
+    np.testing.assert_array_equal(scores, expected)
