@@ -223,7 +223,8 @@ class Reranker:
     ) -> list[Result]:
         """Score (query, document) pairs; one Result each, in input order.
 
-        Query and document are text (str), an image (PIL image, path, bytes), or {"text": …} / {"image": …}.
+        Query and document are text (str), an image (PIL image, path, bytes), or {"text": …} / {"image": …};
+        {"id": …} is a document of the index.
         A pair that cannot be scored is marked with its error and costs the others nothing, or, with
         on_error="raise", raises before anything is run.
         """
