@@ -104,6 +104,21 @@ def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 # Keeping and finding
 
 
+def test_reading_ahead_changes_nothing_and_needs_nothing(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b")
+        store.add([document_of("empty", "e")], {key_of("e"): []})
+    with Store.open(folder) as store:
+        store.prefetch(key_of(name) for name in ("a", "unknown", "e", "b"))
+        assert content(store, "a") == record_of("a")
+        for path in segments(folder):
+            path.unlink()
+        store.prefetch([key_of("b")])
+    with Store.open(folder) as store:
+        store.prefetch([key_of("b")])  # its segment is gone: `get` says so
+        refuses(RecordDamagedError, "not what was written", lambda: store.get(key_of("b")))
+
+
 def test_what_was_added_is_read(folder: Path) -> None:
     array = np.arange(24, dtype=np.float16).reshape(4, 6)
     scalar = np.array(1.5, np.float32)

@@ -1,0 +1,62 @@
+"""Pixels and embeddings are there when they are wanted, whatever room there is, and never those of another file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m0kit import Reranker, images
+
+
+@pytest.fixture
+def pages(tmp_path: Path, picture: Callable[..., Image.Image]) -> list[Path]:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        picture(90 + 40 * i, 120, i).save(path)
+    return paths
+
+
+def test_pixels_without_room_are_made_again(
+    reranker: Reranker, pages: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs: list[Any] = [*(("what", page) for page in pages), (pages[0], "a text"), (Image.open(pages[1]), pages[2])]
+    expected = reranker.score(pairs)
+    monkeypatch.setattr(images, "PIXEL_BYTES", 0)
+    np.testing.assert_array_equal(reranker.score(pairs), expected)
+
+
+def test_a_file_that_changes_meanwhile_costs_its_own_pairs_only(
+    reranker: Reranker, pages: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs: list[Any] = [("what", page) for page in pages] + [(pages[1], "a text"), ("what", "a text")]
+    expected = reranker.score(pairs)
+    monkeypatch.setattr(images, "PIXEL_BYTES", 0)
+    work = Reranker._work
+
+    def meanwhile(*arguments: Any) -> Any:
+        pages[1].write_bytes(pages[0].read_bytes())
+        pages[2].unlink()
+        return work(*arguments)
+
+    monkeypatch.setattr(Reranker, "_work", meanwhile)
+    results = reranker.evaluate(pairs)
+    assert [result.error is None for result in results] == [True, False, False, False, True]
+    assert "1.png was changed while it was being scored" in str(results[1].error)
+    assert "pair 1" in str(results[1].error)
+    assert "2.png: No such file" in str(results[2].error)
+    np.testing.assert_array_equal(np.float32([results[0].score, results[4].score]), expected[[0, 4]])
+
+
+@pytest.mark.parametrize("kv", ["fp32", "fp16"])
+def test_an_image_that_comes_again_is_encoded_once(
+    artifact: Path, pages: list[Path], monkeypatch: pytest.MonkeyPatch, kv: Any
+) -> None:
+    kept = Reranker.load(artifact, threads=1, cache_bytes=1 << 24, kv=kv)
+    first = kept.score([(pages[0], "a text")])
+    monkeypatch.setattr(kept._vision, "run", lambda *_: pytest.fail("the image encoder ran"))
+    other, again = kept.score([(Image.open(pages[0]).convert("RGB"), "another text"), (pages[0], "a text")])
+    assert again == first[0]
+    assert np.isfinite(other)
