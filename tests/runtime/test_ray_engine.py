@@ -178,7 +178,9 @@ def _watch(child: "subprocess.Popen[str]", seen: dict[psutil.Process, str]) -> N
     while child.poll() is None:
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(child.pid).children(recursive=True):
-                seen.setdefault(process, process.name())
+                seen.setdefault(process, "")
+                with contextlib.suppress(psutil.Error):
+                    seen[process] = process.name()  # which is still its parent's until it has become a program
         time.sleep(0.1)
 
 
