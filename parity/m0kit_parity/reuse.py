@@ -34,14 +34,13 @@ from m0kit.artifact import KV, Kept, read_manifest
 from m0kit.cache import Cache
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import InputError, OutputError
-from m0kit.image import to_png
-from m0kit.index import add, open_index
-from m0kit.inputs import Picture, parse_content
+from m0kit.images import Images
+from m0kit.index import add, open_index, stored_form
+from m0kit.inputs import Content, Picture, parse_content
 from m0kit.planner import pack
 from m0kit.prompt import ImageTokens, PromptBuilder
-from m0kit.reranker import PAST_BYTES, Reranker
+from m0kit.reranker import PAST_BYTES, Document, Reranker
 from m0kit.states import Pasts, State
-from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
 from m0kit_parity import plot
 from m0kit_parity.bench import (
@@ -192,10 +191,14 @@ def stretched(state: State, length: int) -> State:
     return State(state.kv[:, :, :, rows], state.table.copy())
 
 
+def _entry(reranker: Reranker, document: Any) -> tuple[Content, Document, Images]:
+    content, images = parse_content(document, "document"), reranker.open_images()
+    return content, reranker.document(content, "document", {}, images, keyed=True), images
+
+
 def read_one(reranker: Reranker, content: Any) -> State:
     """The state of a document, really computed; it goes into the cache."""
-    images = reranker.open_images()
-    entry = reranker.document(parse_content(content, "document"), "document", {}, images, keyed=True)
+    _, entry, images = _entry(reranker, content)
     return reranker.compute([entry], images)[0]
 
 
@@ -203,8 +206,7 @@ def keep(reranker: Reranker, contents: Sequence[Any], state: State) -> None:
     """Put copies of a state into the cache, stretched, as those of documents that are not there yet."""
     assert reranker.cache is not None
     for content in contents:
-        images = reranker.open_images()
-        entry = reranker.document(parse_content(content, "document"), "document", {}, images, keyed=True)
+        _, entry, _ = _entry(reranker, content)
         copied = stretched(state, entry.length)
         reranker.cache.put(entry.key, copied, num_bytes=copied.num_bytes, cost=entry.length)
 
@@ -334,15 +336,13 @@ def _build(
     keys = []
     with open_index(folder, reader) as store:
         for name, raw in tqdm(pages.items(), unit="page", desc="index", disable=None):
-            images = reader.open_images()
-            picture = parse_content(raw, name)
+            picture, entry, images = _entry(reader, raw)
             assert isinstance(picture, Picture)
-            entry = reader.document(picture, name, {}, images, keyed=True)
-            png = to_png(images.pixels(picture.key))
+            page = stored_form(name, picture, entry.key, images)
             if state is None:
                 state = reader.compute([entry], images)[0]
-                _check_space(folder, len(pages) * (state.num_bytes + len(png)))
-            store.add([StoredDocument(name, "image", png, entry.key)], {entry.key: state.buffers})
+                _check_space(folder, len(pages) * (state.num_bytes + len(page.data)))
+            store.add([page], {entry.key: state.buffers})
             keys.append(entry.key)
     assert state is not None
     return reader.config.decoder, keys, state.length

@@ -7,7 +7,7 @@ not; embeddings go through the cache, when there is one.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ Float32 = NDArray[np.float32]
 
 # Bytes of resized pixels that wait for their turn: 140 pages of the published size.
 PIXEL_BYTES = 256 << 20
+# What the image encoder spends on a visual token, in units of what the decoder spends on a token.
+ENCODING_COST = 3
 
 
 @dataclass(slots=True)
@@ -56,7 +58,8 @@ class Images:
             self._seen[picture.key] = _Seen(picture, where, grid, int(grid.prod()) // self._config.merge_size**2, None)
         elif picture.key not in self._seen:
             pixels = resize(picture, self._config, where)
-            seen = _Seen(picture, where, pixels.grid_thw, pixels.num_tokens, None)
+            again = replace(picture, source=picture.path or picture.source)  # a file's bytes need not stay in memory
+            seen = _Seen(again, where, pixels.grid_thw, pixels.num_tokens, None)
             self._seen[picture.key] = seen
             if self._pixel_bytes + pixels.values.nbytes <= PIXEL_BYTES:
                 seen.pixels = pixels
@@ -133,8 +136,7 @@ class Images:
         for key, rows in zip(keys, np.split(out, ends[:-1]), strict=True):
             self._embeds[key] = own = rows.copy() if len(keys) > 1 else rows
             if self._cache is not None:
-                # The image encoder takes some three times a decoder's work per visual token.
-                self._cache.put(self._cache_key(key), own, num_bytes=own.nbytes, cost=3 * len(own))
+                self._cache.put(self._cache_key(key), own, num_bytes=own.nbytes, cost=ENCODING_COST * len(own))
             self._drop_pixels(key)
 
     def _cache_key(self, key: str) -> bytes:

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from m0kit.artifact import KV, Kept
 from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SIZE, THREADS, load, text_or_path
-from m0kit.errors import InputError, StoreError
+from m0kit.errors import InputError, RecordDamagedError, StoreError
 from m0kit.image import to_png
 from m0kit.images import Images
 from m0kit.inputs import Known, Picture, Text, beside, parse_content
 from m0kit.planner import TOKEN_BUDGET, pack
 from m0kit.reranker import LOW_MEMORY_VISUAL_TOKENS, Document, Reranker, check_identity, content_of
+from m0kit.rows import count, json_object, lines
 from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
 
@@ -84,6 +85,13 @@ def add(
     return done
 
 
+def stored_form(name: str, content: Text | Picture, key: bytes, images: Images, source: str = "") -> StoredDocument:
+    """What a store keeps of a document itself: text, or the pixels that the model sees."""
+    if isinstance(content, Text):
+        return StoredDocument(name, "text", content.text.encode(), key, source)
+    return StoredDocument(name, "image", to_png(images.pixels(content.key)), key, source)
+
+
 def _parsed(value: Any, name: str) -> Text | Picture:
     if isinstance(value, InputError):
         raise value
@@ -113,11 +121,7 @@ def _batches(
         try:
             content = _parsed(value, name)
             entry = reranker.document(content, name, batch.entries, batch.images, keyed=True)
-            if isinstance(content, Text):
-                stored = StoredDocument(name, "text", content.text.encode(), entry.key, source)
-            else:
-                png = to_png(batch.images.pixels(content.key))
-                stored = StoredDocument(name, "image", png, entry.key, source)
+            stored = stored_form(name, content, entry.key, batch.images, source)
         except InputError as error:
             done.failed.append((name, str(error)))
             tick(1)
@@ -213,9 +217,6 @@ def add_command(
     elif not documents:
         raise click.UsageError(f"{index_folder} does not exist yet: give documents.")
     reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
-    if exists:
-        with Store.open(index_folder) as store:
-            check_identity(store, reranker)  # before a second of work
     with open_index(index_folder, reranker, max_bytes) as store:
         given = _given(documents) if documents else _pending(store)
         bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=_count(documents) if documents else None)
@@ -332,34 +333,23 @@ def _given(paths: Iterable[Path]) -> Iterator[Given]:
         if path.suffix != ".jsonl":
             yield name, text_or_path(path), name
             continue
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                yield _line(path, number, line)
+        for number, line in lines(path):
+            yield _line(path, number, line)
 
 
-def _line(path: Path, number: int, line: bytes) -> Given:
+def _line(path: Path, number: int, line: bytes | None) -> Given:
     """A document of a .jsonl file."""
     place = f"{click.format_filename(path)}:{number}"
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return place, InputError(f"{place}: not JSON."), place
-    if not isinstance(value, dict):
-        return place, InputError(f'{place}: expected {{"id": …, "text": …}} or {{"id": …, "image": …}}.'), place
+        value = json_object(line, '{"id": …, "text": …} or {"id": …, "image": …}')
+    except InputError as error:
+        return place, InputError(f"{place}: {error}"), place
     kept = {kind: value[kind] for kind in ("text", "image") if kind in value}
     return str(value.get("id", place)), beside(path.parent, kept), place
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            yield from file
-    except OSError as error:
-        raise InputError(f"{click.format_filename(path)}: {os.strerror(error.errno or 0)}.") from None
-
-
 def _count(paths: Iterable[Path]) -> int:
-    return sum(sum(1 for line in _lines(p) if line.strip()) if p.suffix == ".jsonl" else 1 for p in paths)
+    return sum(count(path) if path.suffix == ".jsonl" else 1 for path in paths)
 
 
 def _pending(store: Store) -> Iterator[Given]:
@@ -367,6 +357,10 @@ def _pending(store: Store) -> Iterator[Given]:
     found = store.verify()
     damaged = [name for names in found.damaged.values() for name in names]
     for name in dict.fromkeys([*found.pending, *damaged]):
-        document = store.document(name)
+        try:
+            document = store.document(name)
+        except RecordDamagedError as error:  # the document itself
+            yield name, InputError(f"{name}: {error}"), ""
+            continue
         if document is not None:
             yield name, content_of(document), document.source

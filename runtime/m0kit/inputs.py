@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Picture:
     source: bytes | Image.Image | Path  # the bytes of a file, an image as it is, a file that is read when it is needed
     key: str
     ready: bool = False  # a PNG of the very pixels that the model will see
+    path: Path | None = None  # where the bytes can be read again
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def _picture(value: Any, where: str) -> Picture:
     if isinstance(value, os.PathLike):
         path = Path(os.fsdecode(value))
         try:
-            return Picture(path, hashlib.sha256(path.read_bytes()).hexdigest())
+            return replace(_file(path.read_bytes()), path=path)
         except OSError as error:
             raise ImageError(f"{where}: {path}: {os.strerror(error.errno or 0)}.") from None
         except ValueError:  # a null character, or half of a surrogate pair

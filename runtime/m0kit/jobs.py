@@ -30,6 +30,7 @@ from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
 from m0kit.reranker import Reranker
 from m0kit.rows import JSON_NAMES, PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
+from m0kit.store import sync_folder
 
 # What a window may hold: enough rows to meet most pairs of a document, little enough to stay in memory.
 _WINDOW_ROWS = 8192
@@ -451,12 +452,7 @@ def _written_aside(path: Path, journal: _Journal | None = None) -> Iterator[Any]
         if journal is not None:
             journal.claim_output()
         os.replace(aside, path)
-        if os.name != "nt":
-            handle = os.open(path.absolute().parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync_folder(path.absolute().parent)
     except OutputError:
         raise
     except OSError as error:

@@ -99,9 +99,7 @@ def layout_groups(groups: Sequence[Group], tile: int = TILE) -> Layout:
     pairs = range(len(last_index), len(last_index) + fill_pairs)
     filled_pieces = [*last_pieces, *((i, i + 1, 0, 0, 0, 1, 0, 0, 0) for i in pairs)]
     filled_index = [*last_index, *(0 for _ in pairs)]
-    return Layout(
-        row, len(last_index), fill, _table(pieces, 9), np.asarray(filled_index, np.int64), _table(filled_pieces, 9)
-    )
+    return Layout(row, len(last_index), fill, _table(pieces), np.asarray(filled_index, np.int64), _table(filled_pieces))
 
 
 def image_rows(patch_counts: Sequence[int]) -> NDArray[np.int64]:
@@ -120,5 +118,5 @@ def _cut(first: int, length: int, before: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> NDArray[np.int64]:
-    return np.asarray(rows, np.int64).reshape(-1, columns)
+def _table(rows: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
+    return np.asarray(rows, np.int64).reshape(-1, 9)

@@ -30,7 +30,7 @@ from m0kit.cache import Cache
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactError, InputError, RecordDamagedError, StoreError
 from m0kit.image import patchify
-from m0kit.images import Images
+from m0kit.images import ENCODING_COST, Images
 from m0kit.inputs import Content, Known, Picture, Text, parse_pair
 from m0kit.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
 from m0kit.positions import mrope_positions
@@ -460,8 +460,7 @@ class Reranker:
             state = State.from_presents(out, rows, self.config.decoder, self.kv)
             row = rows.stop
             if self.cache is not None:
-                # A visual token costs the image encoder three times what the decoder spends on it.
-                cost = document.length + 3 * sum(images.num_tokens(key) for key in document.images)
+                cost = document.length + ENCODING_COST * sum(images.num_tokens(key) for key in document.images)
                 self.cache.put(document.key, state, num_bytes=state.num_bytes, cost=cost)
             states.append(state)
         return states

@@ -38,32 +38,39 @@ def read(path: Path, first: int) -> Iterator[Row]:
     if is_parquet(path):
         yield from _read_parquet(path, first)
         return
-    for number, line in enumerate(_lines(path)):
+    for number, (_, line) in enumerate(lines(path)):
         if number < first:
             continue
         try:
-            yield _row(number, _record(line), path.parent)
+            yield _row(number, json_object(line, '{"query": …, "document": …}'), path.parent)
         except InputError as error:
             yield Row(number, None, {}, str(error))
 
 
-def _lines(path: Path) -> Iterator[bytes | None]:
-    """Lines that are not blank; None for one that is too long."""
-    with path.open("rb") as file:
+def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Number, from 1, and content of the lines that are not blank; None for one that is too long. Raises InputError."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: {os.strerror(error.errno or 0)}.") from None
+    with file:
         mark = file.read(3)
         if mark[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{path}: is UTF-16. Write one pair per line as JSON, in UTF-8.")
         file.seek(3 if mark == b"\xef\xbb\xbf" else 0)
+        number = 0
         while line := file.readline(_MAX_LINE_BYTES):
+            number += 1
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                     pass
-                yield None
+                yield number, None
             elif line.strip():
-                yield line
+                yield number, line
 
 
-def _record(line: bytes | None) -> Mapping[str, Any]:
+def json_object(line: bytes | None, wanted: str) -> Mapping[str, Any]:
+    """What a line holds; `wanted` is what it should, for the message. Raises InputError."""
     if line is None:
         raise InputError(f"the line is longer than {_MAX_LINE_BYTES >> 20} MiB. Name large images by their paths.")
     try:
@@ -73,7 +80,7 @@ def _record(line: bytes | None) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         raise InputError("the line is not JSON.") from None
     if not isinstance(record, dict):
-        raise InputError(f'expected {{"query": …, "document": …}}, got {type(record).__name__}.')
+        raise InputError(f"expected {wanted}, got {type(record).__name__}.")
     return record
 
 
@@ -174,7 +181,7 @@ def _content(value: Any, folder: Path) -> Any:
 def count(path: Path) -> int:
     """Rows of the input."""
     if not is_parquet(path):
-        return sum(1 for _ in _lines(path))
+        return sum(1 for _ in lines(path))
     file, _ = open_parquet(path)
     with file:
         return int(file.metadata.num_rows)

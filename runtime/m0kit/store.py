@@ -257,11 +257,11 @@ class Store:
             finally:
                 db.close()
             for folder in (aside / SEGMENTS, aside):
-                _sync_folder(folder)
+                sync_folder(folder)
             if path.is_dir():
                 path.rmdir()  # Windows does not rename onto a folder, even an empty one
             aside.rename(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except sqlite3.Error as error:
             raise _translated(path, error, writing=True) from error
         except OSError as error:
@@ -687,7 +687,7 @@ class Store:
                 _sync(file.fileno())
             number, end = number + 1, 0
         if ends:
-            _sync_folder(self.path / SEGMENTS)
+            sync_folder(self.path / SEGMENTS)
         return pieces, ends
 
     def _rewrite(self, number: int, drop: Collection[bytes] = ()) -> list[bytes]:
@@ -814,7 +814,7 @@ def _sync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make new names in a folder durable; Windows does that by itself and cannot open folders."""
     if os.name == "nt":
         return

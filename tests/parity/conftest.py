@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from m0kit import Reranker
+from m0kit.prompt import PromptBuilder
 from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterSpec
 from m0kit_parity.cases import Case
+from m0kit_parity.checkpoints import model_config
 from m0kit_parity.cli import SMALL
 from m0kit_parity.golden import Golden, record
 from m0kit_parity.reference import Reference
 from m0kit_parity.report import Report, check
+from m0kit_parity.vocabulary import write_qwen2_tokenizer
 from m0kit_quant.recipe import Recipe
 
 Hold = Callable[..., Report]
@@ -44,3 +47,13 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
         return check(Golden.open(folder / "golden"), reranker, precision, {})
 
     return run
+
+
+@pytest.fixture(scope="module", params=["tiny", "real"])
+def prompts(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
+    """With the small vocabulary, where words are many tokens, and with the real one, where they are one."""
+    if request.param == "tiny":
+        return PromptBuilder(tiny / "tokenizer.json", model_config("tiny").prompt)
+    folder = tmp_path_factory.mktemp("qwen2")
+    write_qwen2_tokenizer(folder)
+    return PromptBuilder(folder / "tokenizer.json", model_config("wide").prompt)

@@ -16,19 +16,7 @@ from m0kit import Reranker
 from m0kit.prompt import PromptBuilder
 from m0kit_export.export import export_artifact
 from m0kit_parity import bench, checkpoints
-from m0kit_parity.checkpoints import model_config
 from m0kit_parity.plot import lines
-from m0kit_parity.vocabulary import write_qwen2_tokenizer
-
-
-@pytest.fixture(scope="module", params=["tiny", "real"])
-def prompts(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    """With the small vocabulary, where words are many tokens, and with the real one, where they are one."""
-    if request.param == "tiny":
-        return PromptBuilder(tiny / "tokenizer.json", model_config("tiny").prompt)
-    folder = tmp_path_factory.mktemp("qwen2")
-    write_qwen2_tokenizer(folder)
-    return PromptBuilder(folder / "tokenizer.json", model_config("wide").prompt)
 
 
 @pytest.mark.parametrize("num_tokens", [64, 65, 67, 128, 256, 601, 1024, 4096])

@@ -27,7 +27,6 @@ from m0kit.store import Store
 from m0kit_parity import reuse
 from m0kit_parity.bench import bench, page_of
 from m0kit_parity.checkpoints import model_config
-from m0kit_parity.vocabulary import write_qwen2_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +48,6 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Reranker, "compute", counting)
     return calls
-
-
-@pytest.fixture(scope="module", params=["tiny", "real"])
-def prompts(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    """With the small vocabulary, where words are many tokens, and with the real one, where they are one."""
-    if request.param == "tiny":
-        return PromptBuilder(tiny / "tokenizer.json", model_config("tiny").prompt)
-    folder = tmp_path_factory.mktemp("qwen2")
-    write_qwen2_tokenizer(folder)
-    return PromptBuilder(folder / "tokenizer.json", model_config("wide").prompt)
 
 
 # --- workloads -----------------------------------------------------------------------------------------

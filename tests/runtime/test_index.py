@@ -229,6 +229,23 @@ def test_a_document_that_is_itself_damaged_is_an_error_of_that_pair(library: Pat
     assert results[1].error is None
 
 
+def test_what_cannot_be_read_again_is_said_and_costs_the_others_nothing(library: Path, artifact: Path) -> None:
+    with Store.open(library) as store:
+        ((number, start),) = store._rows(
+            "SELECT p.segment, p.start FROM pieces p JOIN documents d ON p.content = 1 AND p.key = d.content "
+            "WHERE d.id = 'page'"
+        )
+    with open(library / "segments" / f"{number:06d}.kv", "r+b") as file:
+        file.seek(start)
+        file.write(b"\0")
+    run("index", "prune", library, "--unused-days", 0)
+    result = run("index", "add", artifact, library, "--threads", 1)
+    assert result.exit_code == 3
+    assert "error: page: " in result.stderr
+    assert "3 read" in result.stdout
+    assert "1 failed" in result.stdout
+
+
 def test_a_second_writer_is_refused(library: Path, artifact: Path, reranker_fp16: Reranker) -> None:
     with open_index(library, reranker_fp16):
         with pytest.raises(StoreBusyError):

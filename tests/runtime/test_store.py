@@ -834,15 +834,12 @@ def test_threads_share_a_store(folder: Path) -> None:
 # Where writing is not possible
 
 
-def as_nobody(action: Callable[[], object]) -> None:
-    """Run in a child without a superuser's rights; whatever it raises fails the test."""
+def in_child(action: Callable[[], object]) -> None:
+    """Run in a forked child; whatever it raises fails the test."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            if os.geteuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
             action()
             status = 0
         except BaseException:
@@ -850,6 +847,18 @@ def as_nobody(action: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def as_nobody(action: Callable[[], object]) -> None:
+    """Run in a child without a superuser's rights; whatever it raises fails the test."""
+
+    def run() -> None:
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        action()
+
+    in_child(run)
 
 
 @pytest.fixture
@@ -936,7 +945,7 @@ def unharmed(store: Store, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
-@pytest.mark.parametrize("step", ["_write", "_sync", "_sync_folder"])
+@pytest.mark.parametrize("step", ["_write", "_sync", "sync_folder"])
 def test_no_step_that_fails_leaves_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
 ) -> None:
@@ -969,7 +978,7 @@ def test_no_step_that_fails_leaves_anything(
             failed += 1
             left = 0
             unharmed(store, folder)
-        assert failed >= {"_write": 8, "_sync": 3, "_sync_folder": 1}[step]
+        assert failed >= {"_write": 8, "_sync": 3, "sync_folder": 1}[step]
         assert store.ids() == ["da", "db", "dc"]
 
 
@@ -1009,17 +1018,7 @@ def test_a_file_that_may_not_grow_changes_nothing(folder: Path, limit: int) -> N
             assert all(content(store, name) == record_of(name, 1000) for name in stored)
             assert store.verify().clean
 
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            check()
-            status = 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
+    in_child(check)
 
 
 def test_compaction_that_runs_out_of_space_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1244,7 +1243,7 @@ def test_a_create_that_fails_or_is_killed_leaves_no_store(folder: Path, monkeypa
         else:
             assert killed
     assert not killed, "the last one went through"
-    monkeypatch.setattr(module, "_sync_folder", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
+    monkeypatch.setattr(module, "sync_folder", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
     for aside in folder.parent.iterdir():
         shutil.rmtree(aside)
     refuses(OutputError, "Make room", lambda: Store.create(folder, {}))
