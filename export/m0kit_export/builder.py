@@ -62,6 +62,7 @@ class Weight:
     shape: tuple[int, ...]
     scheme: Scheme
     parts: tuple[Part, ...]
+    half: bool  # its product may be in float16
 
     @property
     def num_bytes(self) -> int:
@@ -202,7 +203,7 @@ class Builder:
         if self.observe:
             self._watch(name, x, shape[1])
         scheme = self._recipe.scheme(f"{name}.weight", shape)
-        part = self._declare(f"{name}.weight", shape, scheme)
+        part = self._declare(f"{name}.weight", shape, scheme, half)
         offset = [self.vector(f"{name}.bias", shape[0], "fp16" if scheme.name == "fp16" else "fp32")] if bias else []
         if scheme.name == "fp32":
             return self.op("Gemm", x, part[""], *offset, transB=1, out=out)
@@ -263,7 +264,7 @@ class Builder:
         self._observed += [Port(f"{name}.{what}", np.dtype(np.float32), (size,)) for what in ("peak", "energy")]
         self._observed.append(Port(f"{name}.rows", np.dtype(np.int64), (1,)))
 
-    def _declare(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, str]:
+    def _declare(self, name: str, shape: tuple[int, ...], scheme: Scheme, half: bool = False) -> dict[str, str]:
         """Give the parts of a tensor their places; returns the initializer of each."""
         if name in self._weights:
             raise AssertionError(f"weight {name} is declared twice")
@@ -278,7 +279,7 @@ class Builder:
                 tensor.external_data.add(key=place, value=str(value))
             self._initializers.append(tensor)
             parts.append(part)
-        self._weights[name] = Weight(name, tuple(shape), scheme, tuple(parts))
+        self._weights[name] = Weight(name, tuple(shape), scheme, tuple(parts), half)
         return {part.key: part.name for part in parts}
 
     # --- the whole ---------------------------------------------------------------------------------

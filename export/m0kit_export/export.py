@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +38,7 @@ from m0kit_export.merge import AdapterSpec
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
+from m0kit_quant.halves import Fit, fit_halves
 from m0kit_quant.recipe import Recipe
 from m0kit_quant.schemes import Scheme
 from m0kit_quant.weights import Weights
@@ -128,6 +129,14 @@ def _write(
                 groups = channel_groups(source.config)
                 scales = _equalized(source, groups, schemes_of(graphs), calibration, bar, progress)
                 weights = Rescaled(source, groups, scales)
+            fit = _fitted(source, weights, graphs, recipe.equalize, bar, progress)
+            if fit.scales:
+                scales |= fit.scales
+                weights = Rescaled(source, channel_groups(source.config), scales)
+            if fit.wider:
+                recipe = recipe.storing({name: each.scheme for name, each in fit.wider.items()})
+                graphs = build_graphs(source.config, recipe)
+                num_bytes = sum(graph.data_bytes for graph in graphs.values())
             _begin("writing", bar, num_bytes, progress)
             importance = calibration.importance(source.config, scales) if calibration else {}
             hashes: dict[str, str] = {}
@@ -153,6 +162,10 @@ def _write(
             provenance={
                 **source.provenance(),
                 "calibration": calibration.about if calibration else None,
+                "stored_wider": {
+                    name: {"scheme": each.scheme, "lost": each.lost if math.isfinite(each.lost) else None}
+                    for name, each in fit.wider.items()
+                },
                 "tools": _tools(),
             },
             recipe=recipe.to_dict(),
@@ -175,6 +188,19 @@ def _equalized(
     num_bytes = {group.name: sum(4 * math.prod(source.shape(name)) for name in group.consumers) for group in groups}
     _begin("equalizing", bar, sum(num_bytes.values()), progress)
     return channel_scales(source, source.config, schemes, calibration, lambda name: bar.update(num_bytes[name]))
+
+
+def _fitted(
+    source: Source, weights: Weights, graphs: Mapping[str, Graph], equalize: bool, bar: Any, progress: bool
+) -> Fit:
+    """What keeps float16 from losing too much of the weights, with the bar moving."""
+    num_bytes = {w.name: w.num_bytes for g in graphs.values() for w in g.weights if w.scheme.name == "fp16"}
+    if not num_bytes:
+        return Fit({}, {})
+    _begin("measuring float16", bar, sum(num_bytes.values()), progress)
+    move: Callable[[str], object] = lambda name: bar.update(num_bytes[name])  # noqa: E731
+    half = {w.name for g in graphs.values() for w in g.weights if w.half}
+    return fit_halves(weights, source.config, schemes_of(graphs), half, equalize=equalize, done=move)
 
 
 @contextmanager

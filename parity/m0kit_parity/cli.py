@@ -282,7 +282,7 @@ def published_command(
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
 @click.option(
     "--outliers",
-    type=click.FloatRange(2, 1024),
+    type=click.FloatRange(2, 1 << 16),
     metavar="STRENGTH",
     help="Make some channels so many times larger than they were, without changing what the model computes.",
 )

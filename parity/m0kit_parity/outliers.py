@@ -35,8 +35,7 @@ from m0kit_export.checkpoint import (
 from m0kit_quant.equalize import Rescaled, channel_groups
 from m0kit_quant.weights import Float32, Weights
 
-# So that 1000 is 1024: only powers of two leave the function as it is.
-MAX_STRENGTH: Final = 1024
+MAX_STRENGTH: Final = 1 << 16  # float16 cannot tell a usual weight divided by more than that from zero
 FRACTION: Final = 0.01  # of a group's channels, at least one; trained models have fewer
 
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,8 +47,9 @@ def outlier_scales(
 ) -> dict[str, Float32]:
     """Scales for `Rescaled` by group: 1/S on the chosen channels, 1 on the others, (num_channels,) float32.
 
-    S is the power of two nearest to `strength`. The choice depends on the seed and the group's name alone.
-    Raises ValueError for a strength outside 2 to 1024 or a fraction outside 0 to 1/2.
+    S is the power of two nearest to `strength`, as 1024 to 1000: others would change the function. The choice depends
+    on the seed and the group's name alone.
+    Raises ValueError for a strength outside 2 to 65536 or a fraction outside 0 to 1/2.
     """
     if not 2 <= strength <= MAX_STRENGTH:
         raise ValueError(f"strength is {strength!r}: outliers are from 2 to {MAX_STRENGTH} times as large as before")

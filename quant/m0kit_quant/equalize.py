@@ -147,7 +147,7 @@ def equalizing_scale(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength!r}: the share of the range moved into the weights is from 0 to 1")
-    inputs = _produced(weights, group) if activation is None else np.asarray(activation, np.float64)
+    inputs = produced(weights, group) if activation is None else np.asarray(activation, np.float64)
     if inputs.shape != (group.num_channels,):
         raise ValueError(
             f"{group.name}: the activation has shape {list(inputs.shape)}, expected max|x| of each of its "
@@ -178,15 +178,7 @@ def equalizing_scale(
     return scale
 
 
-def _predicted_error(a: NDArray[np.float64], w: NDArray[np.float64]) -> float:
-    """Error of a product, up to a factor, when each side rounds to steps of its largest channel; a, w: log2 ranges."""
-    inputs, columns = np.exp2(a), np.exp2(w)
-    of_inputs = inputs.max() * np.linalg.norm(columns)
-    of_columns = _COARSER_WEIGHTS * columns.max() * np.linalg.norm(inputs)
-    return float(np.hypot(of_inputs, of_columns))
-
-
-def _produced(weights: Weights, group: ChannelGroup) -> NDArray[np.float64]:
+def produced(weights: Weights, group: ChannelGroup) -> NDArray[np.float64]:
     """About max|x| of each channel, up to a common factor: what normalised inputs make of the producers."""
     size = np.zeros(group.num_channels)
     for name, first in group.producers:
@@ -194,6 +186,14 @@ def _produced(weights: Weights, group: ChannelGroup) -> NDArray[np.float64]:
             1.0 if name.endswith(".bias") else _LARGEST_DEVIATION
         )
     return size
+
+
+def _predicted_error(a: NDArray[np.float64], w: NDArray[np.float64]) -> float:
+    """Error of a product, up to a factor, when each side rounds to steps of its largest channel; a, w: log2 ranges."""
+    inputs, columns = np.exp2(a), np.exp2(w)
+    of_inputs = inputs.max() * np.linalg.norm(columns)
+    of_columns = _COARSER_WEIGHTS * columns.max() * np.linalg.norm(inputs)
+    return float(np.hypot(of_inputs, of_columns))
 
 
 def _row_sizes(tensor: Float32, first: int, count: int) -> NDArray[np.float64]:
@@ -218,7 +218,8 @@ def _column_sizes(matrix: Float32) -> Float32:
     sizes = np.zeros(matrix.shape[1], np.float32)
     for first in range(0, len(matrix), _ROWS_AT_ONCE):
         part = np.abs(matrix[first : first + _ROWS_AT_ONCE])
-        mean = part.mean(axis=1, keepdims=True)
+        with np.errstate(over="ignore"):  # a mean of infinity leaves the channel alone, as what is not finite
+            mean = part.mean(axis=1, keepdims=True)
         np.divide(part, mean, out=part, where=mean > 0)
         np.maximum(sizes, part.max(axis=0), out=sizes)
     return sizes

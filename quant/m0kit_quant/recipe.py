@@ -20,7 +20,7 @@ import difflib
 import fnmatch
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -117,6 +117,10 @@ class Recipe:
             {"match": r.match, "scheme": r.scheme, **({"block": list(r.block)} if r.block else {})} for r in self.rules
         ]
         return {"precision": self.precision, "device": self.device, "equalize": self.equalize, "weights": rules}
+
+    def storing(self, schemes: Mapping[str, str]) -> "Recipe":
+        """The same with a rule of its own, before all others, for each matrix in `schemes` (by its full name)."""
+        return replace(self, rules=(*(Rule(name, scheme) for name, scheme in schemes.items()), *self.rules))
 
     def scheme(self, name: str, shape: tuple[int, ...]) -> Scheme:
         """How the matrix `name` (out, in) is stored. Raises RecipeError when no rule says, or a block does not fit."""

@@ -11,6 +11,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +130,15 @@ def test_two_exports_are_the_same_to_the_byte(tmp_path: Path, tiny: Path, adapte
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_fp16_refuses_a_weight_it_cannot_hold(tmp_path: Path, tiny: Path) -> None:
+def test_a_matrix_with_a_weight_that_fp16_cannot_hold_is_stored_wider_and_named(tmp_path: Path, tiny: Path) -> None:
     shutil.copytree(tiny, tmp_path / "checkpoint")
     tensors = {name: t.float() for name, t in load_file(tiny / "model.safetensors").items()}
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -70000
     save_file(tensors, tmp_path / "checkpoint" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 70000, which fp16"):
-        export_artifact(tmp_path / "checkpoint", tmp_path / "out", recipe=FP16, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    export_artifact(tmp_path / "checkpoint", tmp_path / "out", progress=False)
+    recipe = replace(FP16, equalize=False)
+    manifest = export_artifact(tmp_path / "checkpoint", tmp_path / "out", recipe=recipe, progress=False)
+    wider = {"model.layers.1.mlp.up_proj.weight": {"scheme": "fp32", "lost": None}}
+    assert manifest.provenance["stored_wider"] == wider
 
 
 # --- where it came from ----------------------------------------------------------------------------------

@@ -424,13 +424,24 @@ def test_a_byte_of_any_part_that_changes_before_it_is_read_back_is_caught(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_weight_that_no_scheme_can_hold_is_named(tmp_path: Path, tiny: Path) -> None:
+def test_a_weight_that_its_scheme_cannot_hold_is_named(tmp_path: Path, tiny: Path) -> None:
     values = {name: t.float().numpy() for name, t in load_file(tiny / "model.safetensors").items()}
-    values["model.layers.1.mlp.up_proj.weight"] = values["model.layers.1.mlp.up_proj.weight"] * np.float32(2e38)
+    values["model.layers.1.mlp.up_proj.weight"][3, 4] = 3.4e38  # bf16 ends at 3.39e38
     broken = rewritten(tiny, tmp_path / "c", {**values, "score.2.weight": values["score.2.weight"].copy()})
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        export_artifact(broken, tmp_path / "out", recipe=Recipe.default("fp16"), progress=False)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 3\.4e\+38, which bf16"):
+        export_artifact(broken, tmp_path / "out", recipe=Recipe.default("bf16"), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "nf4"])
+def test_a_matrix_beyond_float16_is_kept_in_every_precision(tmp_path: Path, tiny: Path, precision: str) -> None:
+    values = {name: t.float().numpy() for name, t in load_file(tiny / "model.safetensors").items()}
+    values["model.layers.1.mlp.up_proj.weight"] = values["model.layers.1.mlp.up_proj.weight"] * np.float32(1e6)
+    values["model.layers.1.mlp.down_proj.weight"] = values["model.layers.1.mlp.down_proj.weight"] * np.float32(1e-6)
+    far = rewritten(tiny, tmp_path / "c", {**values, "score.2.weight": values["score.2.weight"].copy()})
+    export_artifact(far, tmp_path / "out", recipe=Recipe.default(precision), progress=False)
+    (score,) = Reranker.load(tmp_path / "out").score([("q", "d")])
+    assert 0 < score < 1
 
 
 # Forked children quantise and kill themselves before their k-th file operation, for some k over the whole of it.

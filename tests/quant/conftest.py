@@ -7,7 +7,7 @@ import pytest
 
 from m0kit_export.export import export_artifact
 from m0kit_parity.cli import SMALL
-from m0kit_parity.outliers import MAX_STRENGTH, write_injected
+from m0kit_parity.outliers import write_injected
 from m0kit_quant.recipe import Recipe
 
 Made = Callable[..., Path]
@@ -22,7 +22,7 @@ def small() -> Path:
 def spiky(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small checkpoint with channels 1024 times larger than their neighbours; it computes the same."""
     folder = tmp_path_factory.mktemp("spiky") / "checkpoint"
-    write_injected(small, folder, MAX_STRENGTH)
+    write_injected(small, folder, 1024)
     return folder
 
 

@@ -50,7 +50,7 @@ def test_a_default_recipe_fits_the_published_model(precision: str, device: str) 
     for name, shape in names.items():
         assert stored[name].layout(shape)
         assert stored[name].table == (name == EMBEDDING)
-    assert found.equalize == (precision in ("int8", "int4", "nf4"))
+    assert found.equalize == (precision in ("fp16", "int8", "int4", "nf4"))
 
 
 @pytest.mark.parametrize(("precision", "device"), DEFAULTS)
