@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, RecipeError
-from m0kit.inputs import beside
-from m0kit.reranker import Reranker
-from m0kit.sessions import Graph, open_graph
 from m0kit_export.graphs import build_graphs
+from m0kit_export.sources import stored_frequencies
 from m0kit_quant.calibration import Calibration
 from m0kit_quant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from m0kit.sessions import Graph
 
 Array = NDArray[Any]
 _KINDS: Final = ("text", "image")
@@ -53,7 +54,7 @@ class _Sums:
 class _Observed:
     """A graph that notes the statistics of every run."""
 
-    def __init__(self, graph: Graph, products: Sequence[str], sums: dict[str, _Sums], kind: Sequence[str]) -> None:
+    def __init__(self, graph: "Graph", products: Sequence[str], sums: dict[str, _Sums], kind: Sequence[str]) -> None:
         self._graph, self._products, self._sums, self._kind = graph, products, sums, kind
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
@@ -71,14 +72,18 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
     Text and images count alike, whatever their numbers. Raises RecipeError for a file without usable pairs or with a
     bad one (the line is named), ArtifactError.
     """
+    from m0kit.reranker import Reranker  # ONNX Runtime, which nothing else here needs
+    from m0kit.sessions import open_graph
+
     found = read_pairs(pairs)
     manifest = read_manifest(folder)
     recipe = Recipe.from_dict(manifest.recipe, str(folder))
-    graphs = build_graphs(manifest.model, recipe, observe=True)
+    frequencies = stored_frequencies(folder, manifest.model)
+    graphs = build_graphs(manifest.model, recipe, observe=True, frequencies=frequencies)
     sums: dict[str, _Sums] = defaultdict(_Sums)
     kind = ["text"]
 
-    def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> Graph:
+    def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> "Graph":
         del also
         products = [port.name.removesuffix(".peak") for port in graphs[name].outputs if port.name.endswith(".peak")]
         model = graphs[name].model.SerializeToString()
@@ -144,5 +149,7 @@ def _content(value: Any, folder: Path) -> Any:
     if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("text"), str):
         return value["text"]
     if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("image"), str):
+        from m0kit.inputs import beside
+
         return beside(folder, value)
     raise ValueError(f'{str(value)[:40]!r} is neither a text nor {{"image": …}}')

@@ -13,20 +13,19 @@ opens a pickle. Knows nothing about adapters.
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
+from m0kit_export.folder import find_folder
+from m0kit_export.names import canonical_name, expected_shapes
 from m0kit_export.packed import Packed, Stored, join_pieces, unpack
 from m0kit_quant.nf4 import bitsandbytes_functional
 
@@ -34,17 +33,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 
-_DOWNLOADED = ("*.safetensors", "*.json", "README.md", "LICENSE*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-
-# transformers 4.52 moved both towers under `model.`; one published source names the head's layers by role.
-_RENAMED_PREFIXES = (
-    ("model.language_model.", "model."),
-    ("model.visual.", "visual."),
-    ("score.dense.", "score.0."),
-    ("score.out_proj.", "score.2."),
-)
 
 # What a field that config.json leaves out means. A config saved by transformers omits what equals the
 # defaults of its class, and transformers fills the same defaults when it loads; so these are the defaults
@@ -164,7 +153,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
     are downloaded. revision and cache_dir concern hub ids only. Raises CheckpointError, and DependencyError
     when weights in 4 bits need bitsandbytes.
     """
-    folder = _find_folder(source, revision, cache_dir)
+    folder = find_folder(source, revision, cache_dir)
     raw = read_json_object(folder / "config.json")
     quant_type = _quant_type(raw)
     weight_files, stored = _read_headers(folder)
@@ -203,66 +192,6 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
         _stored=in_use,
         _files=tuple(sorted({"config.json", TOKENIZER, *image_files, *weight_files})),
     )
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape of every tensor that scoring uses, in the order of the computation."""
-    v, d = config.vision, config.decoder
-    size, merged = d.hidden_size, v.width * v.merge_size**2
-    shapes: dict[str, tuple[int, ...]] = {
-        "visual.patch_embed.proj.weight": (
-            v.width,
-            v.in_channels,
-            v.temporal_patch_size,
-            v.patch_size,
-            v.patch_size,
-        )
-    }
-
-    def linear(name: str, rows: int, columns: int, bias: bool = True) -> None:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
-
-    def layer_norm(name: str) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (v.width,)
-
-    for i in range(v.depth):
-        block = f"visual.blocks.{i}"
-        layer_norm(f"{block}.norm1")
-        layer_norm(f"{block}.norm2")
-        linear(f"{block}.attn.qkv", 3 * v.width, v.width)
-        linear(f"{block}.attn.proj", v.width, v.width)
-        linear(f"{block}.mlp.fc1", v.mlp_size, v.width)
-        linear(f"{block}.mlp.fc2", v.width, v.mlp_size)
-    layer_norm("visual.merger.ln_q")
-    linear("visual.merger.mlp.0", merged, merged)
-    linear("visual.merger.mlp.2", size, merged)
-
-    shapes["model.embed_tokens.weight"] = (d.vocab_size, size)
-    for i in range(d.num_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (size,)
-        linear(f"{layer}.self_attn.q_proj", d.num_heads * d.head_dim, size)
-        linear(f"{layer}.self_attn.k_proj", d.kv_size, size)
-        linear(f"{layer}.self_attn.v_proj", d.kv_size, size)
-        linear(f"{layer}.self_attn.o_proj", size, d.num_heads * d.head_dim, bias=False)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (size,)
-        linear(f"{layer}.mlp.gate_proj", d.intermediate_size, size, bias=False)
-        linear(f"{layer}.mlp.up_proj", d.intermediate_size, size, bias=False)
-        linear(f"{layer}.mlp.down_proj", size, d.intermediate_size, bias=False)
-    shapes["model.norm.weight"] = (size,)
-    linear("score.0", size, size)
-    linear("score.2", 1, size)
-    return shapes
-
-
-def canonical_name(name: str) -> str:
-    """The published name of a tensor or module stored under either naming scheme."""
-    for old, new in _RENAMED_PREFIXES:
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name
 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -353,46 +282,6 @@ def _read_text(path: Path) -> str:
             return file.read(1 << 16)  # the front matter or the title of a licence
     except OSError:
         return ""
-
-
-def _find_folder(source: str | Path, revision: str | None, cache_dir: Path | None) -> Path:
-    path = Path(source)
-    if os.path.isdir(path):  # unlike Path.is_dir it also takes a name too long for the file system
-        if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given with the folder {path.name}; it needs a hub id")
-        return path
-    if os.path.exists(path):
-        raise CheckpointError(f"{path.name} is a file. Give the folder that holds it")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"there is no folder {str(source)!r}, and it is not a hub id of the form 'organisation/name'"
-        )
-    where = source if revision is None else f"{source} at revision {revision}"
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=list(_DOWNLOADED),
-                ignore_patterns=["*/*"],  # other people's exports live in sub-folders
-            )
-        )
-    except hub_errors.GatedRepoError:
-        raise CheckpointError(
-            f"{where} is gated: accept its terms on its page and log in with `hf auth login`"
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise CheckpointError(f"{source} has no revision {revision!r}") from None
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
-        raise CheckpointError(
-            f"there is no folder or public hub repository {source!r}: check the name, or log in"
-        ) from None
-    except Exception as error:  # offline, timeouts, a full disk, a proxy's login page: no base class covers them
-        raise CheckpointError(
-            f"cannot download {where}: the hub does not answer or the disk is full, and no complete copy is "
-            "in the cache. Go online, or give a folder"
-        ) from error
 
 
 def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:

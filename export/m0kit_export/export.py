@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 from tqdm import tqdm
 
-from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, sha256_of, write_manifest
+from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manifest, sha256_of, write_manifest
 from m0kit.errors import CheckpointError, OutputError, RecipeError
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
-from m0kit_export.graphs import build_graphs, kept_decoders, schemes_of
-from m0kit_export.merge import AdapterSpec
+from m0kit_export.folder import find_folder
+from m0kit_export.graphs import build_graphs, check_recipe, kept_decoders, schemes_of
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
+from m0kit_quant import nf4
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
 from m0kit_quant.halves import Fit, fit_halves
@@ -70,12 +72,19 @@ def export_artifact(
 
     Raises CheckpointError, AdapterError, RecipeError, OutputError.
     """
+    # What is wrong with the place, the folder or the pairs is said before PyTorch comes, and what is wrong with the
+    # recipe before minutes of work.
+    with _named_errors(output):
+        _check_place(output, overwrite)
+    find_folder(checkpoint, revision, cache_dir)
+    if qlora is not None:
+        nf4.require_bitsandbytes()
+    if calibration is not None:
+        read_pairs(calibration)
     source = CheckpointSource.open(checkpoint, adapters, revision, cache_dir, qlora)
     if calibration is None:
         return _write(source, output, recipe, None, overwrite, progress)
-    # What is wrong with the recipe, the pairs or the place is said before minutes of work.
-    build_graphs(source.config, recipe)
-    read_pairs(calibration)
+    check_recipe(recipe, source.config)
     with _named_errors(output):
         aside = _make_room(output, 0, overwrite)
     try:
@@ -99,14 +108,16 @@ def quantize_artifact(
 
     Raises ArtifactError, RecipeError, OutputError.
     """
-    source = ArtifactSource.open(folder)
+    check_recipe(recipe, read_manifest(folder).model)
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
-    if calibration is None:
-        return _write(source, output, recipe, None, overwrite, progress)
-    build_graphs(source.config, recipe)
     with _named_errors(output):
         _check_place(output, overwrite)
+    if calibration is not None:
+        read_pairs(calibration)
+    source = ArtifactSource.open(folder)  # hashes every file
+    if calibration is None:
+        return _write(source, output, recipe, None, overwrite, progress)
     statistics = calibrate(folder, calibration, progress=progress)
     return _write(source, output, recipe, statistics, overwrite, progress)
 
@@ -114,7 +125,8 @@ def quantize_artifact(
 def _write(
     source: Source, output: Path, recipe: Recipe, calibration: Calibration | None, overwrite: bool, progress: bool
 ) -> Manifest:
-    graphs = build_graphs(source.config, recipe)
+    frequencies = source.frequencies
+    graphs = build_graphs(source.config, recipe, frequencies=frequencies)
     _check_complete(source, graphs)
     if calibration is not None:
         _check_seen(calibration, graphs)
@@ -135,7 +147,7 @@ def _write(
                 weights = Rescaled(source, channel_groups(source.config), scales)
             if fit.wider:
                 recipe = recipe.storing({name: each.scheme for name, each in fit.wider.items()})
-                graphs = build_graphs(source.config, recipe)
+                graphs = build_graphs(source.config, recipe, frequencies=frequencies)
                 num_bytes = sum(graph.data_bytes for graph in graphs.values())
             _begin("writing", bar, num_bytes, progress)
             importance = calibration.importance(source.config, scales) if calibration else {}
@@ -144,7 +156,7 @@ def _write(
                 path = folder / f"{name}.onnx.data"
                 hashes |= _write_weights(path, graph, weights, bar, importance)
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
-            kept = kept_decoders(source.config.decoder, recipe)
+            kept = kept_decoders(source.config.decoder, recipe, frequencies.decoder)
             for name, graph in kept.items():
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             _begin("reading back", bar, num_bytes, progress)

@@ -15,18 +15,21 @@ Sources: Qwen2-VL (arXiv:2409.12191), transformers' `modeling_qwen2_vl`, the ONN
 RMSNormalization and RotaryEmbedding (opset 23), LayerNormalization (17), Gelu (20).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-import torch
 from onnx import TensorProto, helper
 
 from m0kit.artifact import KV, decoder_name
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit_export.builder import CONTRIB, Builder, Graph, Port
+from m0kit_export.frequencies import Frequencies, powers
+from m0kit_export.names import expected_shapes
 from m0kit_quant.recipe import EMBEDDING, Recipe
 from m0kit_quant.schemes import Scheme
+from m0kit_quant.weights import Float32
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 
@@ -44,26 +47,38 @@ VISION_PIECE_ROWS = 256
 FLASH_PIECE_ROWS = 1024
 
 
-def build_graphs(config: ModelConfig, recipe: Recipe, observe: bool = False) -> dict[str, Graph]:
+def build_graphs(
+    config: ModelConfig, recipe: Recipe, observe: bool = False, frequencies: Frequencies | None = None
+) -> dict[str, Graph]:
     """All three by name, matrices stored as the recipe has it; `observe` as in `Builder`.
 
-    Raises RecipeError when the recipe does not fit the model.
+    Rotary frequencies are PyTorch's unless given. Raises RecipeError when the recipe does not fit the model.
     """
+    frequencies = frequencies or Frequencies.of(config)
     graphs = {
-        "vision": vision_graph(config, recipe, observe),
-        "decoder": decoder_graph(config.decoder, recipe, observe),
+        "vision": vision_graph(config, recipe, observe, frequency=frequencies.vision),
+        "decoder": decoder_graph(config.decoder, recipe, observe, frequency=frequencies.decoder),
         "head": head_graph(config.decoder, recipe, observe),
     }
     recipe.check(w.name for graph in graphs.values() for w in graph.weights if len(w.shape) == 2)
     return graphs
 
 
-def kept_decoders(config: DecoderConfig, recipe: Recipe) -> dict[str, Graph]:
+def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
+    """Raises RecipeError when the recipe does not fit the model, as `build_graphs` does, but at once."""
+    flat = {name: (shape[0], math.prod(shape[1:])) for name, shape in expected_shapes(config).items() if len(shape) > 1}
+    for name, shape in flat.items():
+        recipe.scheme(name, shape)
+    recipe.check(flat)
+
+
+def kept_decoders(config: DecoderConfig, recipe: Recipe, frequency: Float32 | None = None) -> dict[str, Graph]:
     """The decoder once more for pasts that are kept as float16 or int8, by the names of their files.
 
     They read the data file of "decoder".
     """
-    return {decoder_name(kv): decoder_graph(config, recipe, kv=kv) for kv in KV if kv != "fp32"}
+    others = [kv for kv in KV if kv != "fp32"]
+    return {decoder_name(kv): decoder_graph(config, recipe, kv=kv, frequency=frequency) for kv in others}
 
 
 def schemes_of(graphs: Mapping[str, Graph]) -> dict[str, Scheme]:
@@ -71,7 +86,7 @@ def schemes_of(graphs: Mapping[str, Graph]) -> dict[str, Scheme]:
     return {weight.name: weight.scheme for graph in graphs.values() for weight in graph.weights}
 
 
-def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False) -> Graph:
+def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False, frequency: Float32 | None = None) -> Graph:
     """Patches of any number of images → one embedding per 2×2 patches.
 
     patches (P, 1176) float32 in merge order · positions (P, 2) row and column · images (I, 2) int64: rows
@@ -83,7 +98,8 @@ def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False) -> 
     x = b.linear("visual.patch_embed.proj", "patches", (width, vision.patch_values), bias=False)
     # Rotary frequencies: the first half of a head's pairs turns with the row, the second with the column.
     pairs = vision.head_dim // 2
-    frequency = _inverse_frequency(vision.rope_theta, pairs)
+    if frequency is None:
+        frequency = powers(vision.rope_theta, pairs)
     axis = np.repeat([0, 1], pairs // 2)
     cos, sin = _cos_sin(b, "positions", axis, np.tile(frequency, 2), position_axis=1)
     for i in range(vision.depth):
@@ -113,7 +129,13 @@ def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False) -> 
     )
 
 
-def decoder_graph(config: DecoderConfig, recipe: Recipe, observe: bool = False, kv: str = "fp32") -> Graph:
+def decoder_graph(
+    config: DecoderConfig,
+    recipe: Recipe,
+    observe: bool = False,
+    kv: str = "fp32",
+    frequency: Float32 | None = None,
+) -> Graph:
     """Tokens of any number of pairs → hidden state of the last token of each, after the final norm.
 
     token_ids (T,) · image_embeds (V, D), put in the place of rows image_token_index (V,) ·
@@ -133,7 +155,8 @@ def decoder_graph(config: DecoderConfig, recipe: Recipe, observe: bool = False, 
     b = Builder("decoder", recipe, observe)
     x = b.lookup(EMBEDDING, "token_ids", (config.vocab_size, D))
     x = b.op("ScatterND", x, b.op("Reshape", "image_token_index", b.const([-1, 1])), "image_embeds")
-    frequency = _inverse_frequency(config.rope_theta, C)
+    if frequency is None:
+        frequency = powers(config.rope_theta, C)
     axis = np.repeat([0, 1, 2], config.mrope_section)
     cos, sin = _cos_sin(b, "positions", axis, frequency, position_axis=0)
     last_cos, last_sin = (b.op("Gather", table, "last_index", axis=1) for table in (cos, sin))
@@ -405,12 +428,6 @@ def _cos_sin(
     angle = b.op("Mul", b.cast(chosen, F32), b.const(frequency, F32))
     table: Callable[[str], str] = lambda f: b.op("Reshape", b.op(f, angle), b.const([1, -1, len(axis)]))  # noqa: E731
     return table("Cos"), table("Sin")
-
-
-def _inverse_frequency(theta: float, dim: int) -> np.ndarray:
-    """theta^(−2j/dim), (dim/2,). By torch: one last bit of it is 1e-3 radians at position 10,000."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
-    return np.asarray((1.0 / (theta**exponent)).numpy(), np.float32)
 
 
 def _rms_norm(b: Builder, name: str, x: str, width: int, eps: float, out: str | None = None) -> str:

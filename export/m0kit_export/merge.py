@@ -20,7 +20,6 @@ resized embeddings, and PiSSA or OLoRA, whose base is changed as well. There onl
 """
 
 import copy
-import math
 import os
 import re
 import warnings
@@ -39,16 +38,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from m0kit.errors import AdapterError, CheckpointError
-from m0kit_export.checkpoint import (
-    Checkpoint,
-    canonical_name,
-    expected_shapes,
-    file_sha256,
-    find_licence,
-    read_header,
-    read_json_object,
-    read_tensor,
-)
+from m0kit_export.adapter import AdapterSpec
+from m0kit_export.checkpoint import Checkpoint, file_sha256, find_licence, read_header, read_json_object, read_tensor
+from m0kit_export.names import canonical_name, expected_shapes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -76,28 +68,6 @@ _WITHOUT_EFFECT = {
 # weight, in a way PEFT repeats exactly when it loads the adapter.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 _BASE_CHANGING_INITS = ("pissa", "olora")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """Which adapter, and how much of it."""
-
-    path: Path
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise AdapterError(f"the weight of adapter {self.path.name} is {self.weight}, expected a finite number")
-
-    @classmethod
-    def parse(cls, text: str) -> "AdapterSpec":
-        """From "PATH" or "PATH:0.5". Only a number after the last colon is a weight: C:\\tuned is a path."""
-        match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text, re.DOTALL)
-        if match:
-            return cls(Path(match[1]), float(match[2]))
-        if not text:
-            raise AdapterError("an adapter is given as PATH or PATH:WEIGHT, got an empty string")
-        return cls(Path(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +130,7 @@ class AdapterStack:
         """One JSON object per adapter, in order: name, weight, sha256 of both files, kind, rank, licence."""
         return [
             {
-                "name": adapter.spec.path.resolve().name,
+                "name": adapter.spec.name,
                 "weight": adapter.spec.weight,
                 "sha256": dict(adapter.hashes),
                 "peft_type": "LORA",
@@ -172,7 +142,7 @@ class AdapterStack:
 
 
 def _open_adapter(spec: AdapterSpec, checkpoint: Checkpoint) -> _Adapter:
-    name = spec.path.name
+    name = spec.name
     if not os.path.isdir(spec.path):  # unlike Path.is_dir it also takes a name too long for the file system
         raise AdapterError(f"there is no adapter folder {name!r}. Download the adapter and give its folder")
     raw = read_json_object(spec.path / CONFIG, AdapterError)
@@ -222,7 +192,7 @@ def _check_options(name: str, raw: Mapping[str, Any]) -> None:
 
 def _check_weight(adapter: _Adapter, checkpoint: Checkpoint) -> None:
     """Refuse a weight other than 1 for whatever replaces instead of adding."""
-    weight, raw, name = adapter.spec.weight, adapter.raw, adapter.spec.path.name
+    weight, raw, name = adapter.spec.weight, adapter.raw, adapter.spec.name
     if weight == 1.0:
         return
     for option, meaning in (
@@ -440,7 +410,7 @@ def _merge_by_peft(
     adapter: _Adapter, unit: _Unit, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The unit's module through PEFT: attach, load, scale, merge, read back. By leaf name, fp32."""
-    name, raw = adapter.spec.path.name, adapter.raw
+    name, raw = adapter.spec.name, adapter.raw
     module = _make_module(canonical_name(unit.path), {leaf: t.shape for leaf, t in tensors.items()})
     for leaf, tensor in tensors.items():
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))

@@ -24,10 +24,9 @@ import torch
 
 from m0kit.errors import CheckpointError
 from m0kit_export.checkpoint import Checkpoint
+from m0kit_export.sources import KEPT
 from m0kit_quant.nf4 import BLOCK_SIZE, NF4, bitsandbytes_functional, dequantize, quantize
 from m0kit_quant.weights import Float32
-
-KEPT = ("score.2",)  # by transformers 4
 
 
 @dataclass(frozen=True)

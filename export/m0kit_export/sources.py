@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
@@ -19,11 +19,17 @@ from onnx.external_data_helper import ExternalDataInfo
 from m0kit.artifact import GRAPHS, TOKENIZER, Manifest, read_manifest, verify_files
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactDamagedError, ArtifactError
-from m0kit_export.checkpoint import Checkpoint, expected_shapes, open_checkpoint
-from m0kit_export.merge import AdapterSpec, AdapterStack
-from m0kit_export.qlora import KEPT, QuantizedBase
+from m0kit_export.adapter import AdapterSpec
+from m0kit_export.frequencies import Frequencies
+from m0kit_export.names import expected_shapes
 from m0kit_quant.schemes import FLOATS
 from m0kit_quant.weights import Float32
+
+if TYPE_CHECKING:  # PyTorch, transformers and PEFT, none of which an artifact needs
+    from m0kit_export.checkpoint import Checkpoint
+    from m0kit_export.merge import AdapterStack
+
+KEPT = ("score.2",)  # what 4-bit training by transformers 4 does not quantise (m0kit_export.qlora)
 
 
 class Source(Protocol):
@@ -44,6 +50,9 @@ class Source(Protocol):
 
     @property
     def tokenizer_file(self) -> Path: ...
+
+    @property
+    def frequencies(self) -> Frequencies: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading it."""
@@ -68,8 +77,9 @@ class QLora:
 class CheckpointSource:
     """A checkpoint with adapters merged in order."""
 
-    checkpoint: Checkpoint
-    adapters: AdapterStack
+    checkpoint: "Checkpoint"
+    adapters: "AdapterStack"
+    quantized: Mapping[str, Any] | None = None  # what the manifest says of a base in 4 bits
 
     @classmethod
     def open(
@@ -81,10 +91,15 @@ class CheckpointSource:
         qlora: QLora | None = None,
     ) -> "CheckpointSource":
         """`qlora`: merge on the base as 4-bit training saw it. Raises CheckpointError, AdapterError."""
-        checkpoint = open_checkpoint(source, revision, cache_dir)
+        from m0kit_export.checkpoint import open_checkpoint
+        from m0kit_export.merge import AdapterStack
+        from m0kit_export.qlora import QuantizedBase
+
+        checkpoint, told = open_checkpoint(source, revision, cache_dir), None
         if qlora is not None:
-            checkpoint = QuantizedBase.of(checkpoint, double_quant=qlora.double_quant, keep=qlora.keep)
-        return cls(checkpoint, AdapterStack.open(adapters, checkpoint))
+            checkpoint = base = QuantizedBase.of(checkpoint, double_quant=qlora.double_quant, keep=qlora.keep)
+            told = base.provenance()
+        return cls(checkpoint, AdapterStack.open(adapters, checkpoint), told)
 
     @property
     def name(self) -> str:
@@ -102,6 +117,10 @@ class CheckpointSource:
     def tokenizer_file(self) -> Path:
         return self.checkpoint.tokenizer_file
 
+    @property
+    def frequencies(self) -> Frequencies:
+        return Frequencies.of(self.config)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.checkpoint.shape(name)
 
@@ -115,7 +134,7 @@ class CheckpointSource:
             "dropped_tensors": list(self.checkpoint.dropped),
             "adapters": self.adapters.provenance(),
             "licence": self.checkpoint.licence,
-            **({"qlora": self.checkpoint.provenance()} if isinstance(self.checkpoint, QuantizedBase) else {}),
+            **({"qlora": dict(self.quantized)} if self.quantized else {}),
         }
 
 
@@ -167,6 +186,10 @@ class ArtifactSource:
     def tokenizer_file(self) -> Path:
         return self.folder / TOKENIZER
 
+    @property
+    def frequencies(self) -> Frequencies:
+        return stored_frequencies(self.folder, self.config)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
@@ -178,3 +201,9 @@ class ArtifactSource:
     def provenance(self) -> dict[str, Any]:
         was = dict(self.manifest.provenance)
         return {**was, "artifact": {"fingerprint": self.manifest.fingerprint, "scheme": self.manifest.scheme}}
+
+
+def stored_frequencies(folder: Path, config: ModelConfig) -> Frequencies:
+    """The rotary frequencies of the artifact in `folder`. Raises ArtifactDamagedError when it has none."""
+    graphs = {name: onnx.load(folder / f"{name}.onnx", load_external_data=False) for name in ("vision", "decoder")}
+    return Frequencies.stored(graphs, config)

@@ -24,7 +24,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from m0kit.errors import AdapterError, OutputError
-from m0kit_export.checkpoint import Checkpoint, canonical_name, open_checkpoint
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit_export.names import canonical_name
 from m0kit_parity.checkpoints import Naming
 from m0kit_parity.reference import NewNames, PublishedNames, empty_model
 

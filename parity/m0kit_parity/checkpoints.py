@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import OutputError
-from m0kit_export.checkpoint import expected_shapes
+from m0kit_export.names import expected_shapes
 from m0kit_parity.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
 
 Shape = Literal["tiny", "wide", "full"]

@@ -362,8 +362,9 @@ def _record_here(
     """Load the reference in this process and record."""
     import torch
 
+    from m0kit_export.adapter import AdapterSpec
     from m0kit_export.checkpoint import open_checkpoint
-    from m0kit_export.merge import AdapterSpec, AdapterStack
+    from m0kit_export.merge import AdapterStack
     from m0kit_parity.reference import Reference
 
     torch.manual_seed(_SEED)

@@ -26,12 +26,12 @@ from m0kit_export.checkpoint import (
     INDEX,
     WEIGHTS,
     Checkpoint,
-    canonical_name,
     open_checkpoint,
     read_header,
     read_json_object,
     read_tensor,
 )
+from m0kit_export.names import canonical_name
 from m0kit_quant.equalize import Rescaled, channel_groups
 from m0kit_quant.weights import Float32, Weights
 

@@ -14,7 +14,7 @@ a matrix (out, in) is read row after row as one line of values. Blocks are 64 of
 half. A last byte half used holds level 7, which is 0, below.
 """
 
-import importlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from math import prod
@@ -46,6 +46,7 @@ _PAIRS: Float32 = np.stack([np.repeat(LEVELS, 16), np.tile(LEVELS, 16)], axis=1)
 _MIDDLES: Float32 = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)  # a value above one gets the next level (15,)
 _SMALLEST = np.float32(1e-38)  # bitsandbytes' floor of what is divided by
 
+_WITHOUT = "QLoRA and checkpoints stored in 4 bits need bitsandbytes: pip install 'm0kit[nf4]'"
 _PIECE = 1 << 20  # values read back at once: a whole embedding has 233 million
 
 
@@ -140,6 +141,12 @@ def _check_part(name: str, array: NDArray[Any], dtype: type, size: int) -> None:
         raise ValueError(f"{name} must be {dtype.__name__} [{size}], got {array.dtype} {list(array.shape)}")
 
 
+def require_bitsandbytes() -> None:
+    """Raises DependencyError that names the extra, without importing anything."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DependencyError(_WITHOUT)
+
+
 def bitsandbytes_functional() -> Any:
     """The module bitsandbytes.functional. Raises DependencyError that names the extra."""
     # On CPUs with bf16 instructions it warns that a product we never ask for will be slow.
@@ -149,6 +156,6 @@ def bitsandbytes_functional() -> Any:
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError:
-        raise DependencyError("4-bit weights of this kind need bitsandbytes: pip install 'm0kit[nf4]'") from None
+        raise DependencyError(_WITHOUT) from None
     finally:
         notices.setLevel(level)

@@ -22,7 +22,6 @@ from torch import nn
 from m0kit import Reranker
 from m0kit.artifact import GRAPHS, read_manifest, verify_files
 from m0kit.errors import OutputError, RecipeError
-from m0kit_export import calibrate as calibrating
 from m0kit_export import export
 from m0kit_export.builder import Weight
 from m0kit_export.calibrate import calibrate, read_pairs
@@ -438,6 +437,6 @@ def test_each_pair_is_run_by_itself_with_the_runtimes_own_prompts(
             calls.append(pairs)
             return super().score(pairs, *args, **options)
 
-    monkeypatch.setattr(calibrating, "Reranker", Spied)
+    monkeypatch.setattr("m0kit.reranker.Reranker", Spied)
     calibrate(tiny_artifact, pairs, threads=1, progress=False)
     assert calls == [[pair] for _, pair in read_pairs(pairs)]

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from PIL import Image
 from tests.export import _tiny
+from tests.export._without import TORCH, m0kit_without
 from tests.export.test_merge import save_adapter
 
 from m0kit import Reranker
@@ -162,9 +163,12 @@ def test_what_is_left_out_is_said(m0kit: Callable[..., Done], tmp_path: Path, mo
     ("arguments", "message"),
     [
         (["/nowhere"], "error: there is no folder '/nowhere'"),
-        (["BASE", "--revision", "v1"], "error: revision 'v1' was given with the folder base"),
-        (["BASE", "--adapter", "/nowhere"], "error: there is no adapter folder 'nowhere'"),
-        (["BASE", "--adapter", "ADAPTER:nan"], "error: there is no adapter folder 'lora:nan'"),
+        (["BASE", "--revision", "v1"], "error: revision 'v1' was given with 'BASE', which is no hub id"),
+        (["BASE", "--adapter", "/nowhere"], "error: there is no adapter folder '/nowhere'"),
+        (
+            ["BASE", "--adapter", "ADAPTER:nan"],
+            "error: adapter 'ADAPTER:nan': 'ADAPTER' is here, but 'nan' is no weight",
+        ),
         (["BASE", "--adapter", "x" * 5000], "error: there is no adapter folder"),
         (["BASE", "--adapter", "BASE"], "error: base has no adapter_config.json"),
         (["ADAPTER"], "error: lora has no config.json"),
@@ -176,7 +180,7 @@ def test_errors_are_one_line_and_exit_code_1(
     given = [a.replace("BASE", str(base)).replace("ADAPTER", str(adapter)) for a in arguments]
     done = m0kit("export", *given, "-o", tmp_path / "out")
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith(message)
+    assert done.err.startswith(message.replace("BASE", str(base)).replace("ADAPTER", str(adapter)))
     assert done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -433,3 +437,47 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, base: Path) -
     path = os.pathsep.join([str(tmp_path / "hidden"), os.environ.get("PYTHONPATH", "")])
     done = m0kit_process("export", base, "-o", tmp_path / "out", PYTHONPATH=path)
     assert (done.code, done.err) == (1, "error: this command needs peft. pip install 'm0kit[export]'\n")
+
+
+CHEAP = {
+    "no checkpoint": (["export", "{root}/gone", "-o", "{root}/out"], 1, "there is no folder '{root}/gone'"),
+    "an empty folder": (["export", "{root}/empty", "-o", "{root}/out"], 1, "empty has no config.json"),
+    "no adapter": (["export", "{tiny}", "--adapter", "{root}/gone", "-o", "{root}/out"], 1, "no adapter folder"),
+    "output exists": (["export", "{tiny}", "-o", "{tiny}"], 1, "{tiny}: exists and is not empty"),
+    "no device": (["export", "{tiny}", "-o", "{root}/out", "--precision", "int8", "--device", "cuda"], 1, "no kernels"),
+    "no recipe": (["export", "{tiny}", "-o", "{root}/out", "--recipe", "{root}/gone"], 1, "gone: cannot be read"),
+    "no pairs": (["export", "{tiny}", "-o", "{root}/out", "--calibrate", "{root}/gone"], 1, "gone: cannot be read"),
+    "QLoRA": (["export", "{tiny}", "-o", "{root}/out", "--qlora", "single"], 1, "pip install 'm0kit[nf4]'"),
+    "no artifact": (["quantize", "{root}/gone", "-o", "{root}/out", "--precision", "int8"], 1, "gone"),
+    "output there": (["quantize", "{artifact}", "-o", "{tiny}", "--precision", "int8"], 1, "exists and is not empty"),
+    "no precision": (["quantize", "{artifact}", "-o", "{root}/out"], 2, "Give --precision or --recipe"),
+    "no pairs there": (
+        ["quantize", "{artifact}", "-o", "{root}/out", "--precision", "int8", "--calibrate", "{root}/gone"],
+        1,
+        "gone: cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHEAP)
+def test_what_is_cheap_to_see_is_said_before_pytorch_is_imported(
+    case: str, tmp_path: Path, tiny: Path, tiny_artifact: Path
+) -> None:
+    args, code, said = CHEAP[case]
+    places = {"root": tmp_path, "tiny": tiny, "artifact": tiny_artifact}
+    (tmp_path / "empty").mkdir()
+    done = m0kit_without(TORCH, *(arg.format(**places) for arg in args))
+    assert done.returncode == code, done.stderr
+    assert said.format(**places) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_does_not_fit_is_said_before_an_artifact_is_hashed(
+    tmp_path: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, m0kit: Callable[..., Done]
+) -> None:
+    monkeypatch.setattr("m0kit_export.sources.verify_files", lambda *_: pytest.fail("hashed"))
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('precision = "x"\n[[weights]]\nmatch = "odd.*"\nscheme = "int8"\n')
+    done = m0kit("quantize", tiny_artifact, "-o", tmp_path / "out", "--recipe", recipe)
+    assert (done.code, "the recipe says nothing about" in done.err) == (1, True)

@@ -29,9 +29,9 @@ from m0kit import Reranker
 from m0kit.artifact import GRAPHS, KV, MANIFEST, TOKENIZER, Manifest, decoder_name, read_manifest, verify_files
 from m0kit.errors import CheckpointError, OutputError
 from m0kit_export import export
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec
 from m0kit_quant.recipe import Recipe
 from m0kit_quant.schemes import FLOATS
 

@@ -14,8 +14,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tests.export import _tiny
@@ -24,8 +22,9 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit_export import merge
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
-from m0kit_export.merge import AdapterSpec, AdapterStack
+from m0kit_export.merge import AdapterStack
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "adapter_model.safetensors"
@@ -500,38 +499,3 @@ def test_weights_that_overflow_are_refused_when_merged(
     stack = open_stack(checkpoint, adapter)
     with pytest.raises(AdapterError, match=r"adapter a makes .*q_proj\.weight overflow"):
         stack.merged("model.layers.0.self_attn.q_proj.weight")
-
-
-@given(
-    path=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
-    weight=st.floats(allow_nan=False, allow_infinity=False),
-)
-def test_a_spec_is_a_path_and_a_number_after_the_last_colon(path: str, weight: float) -> None:
-    assert AdapterSpec.parse(f"{path}:{weight!r}") == AdapterSpec(Path(path), weight)
-
-
-@pytest.mark.parametrize(
-    ("text", "path", "weight"),
-    [
-        ("tuned", "tuned", 1.0),
-        ("tuned:0.5", "tuned", 0.5),
-        ("tuned:-1", "tuned", -1.0),
-        ("tuned:.25", "tuned", 0.25),
-        ("C:\\tuned", "C:\\tuned", 1.0),
-        ("C:\\tuned:2e-1", "C:\\tuned", 0.2),
-        ("a:b/c", "a:b/c", 1.0),
-        ("run:3:1", "run:3", 1.0),
-        ("tuned:", "tuned:", 1.0),
-        ("tuned:nan", "tuned:nan", 1.0),
-        ("0.5", "0.5", 1.0),
-    ],
-)
-def test_colons_that_no_number_follows_belong_to_the_path(text: str, path: str, weight: float) -> None:
-    assert AdapterSpec.parse(text) == AdapterSpec(Path(path), weight)
-
-
-def test_impossible_specs_are_refused() -> None:
-    with pytest.raises(AdapterError, match="empty"):
-        AdapterSpec.parse("")
-    with pytest.raises(AdapterError, match="weight of adapter tuned is inf"):
-        AdapterSpec.parse("tuned:1e999")

@@ -14,8 +14,8 @@ from tests.export.test_merge import save_adapter
 from m0kit.artifact import read_manifest
 from m0kit.precision import SCHEMES
 from m0kit_export import export
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec
 from m0kit_quant.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

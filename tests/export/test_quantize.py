@@ -25,16 +25,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.export._artifacts import artifacts_of
 from tests.export._killed import PRELUDE
+from tests.export._without import TORCH, m0kit_without
 
 from m0kit import Reranker
 from m0kit.artifact import GRAPHS, read_manifest, verify_files
-from m0kit.errors import ArtifactError, CheckpointError, OutputError, RecipeError
+from m0kit.errors import ArtifactDamagedError, ArtifactError, CheckpointError, OutputError, RecipeError
 from m0kit.precision import SCHEMES
 from m0kit.sessions import open_graph
 from m0kit_export import export
 from m0kit_export.export import export_artifact, quantize_artifact
+from m0kit_export.frequencies import Frequencies
 from m0kit_export.graphs import build_graphs, schemes_of
-from m0kit_export.sources import CheckpointSource
+from m0kit_export.sources import CheckpointSource, stored_frequencies
 from m0kit_parity.checkpoints import write_checkpoint
 from m0kit_parity.outliers import write_injected
 from m0kit_quant.calibration import channel_scales
@@ -299,6 +301,64 @@ def test_quantising_an_artifact_writes_what_exporting_the_checkpoint_writes(
     fingerprint = read_manifest(in_precision(source)).fingerprint
     assert made.provenance["artifact"] == {"fingerprint": fingerprint, "scheme": source}
     assert {**made.provenance, "artifact": None} == {**exported.provenance, "artifact": None}
+
+
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_quantising_needs_no_pytorch_and_writes_the_same_bytes(
+    tmp_path: Path, tiny_artifact: Path, in_precision: Callable[[str], Path], precision: str
+) -> None:
+    done = m0kit_without(TORCH, "quantize", tiny_artifact, "-o", tmp_path / "out", "--precision", precision)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert read_manifest(tmp_path / "out").files == read_manifest(in_precision(precision)).files
+
+
+def test_quantising_reads_its_first_tensor_before_any_heavy_package_is_there(
+    tmp_path: Path, tiny_artifact: Path
+) -> None:
+    """What a start costs, not by the clock: the modules that are there. Without them it is half a second."""
+    script = """
+import sys
+from pathlib import Path
+from m0kit_export import sources
+from m0kit_export.export import quantize_artifact
+from m0kit_quant.recipe import Recipe
+
+def read(self, name):
+    print(len(sys.modules), sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+    raise KeyboardInterrupt
+
+heavy = {"torch", "transformers", "peft", "safetensors", "onnxruntime", "huggingface_hub"}
+sources.ArtifactSource.read = read
+try:
+    quantize_artifact(Path(sys.argv[1]), Path(sys.argv[2]), recipe=Recipe.default("int4"), progress=False)
+except KeyboardInterrupt:
+    pass
+"""
+    command = [sys.executable, "-c", script, str(tiny_artifact), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    number, heavy = done.stdout.split(maxsplit=1)
+    assert heavy.strip() == "[]"
+    assert int(number) < 700  # PyTorch alone brings more than a thousand
+
+
+def test_quantising_an_artifact_of_other_frequencies_keeps_them(tmp_path: Path, tiny_artifact: Path) -> None:
+    """They are those of the PyTorch that exported it, whatever another one on another CPU would round them to."""
+    manifest = read_manifest(tiny_artifact)
+    stored = stored_frequencies(tiny_artifact, manifest.model)
+    computed = Frequencies.of(manifest.model)
+    for name in ("vision", "decoder"):
+        assert np.array_equal(getattr(stored, name), getattr(computed, name))
+    shutil.copytree(tiny_artifact, tmp_path / "odd")
+    model = onnx.load(tmp_path / "odd" / "decoder.onnx", load_external_data=False)
+    constant = next(t for t in model.graph.initializer if t.raw_data == computed.decoder.tobytes())
+    constant.raw_data = np.nextafter(computed.decoder, np.float32(0)).tobytes()
+    onnx.save(model, tmp_path / "odd" / "decoder.onnx")
+    odd = stored_frequencies(tmp_path / "odd", manifest.model)
+    assert np.array_equal(odd.decoder, np.nextafter(computed.decoder, np.float32(0)))
+    del model.graph.node[:]
+    onnx.save(model, tmp_path / "odd" / "decoder.onnx")
+    with pytest.raises(ArtifactDamagedError, match="hold no rotary frequencies"):
+        stored_frequencies(tmp_path / "odd", manifest.model)
 
 
 @pytest.mark.parametrize("precision", LOSSY)

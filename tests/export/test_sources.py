@@ -11,8 +11,9 @@ import pytest
 
 from m0kit.artifact import TOKENIZER, FileEntry, read_manifest, sha256_of, write_manifest
 from m0kit.errors import ArtifactDamagedError, ArtifactError, ArtifactNotFoundError
-from m0kit_export.checkpoint import expected_shapes, open_checkpoint
+from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
+from m0kit_export.names import expected_shapes
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora
 from m0kit_parity.checkpoints import write_checkpoint
 from m0kit_quant import nf4

@@ -7,8 +7,8 @@ import pytest
 
 from m0kit import Reranker
 from m0kit.prompt import PromptBuilder
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec
 from m0kit_parity.cases import Case
 from m0kit_parity.checkpoints import model_config
 from m0kit_parity.cli import SMALL

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from m0kit.errors import AdapterError, OutputError
-from m0kit_export.checkpoint import Checkpoint, canonical_name, open_checkpoint
-from m0kit_export.merge import AdapterSpec, AdapterStack
+from m0kit_export.adapter import AdapterSpec
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit_export.merge import AdapterStack
+from m0kit_export.names import canonical_name
 from m0kit_parity.adapters import ALPHA, FORMS, RANK, UPDATE, write_adapter
 from m0kit_parity.cases import draw_page
 from m0kit_parity.cli import FORM_NAMES

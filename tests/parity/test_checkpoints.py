@@ -13,7 +13,8 @@ from tests.parity import _sensitivity as sensitivity
 
 from m0kit.errors import OutputError
 from m0kit_export import checkpoint as checkpoint_reader
-from m0kit_export.checkpoint import expected_shapes, open_checkpoint
+from m0kit_export.checkpoint import open_checkpoint
+from m0kit_export.names import expected_shapes
 from m0kit_parity import checkpoints
 from m0kit_parity.checkpoints import (
     FULL_PARAMETERS,

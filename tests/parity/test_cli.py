@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 
 from m0kit.cli import cli
 from m0kit.errors import AdapterError, CheckpointError, InputError, M0kitError, OutputError
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec, AdapterStack
+from m0kit_export.merge import AdapterStack
 from m0kit_parity.cli import adapter, checkpoint, parity
 from m0kit_parity.golden import Golden
 

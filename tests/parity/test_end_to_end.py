@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m0kit import Reranker
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec
 from m0kit_parity.adapters import FORMS, write_adapter
 from m0kit_parity.cases import KINDS, Case, builtin_cases
 from m0kit_parity.checkpoints import write_checkpoint

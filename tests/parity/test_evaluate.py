@@ -25,8 +25,8 @@ from PIL import Image
 from m0kit import Reranker
 from m0kit.artifact import MANIFEST, read_manifest
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec
 from m0kit_parity import bench, evaluate
 from m0kit_parity import measure as measure_module
 from m0kit_parity.cli import SMALL

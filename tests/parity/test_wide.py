@@ -13,9 +13,9 @@ import torch
 from tests.parity import _sensitivity as sensitivity
 
 from m0kit import Reranker
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_export.merge import AdapterSpec
 from m0kit_parity.cases import builtin_cases
 from m0kit_parity.checkpoints import model_config
 from m0kit_parity.compare import Verdict

@@ -3,7 +3,7 @@
 import numpy as np
 
 from m0kit.config import ModelConfig
-from m0kit_export.checkpoint import expected_shapes
+from m0kit_export.names import expected_shapes
 from m0kit_quant.weights import Float32
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.quant._weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
-from m0kit_export.checkpoint import expected_shapes
+from m0kit_export.names import expected_shapes
 from m0kit_parity.checkpoints import model_config
 from m0kit_quant.equalize import MAX_BITS, Rescaled, channel_groups, equalizing_scale
 

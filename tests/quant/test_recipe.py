@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from m0kit.errors import RecipeError
 from m0kit.precision import SCHEMES, supported
-from m0kit_export.checkpoint import expected_shapes
 from m0kit_export.graphs import build_graphs
+from m0kit_export.names import expected_shapes
 from m0kit_parity.checkpoints import model_config
 from m0kit_quant.recipe import DEVICES, EMBEDDING, Recipe, Rule
 from m0kit_quant.schemes import Scheme

@@ -45,9 +45,9 @@ class M0ExportCommand(BaseOptimumCLICommand):
 
         args = self.args
         try:
+            from m0kit_export.adapter import AdapterSpec
             from m0kit_export.cli import describe
             from m0kit_export.export import export_artifact
-            from m0kit_export.merge import AdapterSpec
             from m0kit_quant.recipe import Recipe
 
             manifest = export_artifact(

@@ -1,0 +1,75 @@
+"""What the tensors of jina-reranker-m0 are called, and their shapes. Knows no files and needs numpy alone.
+
+expected_shapes(config)["model.norm.weight"]            # (1536,)
+canonical_name("model.language_model.norm.weight")      # "model.norm.weight"
+"""
+
+from m0kit.config import ModelConfig
+
+# transformers 4.52 moved both towers under `model.`; one published source names the head's layers by role.
+_RENAMED_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("score.dense.", "score.0."),
+    ("score.out_proj.", "score.2."),
+)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of every tensor that scoring uses, in the order of the computation."""
+    v, d = config.vision, config.decoder
+    size, merged = d.hidden_size, v.width * v.merge_size**2
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.patch_embed.proj.weight": (
+            v.width,
+            v.in_channels,
+            v.temporal_patch_size,
+            v.patch_size,
+            v.patch_size,
+        )
+    }
+
+    def linear(name: str, rows: int, columns: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def layer_norm(name: str) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (v.width,)
+
+    for i in range(v.depth):
+        block = f"visual.blocks.{i}"
+        layer_norm(f"{block}.norm1")
+        layer_norm(f"{block}.norm2")
+        linear(f"{block}.attn.qkv", 3 * v.width, v.width)
+        linear(f"{block}.attn.proj", v.width, v.width)
+        linear(f"{block}.mlp.fc1", v.mlp_size, v.width)
+        linear(f"{block}.mlp.fc2", v.width, v.mlp_size)
+    layer_norm("visual.merger.ln_q")
+    linear("visual.merger.mlp.0", merged, merged)
+    linear("visual.merger.mlp.2", size, merged)
+
+    shapes["model.embed_tokens.weight"] = (d.vocab_size, size)
+    for i in range(d.num_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (size,)
+        linear(f"{layer}.self_attn.q_proj", d.num_heads * d.head_dim, size)
+        linear(f"{layer}.self_attn.k_proj", d.kv_size, size)
+        linear(f"{layer}.self_attn.v_proj", d.kv_size, size)
+        linear(f"{layer}.self_attn.o_proj", size, d.num_heads * d.head_dim, bias=False)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (size,)
+        linear(f"{layer}.mlp.gate_proj", d.intermediate_size, size, bias=False)
+        linear(f"{layer}.mlp.up_proj", d.intermediate_size, size, bias=False)
+        linear(f"{layer}.mlp.down_proj", size, d.intermediate_size, bias=False)
+    shapes["model.norm.weight"] = (size,)
+    linear("score.0", size, size)
+    linear("score.2", 1, size)
+    return shapes
+
+
+def canonical_name(name: str) -> str:
+    """The published name of a tensor or module stored under either naming scheme."""
+    for old, new in _RENAMED_PREFIXES:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
