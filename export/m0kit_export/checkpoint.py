@@ -25,13 +25,14 @@ from safetensors import SafetensorError, safe_open
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
 from m0kit_export.folder import find_folder
+from m0kit_export.frequencies import powers
 from m0kit_export.names import canonical_name, expected_shapes
 from m0kit_export.packed import Packed, Stored, join_pieces, unpack
+from m0kit_export.tokenizer import TOKENIZER, read_tokenizer
 from m0kit_quant.nf4 import bitsandbytes_functional
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -90,6 +91,9 @@ _LICENCE_TITLES = {
     "apache license version 2.0": "apache-2.0",
     "mit license": "mit",
 }
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_BUFFER = re.compile(r"(?:(?:model|visual)\.)(?:layers\.\d+\.self_attn\.)?rotary(?:_pos)?_emb\.(?:original_)?inv_freq")
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
@@ -101,10 +105,10 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     names: tuple[str, ...]  # canonical (published, before transformers 4.52), in the model's order
-    dropped: tuple[str, ...]  # ("lm_head.weight",) when the file holds it: scoring has no use for it
+    dropped: tuple[str, ...]  # what the files hold and scoring has no use for: the LM head, rotary frequencies
     packed: tuple[str, ...]  # those of `names` that are stored in 4 bits: their rounding is in what is read
     licence: str | None  # "cc-by-nc-4.0"
-    tokenizer_file: Path
+    tokenizer: str = field(repr=False)  # as in tokenizer.json
     _stored: Mapping[str, Stored] = field(repr=False)
     _files: tuple[str, ...] = field(repr=False)
 
@@ -162,7 +166,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
         stored = join_pieces(stored, lambda piece: _read_raw(folder / piece.file, piece.name))
         _check_quant_type(quant_type, stored)
     image_files, image = _read_image_config(folder)
-    tokens = _read_token_ids(folder, raw)
+    tokenizer_files, tokenizer = read_tokenizer(folder)
+    tokens = _read_token_ids(folder, raw, tokenizer, tokenizer_files[0])
     try:
         config = ModelConfig(
             decoder=_decoder_config(raw),
@@ -179,18 +184,19 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
     except ValueError as error:  # our own sentences, from m0kit.config
         raise CheckpointError(f"{folder.name}: {error}. Correct config.json or the preprocessing file") from None
     _check_fit(config, raw, len(stored))
-    names, dropped, in_use = _match_tensors(expected_shapes(config), stored, config.decoder)
+    stored, buffers = _without_buffers(folder, stored, config)
+    names, dropped, in_use = _match_tensors(expected_shapes(config), stored, config.decoder, _ties_embeddings(raw))
     return Checkpoint(
         source=str(source),
         folder=folder,
         config=config,
         names=names,
-        dropped=dropped,
+        dropped=(*dropped, *buffers),
         packed=tuple(name for name in names if isinstance(in_use[name], Packed)),
         licence=find_licence(folder, raw),
-        tokenizer_file=folder / TOKENIZER,
+        tokenizer=tokenizer,
         _stored=in_use,
-        _files=tuple(sorted({"config.json", TOKENIZER, *image_files, *weight_files})),
+        _files=tuple(sorted({"config.json", *tokenizer_files, *image_files, *weight_files})),
     )
 
 
@@ -246,7 +252,7 @@ def find_licence(folder: Path, raw: Mapping[str, Any]) -> str | None:
 def read_json_object(path: Path, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
     """A JSON object from a file. Raises `error` that names the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise error(f"{path.parent.name} has no {path.name}. Give the folder that holds it") from None
     except (OSError, ValueError, RecursionError):
@@ -289,6 +295,8 @@ def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
     single, index = (folder / WEIGHTS).exists(), (folder / INDEX).exists()
     if single and index:
         raise CheckpointError(f"{folder.name} holds both {WEIGHTS} and {INDEX}: remove the one that is out of date")
+    if not single and not index and (shards := _shards_without_index(folder)):
+        return shards, [tensor for shard in shards for tensor in _stored_in(folder, shard)]
     if not single and not index:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickles:
@@ -296,7 +304,9 @@ def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
                 f"{folder.name} holds its weights as a pickle ({pickles[0]}), which can run code when it is "
                 "opened. Convert it with transformers' save_pretrained, which writes safetensors"
             )
-        raise CheckpointError(f"{folder.name} holds neither {WEIGHTS} nor {INDEX}")
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        found = f"; it holds {_some(others)}, which is no name of the published layout" if others else ""
+        raise CheckpointError(f"{folder.name} holds neither {WEIGHTS} nor {INDEX}{found}")
     if single:
         return [WEIGHTS], _stored_in(folder, WEIGHTS)
 
@@ -325,19 +335,76 @@ def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
     return [INDEX, *shards], stored
 
 
+def _shards_without_index(folder: Path) -> list[str]:
+    """All of model-00001-of-0000N.safetensors, whose index was lost: it says nothing that they do not."""
+    found = {path.name: match for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
+    if not found:
+        return []
+    totals = sorted({match[2] for match in found.values()})
+    if len(totals) > 1:
+        raise CheckpointError(
+            f"{folder.name} holds shards of {' and of '.join(totals)} without {INDEX}: they are not of one model. "
+            "Remove those that are out of date"
+        )
+    wanted = [f"model-{number:0{len(totals[0])}}-of-{totals[0]}.safetensors" for number in range(1, int(totals[0]) + 1)]
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(f"shard {_some(missing)} is missing, and {INDEX} too. Fetch them again")
+    return wanted
+
+
 def _stored_in(folder: Path, file: str) -> list[Stored]:
     header = read_header(folder / file)
     return [Stored(file, name, shape, dtype) for name, (shape, dtype) in header.items()]
 
 
+def _without_buffers(folder: Path, stored: list[Stored], config: ModelConfig) -> tuple[list[Stored], tuple[str, ...]]:
+    """(tensors, names of rotary frequencies), which are saved by old versions and must be those of the config."""
+    d, v = config.decoder, config.vision
+    buffers = [tensor for tensor in stored if _BUFFER.fullmatch(canonical_name(tensor.name))]
+    for tensor in buffers:
+        is_vision = canonical_name(tensor.name).startswith("visual.")
+        theta, dim = (v.rope_theta, v.head_dim // 2) if is_vision else (d.rope_theta, d.head_dim)
+        values = read_tensor(folder / tensor.file, tensor.name)
+        expected = torch.from_numpy(powers(theta, dim)).to(values.dtype)
+        # Two units of the last place: another device may have rounded otherwise. Another theta is off by far more.
+        limits = torch.finfo(values.dtype) if values.is_floating_point() else None
+        if (
+            limits is None
+            or values.shape != expected.shape
+            or not torch.allclose(values.double(), expected.double(), rtol=2 * limits.eps, atol=limits.smallest_normal)
+        ):
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.file} holds other rotary frequencies than config.json describes "
+                f"(rope_theta {theta:g}, {dim} values a head): the files are not of one model"
+            )
+    names = {tensor.name for tensor in buffers}
+    return [tensor for tensor in stored if tensor.name not in names], tuple(sorted(names))
+
+
+def _ties_embeddings(raw: Mapping[str, Any]) -> bool:
+    nested = raw.get("text_config")
+    return (
+        raw.get("tie_word_embeddings", nested.get("tie_word_embeddings") if isinstance(nested, dict) else None) is True
+    )
+
+
 def _match_tensors(
-    expected: Mapping[str, tuple[int, ...]], stored: list[Stored], decoder: DecoderConfig
+    expected: Mapping[str, tuple[int, ...]], stored: list[Stored], decoder: DecoderConfig, tied: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Stored]]:
-    """(names, dropped, name → stored). Raises CheckpointError on anything missing, unknown or mis-shaped."""
-    allowed = {**expected, "lm_head.weight": (decoder.vocab_size, decoder.hidden_size)}
+    """(names, dropped, name → stored). Raises CheckpointError on anything missing, unknown or mis-shaped.
+
+    `tied`: the LM head is the embedding, so that a file with either of the two has both.
+    """
+    allowed = {**expected, _LM_HEAD: (decoder.vocab_size, decoder.hidden_size)}
     found: dict[str, Stored] = {}
     for tensor in stored:
         name = canonical_name(tensor.name)
+        if name in ("score.weight", "score.bias"):
+            raise CheckpointError(
+                f"{tensor.file} holds {tensor.name} {list(tensor.shape)}, a head of one linear layer, as "
+                "AutoModelForSequenceClassification makes it; the head of jina-reranker-m0 is two with a ReLU between "
+                "them (score.0, score.2). m0kit does not score with another head: fine-tune the published class"
+            )
         if name not in allowed:
             raise CheckpointError(
                 f"{tensor.file} holds {tensor.name}, which jina-reranker-m0 does not have. Quantised and "
@@ -359,6 +426,8 @@ def _match_tensors(
                 f"{', '.join(_ITEM_BYTES)}. Save the checkpoint unquantised"
             )
         found[name] = tensor
+    if tied and _EMBEDDING not in found and _LM_HEAD in found:
+        found[_EMBEDDING] = found.pop(_LM_HEAD)  # one tensor, saved under the name that came first
     missing = [name for name in expected if name not in found]
     if missing and all(name.startswith("score.") for name in missing):
         raise CheckpointError(f"the scoring head is missing ({_some(missing)}): this is a Qwen2-VL, not a reranker")
@@ -417,6 +486,8 @@ class _Section:
 
     def whole(self, name: str) -> int:
         value = self.get(name)
+        if type(value) is float and value.is_integer():
+            value = int(value)  # 602112.0: some tools write every number so
         if type(value) is not int or not 0 <= value < 1 << 31:
             raise CheckpointError(f"{self.where}: {name} is {value!r:.40}, expected a whole number")
         return value
@@ -500,9 +571,9 @@ def _rope(text: _Section) -> tuple[float, tuple[int, int, int]]:
     thetas = {float(section.number("rope_theta")) for section in (rope, text) if section.get("rope_theta") is not None}
     if len(thetas) > 1:
         raise CheckpointError(f"{text.where}: rope_theta has two values, {sorted(thetas)}. Remove the wrong one")
-    sections = rope.triple("mrope_section")
-    if any(type(s) is not int for s in sections):
-        raise CheckpointError(f"{rope.where}: mrope_section is {list(sections)}, expected whole numbers")
+    first, second, third = rope.triple("mrope_section")
+    named = _Section(rope.where, {f"mrope_section[{i}]": s for i, s in enumerate((first, second, third))}, {})
+    sections = (named.whole("mrope_section[0]"), named.whole("mrope_section[1]"), named.whole("mrope_section[2]"))
     return (thetas.pop() if thetas else _ROPE_THETA), sections
 
 
@@ -551,20 +622,32 @@ def _check_fit(config: ModelConfig, raw: Mapping[str, Any], num_tensors: int) ->
             raise CheckpointError(f"{name} is {getattr(prompt, name)}, the vocabulary ends at {decoder.vocab_size - 1}")
 
 
-def _read_token_ids(folder: Path, raw: Mapping[str, Any]) -> dict[str, int]:
-    """The special ids of config.json, which must agree with tokenizer.json where it names them."""
+def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) -> dict[str, int]:
+    """The special ids of config.json, which must agree with the tokenizer (`text`, from `file`) where it names them."""
     stated = _Section("config.json", raw, _TOKEN_DEFAULTS)
     ids = {name: stated.whole(name) for name in _TOKEN_DEFAULTS}
-    tokenizer = read_json_object(folder / TOKENIZER)
-    if not isinstance(tokenizer.get("model"), dict) or not isinstance(tokenizer.get("added_tokens", []), list):
-        raise CheckpointError(f"{TOKENIZER} in {folder.name} is not a tokenizer. Fetch it again")
+    try:
+        tokenizer = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{file} in {folder.name} is not readable JSON. Fetch it again") from None
+    if (
+        not isinstance(tokenizer, dict)
+        or not isinstance(tokenizer.get("model"), dict)
+        or not isinstance(tokenizer.get("added_tokens", []), list)
+    ):
+        raise CheckpointError(f"{file} in {folder.name} is not a tokenizer. Fetch it again")
     added = [t for t in tokenizer.get("added_tokens", []) if isinstance(t, dict)]
     known = {str(t.get("content")): t.get("id") for t in added}
-    for name, text in _TOKEN_TEXTS.items():
-        if text in known and known[text] != ids[name]:
+    for name, token in _TOKEN_TEXTS.items():
+        if token in known and known[token] != ids[name]:
             raise CheckpointError(
-                f"config.json: {name} is {ids[name]}, but {TOKENIZER} gives {text} the id "
-                f"{known[text]!r:.40}. The files are not of one model"
+                f"config.json: {name} is {ids[name]}, but {file} gives {token} the id "
+                f"{known[token]!r:.40}. The files are not of one model"
+            )
+        if token not in known and file != TOKENIZER:
+            raise CheckpointError(
+                f"{folder.name} has no {TOKENIZER}, and the files it would be made from do not name {token}: "
+                "tokenizer_config.json is missing or not its own. Copy it, or tokenizer.json, from the published model"
             )
     return ids
 

@@ -162,7 +162,7 @@ def _write(
             _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
                 _check_weights(folder, f"{name}.onnx", hashes, bar)
-            shutil.copyfile(source.tokenizer_file, folder / TOKENIZER)
+            (folder / TOKENIZER).write_bytes(source.tokenizer)
             sizes = {path: path.stat().st_size for path in sorted(folder.iterdir())}
             _begin("hashing", bar, sum(sizes.values()), progress)
             files = {path.name: FileEntry(size, sha256_of(path, bar.update)) for path, size in sizes.items()}

@@ -1,6 +1,10 @@
-"""The folder of a checkpoint: one that is here, or a copy from the hub. Cheap, so that it comes before PyTorch.
+"""The folder of a checkpoint: one that is here, or a copy from the hub.
 
-find_folder("jinaai/jina-reranker-m0")
+Cheap, so that it can come before PyTorch.
+
+    find_folder("jinaai/jina-reranker-m0")
+
+Owns nothing but the message when there is none.
 """
 
 import os

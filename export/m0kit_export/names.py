@@ -1,7 +1,9 @@
-"""What the tensors of jina-reranker-m0 are called, and their shapes. Knows no files and needs numpy alone.
+"""What the tensors of jina-reranker-m0 are called, and their shapes. Knows no files and needs nothing.
 
-expected_shapes(config)["model.norm.weight"]            # (1536,)
-canonical_name("model.language_model.norm.weight")      # "model.norm.weight"
+    expected_shapes(config)["model.norm.weight"]
+    canonical_name("model.language_model.norm.weight")
+
+The first is (1536,) for the published model, the second "model.norm.weight".
 """
 
 from m0kit.config import ModelConfig
@@ -13,6 +15,8 @@ _RENAMED_PREFIXES = (
     ("score.dense.", "score.0."),
     ("score.out_proj.", "score.2."),
 )
+# What torch.compile, FSDP and activation checkpointing put into names; none of it is a part of the model's own.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -68,7 +72,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def canonical_name(name: str) -> str:
-    """The published name of a tensor or module stored under either naming scheme."""
+    """The published name of a tensor or module stored under either naming scheme, or inside a training wrapper."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":  # DistributedDataParallel, DeepSpeed
+        del parts[0]
+    name = ".".join(parts)
     for old, new in _RENAMED_PREFIXES:
         if name.startswith(old):
             return new + name[len(old) :]

@@ -49,7 +49,9 @@ class Source(Protocol):
         ...
 
     @property
-    def tokenizer_file(self) -> Path: ...
+    def tokenizer(self) -> bytes:
+        """What tokenizer.json holds."""
+        ...
 
     @property
     def frequencies(self) -> Frequencies: ...
@@ -114,8 +116,8 @@ class CheckpointSource:
         return self.checkpoint.names
 
     @property
-    def tokenizer_file(self) -> Path:
-        return self.checkpoint.tokenizer_file
+    def tokenizer(self) -> bytes:
+        return self.checkpoint.tokenizer.encode()
 
     @property
     def frequencies(self) -> Frequencies:
@@ -183,8 +185,8 @@ class ArtifactSource:
         return tuple(self._places)
 
     @property
-    def tokenizer_file(self) -> Path:
-        return self.folder / TOKENIZER
+    def tokenizer(self) -> bytes:
+        return (self.folder / TOKENIZER).read_bytes()
 
     @property
     def frequencies(self) -> Frequencies:

@@ -27,6 +27,7 @@ from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
@@ -100,7 +101,7 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer_file))
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(checkpoint.tokenizer))
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=image.min_pixels,

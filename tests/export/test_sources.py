@@ -32,8 +32,7 @@ def test_an_artifact_gives_the_checkpoints_tensors_as_they_are_stored(
 ) -> None:
     checkpoint, artifact = CheckpointSource.open(tiny), ArtifactSource.open(in_precision(precision))
     assert artifact.config == checkpoint.config
-    assert artifact.tokenizer_file.read_bytes() == checkpoint.tokenizer_file.read_bytes()
-    assert artifact.tokenizer_file.name == TOKENIZER
+    assert artifact.tokenizer == checkpoint.tokenizer == (tiny / TOKENIZER).read_bytes()
     assert sorted(artifact.names) == sorted(checkpoint.names)
     for name in checkpoint.names:
         given, meant = artifact.read(name), checkpoint.read(name)
