@@ -150,6 +150,9 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
     click.echo(f"licence of the weights: {manifest.licence}", err=True)
     if dropped := manifest.provenance["dropped_tensors"]:
         click.echo(f"left out, scoring does not use it: {', '.join(dropped)}", err=True)
+    for adapter in manifest.provenance["adapters"]:
+        if left_out := adapter["left_out"]:
+            click.echo(f"left out of adapter {adapter['name']}: {', '.join(left_out)}", err=True)
     for name, wider in manifest.provenance["stored_wider"].items():
         lost = f"{wider['lost']:.1%} of a part of it" if wider["lost"] is not None else "values beyond its range"
         click.echo(f"{name}: stored in {wider['scheme']}, float16 would lose {lost}", err=True)

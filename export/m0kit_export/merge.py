@@ -40,7 +40,7 @@ from torch import nn
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import Checkpoint, file_sha256, find_licence, read_header, read_json_object, read_tensor
-from m0kit_export.names import canonical_name, expected_shapes
+from m0kit_export.names import canonical_name, expected_shapes, unwrapped
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -48,6 +48,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PeftModel.base_model (LoraModel) .model (ours)
 _ADAPTER = "default"  # PEFT's name for an adapter that was not given one
 _EMBEDDING = "model.embed_tokens"
+_RANK_AXES = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 _MERGED_ROWS = 1 << 14  # tokens of an embedding merged at once
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -63,6 +64,9 @@ _UNDERSTOOD = {
 _WITHOUT_EFFECT = {
     *("lora_dropout", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"),
     *("peft_type", "peft_version", "runtime_config", "loftq_config", "eva_config", "megatron_core"),
+    "ensure_weight_tying",  # of the embedding and the LM head, which m0kit leaves out; see `_fit`
+    # ms-swift's own: the dtype while training and two learning rates of LoRA+
+    *("swift_type", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
 }
 # Initialisations whose start the stored A and B replace altogether, and two that also change the base
 # weight, in a way PEFT repeats exactly when it loads the adapter.
@@ -86,6 +90,7 @@ class _Adapter:
     units: Mapping[str, _Unit]  # canonical module name → what happens to it
     hashes: Mapping[str, str]
     licence: str | None
+    left_out: tuple[str, ...]  # tensors of the file that scoring has no use for
 
     @property
     def file(self) -> Path:
@@ -127,7 +132,7 @@ class AdapterStack:
         return tensors[leaf].contiguous()
 
     def provenance(self) -> list[dict[str, Any]]:
-        """One JSON object per adapter, in order: name, weight, sha256 of both files, kind, rank, licence."""
+        """One JSON object per adapter, in order: name, weight, sha256 of both files, kind, rank, licence, left_out."""
         return [
             {
                 "name": adapter.spec.name,
@@ -136,6 +141,7 @@ class AdapterStack:
                 "peft_type": "LORA",
                 "rank": adapter.raw.get("r", 8),
                 "licence": adapter.licence,
+                "left_out": list(adapter.left_out),
             }
             for adapter in self._adapters
         ]
@@ -164,14 +170,14 @@ def _open_adapter(spec: AdapterSpec, checkpoint: Checkpoint) -> _Adapter:
     for tensor, (_, dtype) in header.items():
         if dtype not in _FLOATS:
             raise AdapterError(f"{tensor} of adapter {name} is {dtype}, expected {', '.join(_FLOATS)}")
-    units = _find_units(name, raw, {key: shape for key, (shape, _) in header.items()}, checkpoint)
-    adapter = _Adapter(spec, raw, units, hashes, find_licence(spec.path, {}))
+    fit = _find_fit(name, raw, {key: shape for key, (shape, _) in header.items()}, checkpoint)
+    adapter = _Adapter(spec, raw, fit.units, hashes, find_licence(spec.path, {}), fit.left_out)
     _check_weight(adapter, checkpoint)
     return adapter
 
 
 def _check_options(name: str, raw: Mapping[str, Any]) -> None:
-    kind = raw.get("peft_type")
+    kind = raw.get("peft_type") or raw.get("swift_type")
     if kind != "LORA":
         raise AdapterError(f"adapter {name} is of PEFT type {kind!r:.40}; m0kit merges LORA (with rsLoRA, DoRA)")
     defaults = {f.name: getattr(peft.LoraConfig(), f.name) for f in fields(peft.LoraConfig)}
@@ -220,33 +226,40 @@ def _check_weight(adapter: _Adapter, checkpoint: Checkpoint) -> None:
                 )
 
 
-def _find_units(
-    name: str, raw: Mapping[str, Any], header: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint
-) -> dict[str, _Unit]:
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How the tensors of a file fit the model under one naming."""
+
+    num_ignored: int  # rank and alpha patterns that PEFT ignores
+    units: Mapping[str, _Unit]
+    left_out: tuple[str, ...]
+
+
+def _find_fit(name: str, raw: Mapping[str, Any], header: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> _Fit:
     """Give every tensor of the file its place, under the naming that the adapter was trained with."""
-    bare = [key.removeprefix(_PREFIX) for key in header]
+    bare = [_bare(key) for key in header]
     new = sum(key.startswith(("model.language_model.", "model.visual.")) for key in bare)
     old = sum(key.startswith(("model.layers.", f"{_EMBEDDING}.", "visual.")) for key in bare)
     nested = new >= old
     try:
-        ignored, units = _fit(name, raw, header, checkpoint, nested)
+        fit = _fit(name, raw, header, checkpoint, nested)
     except AdapterError as error:
         # Keys renamed by a tool, under a config that nobody renamed: all names and shapes must fit still.
         with suppress(AdapterError):
-            return _fit(name, raw, header, checkpoint, not nested)[1]
+            return _fit(name, raw, header, checkpoint, not nested)
         raise error from None
     # An alpha leaves no trace in the shapes: if patterns were meant for the other naming, nobody can tell
     # which alpha was trained.
-    fewer = ignored
-    if ignored:
+    fewer = fit.num_ignored
+    if fewer:
         with suppress(AdapterError):
-            fewer, _ = _fit(name, raw, header, checkpoint, not nested)
-    if fewer < ignored:
+            fewer = _fit(name, raw, header, checkpoint, not nested).num_ignored
+    if fewer < fit.num_ignored:
         raise AdapterError(
             f"adapter {name}: rank_pattern or alpha_pattern names modules as transformers "
             f"{'before' if nested else 'since'} 4.52 does, its tensors the other way. Correct {CONFIG}"
         )
-    return units
+    return fit
 
 
 def _fit(
@@ -255,8 +268,8 @@ def _fit(
     header: Mapping[str, tuple[int, ...]],
     checkpoint: Checkpoint,
     nested: bool,
-) -> tuple[int, dict[str, _Unit]]:
-    """(patterns that PEFT ignores, units) under one naming. Raises AdapterError if the file does not fit."""
+) -> _Fit:
+    """The fit under one naming. Raises AdapterError if the file does not fit."""
     shapes = expected_shapes(checkpoint.config)
     skeleton = nn.Module()
     for module in dict.fromkeys(tensor.rpartition(".")[0] for tensor in shapes):
@@ -283,8 +296,21 @@ def _fit(
     places.setdefault(own_key, shapes[f"{_EMBEDDING}.weight"])  # save_embedding_layers adds it
 
     found: dict[str, str] = {}
+    left_out: list[str] = []
     for key, shape in header.items():
         place = _place_of(key, nested, places)
+        if _is_lm_head(key):
+            left_out.append(key)  # scoring has no use for it, and an embedding tied to it is in the file by itself
+            continue
+        if 0 in shape:
+            if place in wanted:
+                raise AdapterError(
+                    f"{key} of adapter {name} is empty (shape {list(shape)}): it was saved under DeepSpeed ZeRO-3 "
+                    "without gathering the parts, and its values are lost. Save it again from the trainer's own "
+                    "checkpoint (zero_to_fp32.py)"
+                )
+            left_out.append(key)  # a piece of the base, which the adapter did not train
+            continue
         if place is None:
             raise AdapterError(
                 f"{key} of adapter {name} has no place in the model that its config describes "
@@ -292,14 +318,17 @@ def _fit(
                 "jina-reranker-m0, and is adapter_config.json its own?"
             )
         if shape != places[place]:
-            raise AdapterError(
-                f"{key} of adapter {name} has shape {list(shape)}, this base asks for {list(places[place])}: "
-                f"it was trained on another one (base_model_name_or_path: "
-                f"{raw.get('base_model_name_or_path')!r:.80})"
-            )
+            raise AdapterError(_misfit(name, raw, key, shape, places[place]))
         if place in found:
             raise AdapterError(f"{found[place]} and {key} of adapter {name} are one tensor twice. Remove one")
         found[place] = key
+    heads = [key for key in left_out if _is_lm_head(key) and 0 not in header[key]]
+    if raw.get("ensure_weight_tying") and heads and not any(key.startswith(embedding) for key in found):
+        raise AdapterError(
+            f"adapter {name} was trained with ensure_weight_tying, and holds {heads[0]} but nothing of the embedding "
+            "tied to it, so that its change to the embedding is lost. Merge it with PEFT (merge_and_unload) and "
+            "export the result"
+        )
     missing = [key for key in wanted if key not in found]
     if missing:
         raise AdapterError(
@@ -308,7 +337,26 @@ def _fit(
             + ", which its config promises: the file is incomplete, or adapter_config.json is not its own"
         )
     targeted = [path.removeprefix(_PREFIX) for path in layers]
-    return _unmatched_patterns(raw, targeted), _group(found, layers, copies)
+    return _Fit(_unmatched_patterns(raw, targeted), _group(found, layers, copies), tuple(left_out))
+
+
+def _misfit(name: str, raw: Mapping[str, Any], key: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Why a tensor's shape is wrong: another rank than the config says, or another base."""
+    part = next((part for part in _RANK_AXES if f".{part}." in f"{key}."), None)
+    if part is not None and len(shape) == len(wanted):
+        axis = _RANK_AXES[part]
+        rest, wanted_rest = (s[:axis] + s[axis + 1 :] for s in (shape, wanted))
+        if rest == wanted_rest:
+            pattern = " or rank_pattern" if raw.get("rank_pattern") else ""
+            return (
+                f"{key} of adapter {name} has rank {shape[axis]}, {CONFIG} says {wanted[axis]} (r = "
+                f"{raw.get('r', 8)!r:.20}{', and a rank_pattern' if pattern else ''}). Correct r{pattern} there: the "
+                "scale of the update depends on it"
+            )
+    return (
+        f"{key} of adapter {name} has shape {list(shape)}, this base asks for {list(wanted)}: it was trained on "
+        f"another one (base_model_name_or_path: {raw.get('base_model_name_or_path')!r:.80})"
+    )
 
 
 def _classify(name: str, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -482,15 +530,25 @@ def _token_indices(raw: Mapping[str, Any], path: str) -> Any:
 def _place_of(key: str, nested: bool, places: Mapping[str, Any]) -> str | None:
     """The name under which PEFT stores this tensor, or None. The file may use either naming, or spell out
     the adapter's name (as whole state dicts do)."""
-    if not key.startswith(_PREFIX):
-        return None
-    spelled = _PREFIX + _spell(canonical_name(key.removeprefix(_PREFIX)), nested)
+    spelled = _PREFIX + _spell(canonical_name(_bare(key)), nested)
     plain = spelled.replace(f".modules_to_save.{_ADAPTER}.", ".")
     plain = re.sub(rf"\.{_ADAPTER}(\.weight|\.bias)?$", r"\1", plain)
     for candidate in (spelled, plain, plain.removesuffix(".weight")):
         if candidate in places:
             return candidate
     return None
+
+
+def _is_lm_head(key: str) -> bool:
+    return _bare(key).startswith("lm_head.")
+
+
+def _bare(key: str) -> str:
+    """The name inside the model. Tools save PEFT's prefix never, once or twice, and training wrappers around it."""
+    before = ""
+    while key != before:
+        before, key = key, unwrapped(key).removeprefix(_PREFIX)
+    return key
 
 
 def _unmatched_patterns(raw: Mapping[str, Any], targeted: Sequence[str]) -> int:

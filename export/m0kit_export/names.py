@@ -73,11 +73,16 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def canonical_name(name: str) -> str:
     """The published name of a tensor or module stored under either naming scheme, or inside a training wrapper."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":  # DistributedDataParallel, DeepSpeed
-        del parts[0]
-    name = ".".join(parts)
+    name = unwrapped(name)
     for old, new in _RENAMED_PREFIXES:
         if name.startswith(old):
             return new + name[len(old) :]
     return name
+
+
+def unwrapped(name: str) -> str:
+    """The name without what training wrappers put into it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":  # DistributedDataParallel, DeepSpeed
+        del parts[0]
+    return ".".join(parts)

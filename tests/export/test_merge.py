@@ -366,6 +366,7 @@ def test_provenance_names_hashes_and_licence_but_no_path(
         "peft_type": "LORA",
         "rank": 4,
         "licence": "apache-2.0",
+        "left_out": [],
     }
     assert set(hashes) == {CONFIG, WEIGHTS}
     assert all(len(value) == 64 for value in hashes.values())
@@ -407,7 +408,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Any] | None, str]] 
     "another rank": (
         {"r": 8},
         None,
-        r"has shape \[4, 48\], this base asks for \[8, 48\].*base_model_name_or_path",
+        r"q_proj\.lora_A\.weight of adapter a has rank 4, adapter_config\.json says 8 \(r = 8\)\. Correct r there",
     ),
     "another base": (
         {},
@@ -428,6 +429,23 @@ DAMAGED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Any] | None, str]] 
     "single parameters": ({"target_parameters": ["q_proj.weight"]}, None, "uses target_parameters="),
     "activated lora": ({"alora_invocation_tokens": [1, 2]}, None, "uses alora_invocation_tokens="),
     "an option of the future": ({"use_teleport": True}, None, "uses use_teleport=True, which m0kit does not"),
+    "another rank by pattern": (
+        {"rank_pattern": {"v_proj": 2}},
+        None,
+        r"v_proj\.lora_[AB]\.weight of adapter a has rank 4, .* says 2 \(r = 4, and a rank_pattern\)\. Correct r or",
+    ),
+    "emptied by ZeRO-3": (
+        {},
+        put(f"{Q0}.lora_A.weight", torch.zeros(0)),
+        r"q_proj\.lora_A\.weight of adapter a is empty \(shape \[0\]\): it was saved under DeepSpeed ZeRO-3",
+    ),
+    "tied to what is not there": (
+        {"ensure_weight_tying": True},
+        put("base_model.model.lm_head.weight", torch.ones(160, 48)),
+        r"trained with ensure_weight_tying, and holds .*lm_head\.weight but nothing of the embedding",
+    ),
+    "ms-swift's packed products": ({"use_merged_linear": True}, None, "uses use_merged_linear=True"),
+    "ms-swift's other method": ({"peft_type": None, "swift_type": "LONGLORA"}, None, "PEFT type 'LONGLORA'"),
     "lossy start": ({"init_lora_weights": "loftq"}, None, "initialised with 'loftq'"),
     "random start": ({"init_lora_weights": "pissa_niter_4"}, None, "initialised with 'pissa_niter_4'"),
 }
@@ -444,6 +462,93 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
         edit_tensors(adapter, edit)
     with pytest.raises(AdapterError, match=message):
         open_stack(checkpoint, adapter)
+
+
+LEFT_OUT: dict[str, tuple[str, tuple[int, ...]]] = {
+    "the LM head": ("base_model.model.lm_head.weight", (160, 48)),
+    "an adapted LM head": ("base_model.model.lm_head.base_layer.weight", (160, 48)),
+    "LoRA on the LM head": ("base_model.model.lm_head.lora_A.weight", (4, 48)),
+    "a trained LM head": ("base_model.model.lm_head.modules_to_save.default.weight", (160, 48)),
+    "an empty LM head": ("base_model.model.lm_head.weight", (0,)),
+    "an empty embedding": ("base_model.model.model.language_model.embed_tokens.weight", (0,)),
+    "an empty piece of the base": (f"{Q0}.base_layer.weight", (0,)),
+    "an empty norm": ("base_model.model.model.language_model.norm.weight", (0,)),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_what_scoring_has_no_use_for_is_left_out_and_said(
+    what: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    truth = merge_whole(model, (adapter, 1.0))
+    key, shape = LEFT_OUT[what]
+    edit_tensors(adapter, put(key, torch.ones(shape)))
+    stack = open_stack(checkpoint, adapter)
+    assert_same(stack, truth, _tiny.published_tensors(model))
+    assert stack.provenance()[0]["left_out"] == [key]
+
+
+def test_an_adapter_that_also_targets_the_lm_head_is_what_peft_makes_of_the_model_without_one(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    edit_tensors(adapter, put("base_model.model.lm_head.weight", torch.ones(160, 48)))
+    edit_config(adapter, target_modules=["q_proj", "v_proj", "lm_head"], modules_to_save=["lm_head"])
+    truth = merge_whole(model, (adapter, 1.0))
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+def test_a_tied_embedding_that_was_trained_is_taken_and_its_copy_left_out(
+    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["embedding in full"])
+    truth = merge_whole(model, (adapter, 1.0))
+    edit_tensors(adapter, put("base_model.model.lm_head.weight", torch.ones(160, 48)))
+    edit_config(adapter, ensure_weight_tying=True)
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06},
+        {"lora_dtype": "AUTO", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-06},
+        {"swift_type": "LORA", "peft_type": None, "use_qa_lora": False, "enable_lora": None, "model_key_mapping": None},
+        {"ensure_weight_tying": True},
+    ],
+)
+def test_options_without_effect_on_a_trained_adapter_are_taken(
+    options: dict[str, Any], model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
+    truth = merge_whole(model, (adapter, 1.0))
+    edit_config(adapter, **options)
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+
+
+@pytest.mark.parametrize("form", ["dora", "embedding", "head and norms in full", "some tokens"])
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda bare: bare,
+        lambda bare: f"base_model.model.base_model.model.{bare}",
+        lambda bare: f"module.base_model.model.{bare}",
+        lambda bare: f"_orig_mod.base_model.model.{bare}",
+        lambda bare: f"base_model.model._orig_mod.{bare}",
+        lambda bare: f"base_model.model.module.{bare}",
+        lambda bare: f"base_model.model.{bare.replace('.self_attn.', '._orig_mod.self_attn.')}",
+        lambda bare: f"module.{bare}",
+    ],
+)
+def test_prefixes_may_be_missing_doubled_or_wrapped(
+    form: str, spell: Callable[[str], str], model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "a", model, FORMS[form])
+    truth = merge_whole(model, (adapter, 1.0))
+    prefix = "base_model.model."
+    edit_tensors(adapter, lambda tensors: {spell(key.removeprefix(prefix)): t for key, t in tensors.items()})
+    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
 
 
 def test_options_of_newer_versions_that_are_switched_off_do_not_matter(
