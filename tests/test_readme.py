@@ -10,6 +10,11 @@ import pytest
 
 from m0kit import Reranker
 from m0kit.cli import cli
+from m0kit_export.export import export_artifact
+from m0kit_export.graphs import check_recipe
+from m0kit_parity.checkpoints import model_config
+from m0kit_parity.cli import SMALL
+from m0kit_quant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -66,3 +71,14 @@ def test_the_python_example_is_python_and_its_names_exist() -> None:
     for name in [*used, "predict", "rank", "compute_score", "evaluate"]:
         assert callable(getattr(Reranker, name))
         assert f"`{name}`" in README or name in used
+
+
+def test_the_recipe_stores_the_small_checkpoint_and_fits_the_published_model(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(text, "utf-8")
+    recipe = Recipe.read(tmp_path / "mine.toml")
+    check_recipe(recipe, model_config("full"))
+    export_artifact(SMALL / "base", tmp_path / "mine", recipe=recipe, progress=False)
+    good, bad = Reranker.load(tmp_path / "mine").score([("a red bicycle", "red bicycle"), ("a red bicycle", "x = 1")])
+    assert 0 < bad < 1
+    assert 0 < good < 1

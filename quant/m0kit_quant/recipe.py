@@ -5,8 +5,8 @@
     equalize = true                     # share channel ranges between layers first (m0kit_quant.equalize)
 
     [[weights]]                         # the first rule that matches a tensor's name decides
-    match = "visual.blocks.*.mlp.*"     # a glob over the checkpoint's names
-    scheme = "int8"
+    match = "visual.patch_embed.*"      # a glob over the checkpoint's names
+    scheme = "fp32"
 
     [[weights]]
     match = "*"
@@ -18,6 +18,7 @@ Rules concern the matrices alone: norms stay float32, and so do biases unless th
 
 import difflib
 import fnmatch
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from m0kit_quant.int4 import BLOCKS
 from m0kit_quant.schemes import Scheme
 
 DEVICES: Final = ("cpu", "cuda")
+_FITS_ALL: Final = {"cpu": "int8", "cuda": "fp16"}  # the fewest bits that any matrix fits, a table too
 EMBEDDING: Final = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
 
 
@@ -129,23 +131,29 @@ class Recipe:
                 continue
             table = name == EMBEDDING
             if rule.scheme != "int4":
-                return self._fitting(Scheme(rule.scheme, table=table), name, shape)
+                return self._fitting(rule, Scheme(rule.scheme, table=table), name, shape)
             block = next((b for b in rule.block if shape[1] % b == 0), None)
             if block is None:
+                smaller = next((b for b in BLOCKS[::-1] if shape[1] % b == 0), None)
                 raise RecipeError(
-                    f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. Add a smaller block "
-                    f"(of {_list(BLOCKS)}) to the rule {rule.match!r}, or a rule before it with another scheme."
+                    f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. "
+                    + self._instead(rule, name, smaller)
                 )
             return Scheme("int4", block, table)
         raise RecipeError(f'the recipe says nothing about {name}. Add a last rule with match = "*".')
 
-    @staticmethod
-    def _fitting(scheme: Scheme, name: str, shape: tuple[int, ...]) -> Scheme:
+    def _fitting(self, rule: Rule, scheme: Scheme, name: str, shape: tuple[int, ...]) -> Scheme:
         try:
             scheme.layout(shape)
         except ValueError as error:
-            raise RecipeError(f"{name}: {error}. Give it another scheme in a rule before.") from None
+            raise RecipeError(f"{name}: {error}. {self._instead(rule, name)}") from None
         return scheme
+
+    def _instead(self, rule: Rule, name: str, block: int | None = None) -> str:
+        """A rule to put before the one that does not fit, as TOML."""
+        match = re.sub(r"\.\d+\.", ".*.", name)
+        scheme = f'scheme = "int4"\nblock = {block}' if block else f'scheme = "{_FITS_ALL[self.device]}"'
+        return f'Put this before the rule {rule.match!r}:\n\n[[weights]]\nmatch = "{match}"\n{scheme}'
 
     def check(self, names: Iterable[str]) -> None:
         """Raises RecipeError for a rule that matches none of the matrices, with the names that come near."""

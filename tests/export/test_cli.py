@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,7 +352,9 @@ def test_a_recipe_that_does_not_fit_is_one_line_with_what_comes_near(
     assert (done.code, done.out) == (1, "")
     assert message in done.err
     assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1
+    sentence, _, rules = done.err.partition("\n\n")
+    assert "\n" not in sentence.removesuffix("\n")
+    tomllib.loads(rules)  # what to put into the file, if anything, can be pasted
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """Recipes: those that come along, how rules are chosen, and that whatever is wrong is said with its place."""
 
 import string
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from m0kit.errors import RecipeError
 from m0kit.precision import SCHEMES, supported
-from m0kit_export.graphs import build_graphs
+from m0kit_export.graphs import build_graphs, check_recipe
 from m0kit_export.names import expected_shapes
 from m0kit_parity.checkpoints import model_config
 from m0kit_quant.recipe import DEVICES, EMBEDDING, Recipe, Rule
@@ -182,14 +183,35 @@ def test_the_first_block_that_divides_is_taken(blocks: Any, inputs: int, chosen:
     assert recipe(rule).scheme("a", (5, inputs)) == Scheme("int4", chosen)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("blocks", "inputs"), [([128, 64], 96), (32, 48), (None, 1176)])
-def test_inputs_that_no_block_divides_are_refused_with_the_ways_out(blocks: Any, inputs: int) -> None:
+def test_inputs_that_no_block_divides_are_refused_with_rules_that_work(blocks: Any, inputs: int, device: str) -> None:
     rule = {"match": "visual.*", "scheme": "int4"} | ({} if blocks is None else {"block": blocks})
+    name, shape = "visual.blocks.3.mlp.fc2.weight", (5, inputs)
     with pytest.raises(RecipeError) as caught:
-        recipe(rule).scheme("visual.patch_embed.proj.weight", (5, inputs))
+        recipe(rule, device=device).scheme(name, shape)
     said = str(caught.value)
-    assert said.startswith(f"visual.patch_embed.proj.weight has {inputs} inputs, which no block of ")
-    assert "Add a smaller block (of 32, 64, 128) to the rule 'visual.*', or a rule before it" in said
+    assert said.startswith(f"{name} has {inputs} inputs, which no block of ")
+    assert "Put this before the rule 'visual.*':" in said
+    instead = tomllib.loads(said[said.index("[[weights]]") :])["weights"]
+    assert instead[0]["match"] == "visual.blocks.*.mlp.fc2.weight"  # of all layers at once
+    stored = recipe(*instead, rule, device=device).scheme(name, shape)
+    assert stored == (Scheme("int4", 32) if inputs == 96 else Scheme({"cpu": "int8", "cuda": "fp16"}[device]))
+
+
+@pytest.mark.parametrize("shape", ["tiny", "wide", "full"])
+@pytest.mark.parametrize("rule", [{"scheme": "int4"}, {"scheme": "int4", "block": 128}, {"scheme": "nf4"}])
+def test_following_the_messages_leads_to_a_recipe_that_fits(shape: str, rule: dict[str, Any]) -> None:
+    rules = [{"match": "*", **rule}]
+    for _ in range(20):
+        try:
+            check_recipe(recipe(*rules), model_config(shape))  # type: ignore[arg-type]
+        except RecipeError as error:
+            said = str(error)
+            rules = [*tomllib.loads(said[said.index("[[weights]]") :])["weights"], *rules]
+        else:
+            return
+    pytest.fail(f"still no recipe: {rules}")
 
 
 def test_a_matrix_without_a_rule_is_named() -> None:
@@ -200,7 +222,7 @@ def test_a_matrix_without_a_rule_is_named() -> None:
 
 
 def test_a_scheme_that_cannot_store_a_table_is_refused_with_the_way_out() -> None:
-    with pytest.raises(RecipeError, match=rf"^{EMBEDDING}: .*cannot store a table\. Give it another scheme in a rule"):
+    with pytest.raises(RecipeError, match=rf"^{EMBEDDING}: .*cannot store a table\. Put this before the rule '\*'"):
         recipe({"match": "*", "scheme": "nf4"}).scheme(EMBEDDING, (10, 64))
 
 
