@@ -298,7 +298,7 @@ class Store:
         path = Path(os.path.abspath(path))
         if max_bytes is not None and max_bytes < MIN_LIMIT:
             raise StoreError(f"{path}: a limit of {max_bytes} bytes is too small, expected at least {MIN_LIMIT}.")
-        values = {"identity": dict(identity), "max_bytes": max_bytes, "id": secrets.token_hex(16)}
+        values = {"identity": dict(identity), "max_bytes": max_bytes, "id": secrets.token_hex(8)}
         # Made aside and renamed, so that a killed `create` leaves nothing that looks like a store.
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
