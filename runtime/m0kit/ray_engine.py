@@ -81,6 +81,7 @@ def _connect(cores: int) -> bool:
     is_ours = not os.environ.get("RAY_ADDRESS")
     if is_ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 are too few for a busy machine
         quiet |= {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(**quiet)

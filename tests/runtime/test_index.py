@@ -1,11 +1,9 @@
 """An index gives the scores of the documents themselves, whatever happened to it on the way."""
 
+import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -359,9 +357,29 @@ def test_wrong_usage_is_said(
     assert not Path("nothing").exists()
 
 
+# Runs the command with small batches; says how many documents there are after each that is kept.
+KEEPING = """
+import os, sys
+from m0kit import index
+from m0kit.cli import main
+from m0kit.store import Store
+
+index.TOKEN_BUDGET, add = 150, Store.add
+
+def acknowledging(store, documents, records):
+    dropped = add(store, documents, records)
+    os.write(1, b"%d documents\\n" % len(store))
+    return dropped
+
+Store.add = acknowledging
+sys.argv[0] = "m0kit"
+main()
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, reranker_fp16: Reranker) -> None:
-    """The store has its own, harder test; here the whole command is killed at ten moments."""
+    """The store has its own, harder test; here the whole command is killed after the n-th batch that is kept."""
     lines = [json.dumps({"id": f"d{i}", "text": f"document {i} " + "word " * (i * 7 % 200)}) for i in range(60)]
     source, library = tmp_path / "all.jsonl", tmp_path / "library"
     source.write_text("\n".join(lines), "utf-8")
@@ -382,13 +400,19 @@ def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, r
     expected = Reranker.load(artifact, threads=1, index=library).score([("what", {"id": f"d{i}"}) for i in range(60)])
     broken = tmp_path / "broken"
     command[6] = str(broken)
-    for attempt in range(10):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.5 + 0.07 * attempt)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-        if broken.exists():
-            assert run("index", "verify", broken).exit_code == 0
+    killed = [sys.executable, "-c", KEEPING, *command[3:]]
+    kept = 0
+    for attempt in range(8):
+        child = subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert child.stdout is not None
+        said = list(itertools.islice(child.stdout, 1 + 2 * attempt))
+        child.kill()
+        child.communicate()
+        assert run("index", "verify", broken).exit_code == 0
+        with Store.open(broken) as store:
+            kept = max(kept, int(said[-1].split()[0]))
+            assert len(store) >= kept
+    assert kept > 8
     subprocess.run(command, capture_output=True, check=True)
     scores = Reranker.load(artifact, threads=1, index=broken).score([("what", {"id": f"d{i}"}) for i in range(60)])
     np.testing.assert_array_equal(scores, expected)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -376,7 +375,7 @@ class Kept(RuleBasedStateMachine):
 
 
 TestKept = Kept.TestCase
-TestKept.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestKept.settings = settings(max_examples=25, stateful_step_count=25)
 
 
 # Nothing grows with the number of documents
@@ -590,9 +589,7 @@ class Limited(Kept):
 
 
 TestLimited = Limited.TestCase
-TestLimited.settings = settings(
-    max_examples=20, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestLimited.settings = settings(max_examples=20, stateful_step_count=20)
 
 
 def test_what_is_used_stays_and_the_drops_are_counted(folder: Path) -> None:
@@ -764,20 +761,16 @@ def check_survivor(folder: Path, before: dict[str, Any], said: list[dict[str, An
 
 @pytest.mark.parametrize("max_bytes", [None, MIN_LIMIT])
 def test_killed_at_any_moment_it_keeps_what_it_acknowledged(folder: Path, max_bytes: int | None) -> None:
+    """Killed after the n-th line that it said, while it goes on: the test below knows what the kill meets."""
     rng = random.Random(0)
-    acknowledged = in_flight = 0
     state: dict[str, Any] = {"documents": {}, "records": []}
     with Served(folder, max_bytes) as server:
         for seed in range(170):
             pid = server.start(seed, 0)
-            time.sleep(rng.uniform(0.002, 0.05))
+            said = [json.loads(server.line()) for _ in range(rng.randint(1, 9))]
             os.kill(pid, signal.SIGKILL)
-            said = server.until_dead()
-            acknowledged += sum("documents" in item for item in said)
-            in_flight += bool(said and "doing" in said[-1])
+            said += server.until_dead()
             state = check_survivor(folder, state, said, writable=rng.random() < 0.5)
-    assert acknowledged > 170, "the child got something done between the kills"
-    assert in_flight > 85, "most kills hit an operation"
 
 
 @pytest.mark.parametrize("max_bytes", [None, MIN_LIMIT])
@@ -806,9 +799,12 @@ def test_readers_see_whole_records_while_a_writer_works_and_compacts(folder: Pat
         for reader in readers:
             assert reader.stdout is not None
             assert reader.stdout.readline() == "reading\n"
+        # Until each has said that it saw enough; one that failed says nothing more either.
+        seeing = [threading.Thread(target=reader.stdout.readline) for reader in readers if reader.stdout is not None]
+        for thread in seeing:
+            thread.start()
         prune = partial(store.prune, max_bytes=400_000)
-        stop = time.monotonic() + 4
-        while time.monotonic() < stop:
+        while any(thread.is_alive() for thread in seeing):
             names = rng.sample(NAMES, 8)
             store.remove(f"d{name}" for name in names[:5])
             put(store, *names[5:])
@@ -817,14 +813,13 @@ def test_readers_see_whole_records_while_a_writer_works_and_compacts(folder: Pat
         for reader in readers:
             out, _ = reader.communicate("stop\n")
             assert reader.returncode == 0, "a reader met something it should not"
-            found, absent = map(int, out.split())
-            assert found > 100
-            assert absent > 10, "records went and came while it read"
+            assert out == "read\n"
 
 
 def read(folder: Path, seed: int) -> None:
-    """Read random records and documents until told to stop; print how many were there, and how many not."""
+    """Read random records and documents until told to stop; say when many were there, and many not."""
     found = absent = 0
+    is_enough = False
     stop = threading.Event()
 
     def wait() -> None:
@@ -841,11 +836,14 @@ def read(folder: Path, seed: int) -> None:
             assert record in (None, record_of(name))
             assert document in (None, document_of(f"d{name}", name))
             found, absent = found + (record is not None), absent + (record is None)
+            if not is_enough and found > 500 and absent > 50:
+                is_enough = True
+                print("enough", flush=True)
             if rng.random() < 0.05:
                 store.touch([key_of(name)])
                 store.stats()
                 assert store.verify().clean
-    print(found, absent)
+    print("read")
 
 
 def test_there_is_one_writer_and_a_dead_one_does_not_count(folder: Path) -> None:
@@ -882,9 +880,12 @@ def test_a_reader_waits_for_nothing_when_it_notes_a_use(folder: Path) -> None:
     with Store.open(folder) as reader, closing(other):
         other.execute("BEGIN IMMEDIATE")
         before = reader.stats().newest_use
-        begun = time.monotonic()
+        assert reader._db is not None
+        done: list[str] = []
+        reader._db.set_trace_callback(done.append)
         reader.touch([key_of("a")])
-        assert time.monotonic() - begun < 5  # against the 30 s that a transaction of the store's own is given
+        reader._db.set_trace_callback(None)
+        assert done == ["PRAGMA busy_timeout = 50", "BEGIN IMMEDIATE", "PRAGMA busy_timeout = 600000"]
         assert reader.stats().newest_use == before
         other.execute("ROLLBACK")
         reader.touch([key_of("a")])
