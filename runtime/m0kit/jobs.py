@@ -228,8 +228,8 @@ def score_file(
         if identity(source).items() - facts.items():
             raise InputError(f"{source}: has changed while it was read. Start anew with --overwrite.")
         if changed := [name for name, value in dependencies(artifact, load).items() if value != needed[name]]:
-            told = f"{' and '.join(changed)} changed while rows were scored"
-            raise OutputError(f"{output}: not written, since {told}. Start anew with --overwrite.")
+            why = f"{' and '.join(changed)} changed while rows were scored"
+            raise OutputError(f"{output}: not written, since {why}. Start anew with --overwrite.")
         if (missing := total - journal.count()) != 0:
             raise OutputError(f"{output}: {missing} of {total} rows have no result. Run the same command again.")
         return _finish(journal, source, output, resumed)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -331,6 +332,61 @@ def test_the_way_from_files_to_a_ranking(tmp_path: Path, artifact: Path, monkeyp
     assert {(line := json.loads(raw))["document"]: line["score"] for raw in again.stdout.splitlines()} == {
         name: score for name, score in scores.items() if name != "c1"
     }
+
+
+def test_what_is_removed_and_given_back_is_what_is_gone(library: Path, tmp_path: Path) -> None:
+    def disk_bytes() -> int:
+        return int(json.loads(run("index", "stats", library, "--json").stdout)["disk_bytes"])
+
+    (tmp_path / "some.txt").write_text("big\ntail\n")
+    before = disk_bytes()
+    with Store.open(library) as store:
+        live = store.stats().live_bytes
+    removed = run("index", "prune", library, "--remove", tmp_path / "some.txt")
+    assert removed.exit_code == 0
+    assert (
+        f"{library}: 2 documents removed, 2 states dropped, 0 bytes given back; `m0kit index compact" in removed.output
+    )
+    with Store.open(library) as store:
+        assert store.ids() == ["text", "same", "page"]
+        dead = store.stats().dead_bytes
+        assert dead > (live - store.stats().live_bytes) > 0
+    assert f"gives back {_told(dead)} more" in removed.output
+    assert disk_bytes() == before
+    compacted = run("index", "compact", library)
+    assert f"{library}: {_told(before - disk_bytes())} given back" in compacted.output
+    assert before - disk_bytes() >= dead
+
+    (tmp_path / "all.txt").write_text("text\npage\nsame\n")
+    before = disk_bytes()
+    removed = run("index", "prune", library, "--remove", tmp_path / "all.txt")
+    told = f"{library}: 3 documents removed, 2 states dropped, {_told(before - disk_bytes())} given back\n"
+    assert removed.output == told
+    assert disk_bytes() < before
+    absent = run("index", "prune", library, "--remove", tmp_path / "all.txt")
+    assert (absent.exit_code, "0 documents removed" in absent.stdout) == (1, True)
+    assert absent.stderr.endswith("error: nothing could be removed\n")
+
+
+def _told(num_bytes: int) -> str:
+    return f"{num_bytes} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def test_a_size_that_cannot_be_reached_is_said(library: Path) -> None:
+    pruned = run("index", "prune", library, "--max-bytes", 10_000)
+    assert pruned.exit_code == 0
+    assert ": 4 states dropped, " in pruned.stdout
+    found = re.fullmatch(r"note: (\d+) bytes are left, of documents themselves and the database\n", pruned.stderr)
+    assert found is not None
+    assert int(found[1]) > 10_000
+
+
+def test_where_nothing_at_all_can_be_read_the_exit_code_is_that_of_an_error(tmp_path: Path, artifact: Path) -> None:
+    (tmp_path / "docs.jsonl").write_text('{"id": "a"}\nnonsense\n')
+    done = run("index", "add", artifact, tmp_path / "library", tmp_path / "docs.jsonl", tmp_path / "none.png")
+    assert (done.exit_code, done.stderr.endswith("error: nothing could be read\n")) == (1, True)
+    (tmp_path / "docs.jsonl").write_text("")
+    assert run("index", "add", artifact, tmp_path / "library", tmp_path / "docs.jsonl").exit_code == 0
 
 
 @pytest.mark.parametrize(
