@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from m0kit_export.export import export_artifact
 from m0kit_parity.checkpoints import write_checkpoint
 
 # Machines differ and are noisy: how long an example takes says nothing about correctness.
-settings.register_profile("m0kit", deadline=None, print_blob=True)
+settings.register_profile("m0kit", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("m0kit")
 
 

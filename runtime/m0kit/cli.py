@@ -1,7 +1,8 @@
 """The `m0kit` command: rerank, score, inspect, and whatever the other folders add through entry points.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 all well · 1 an error, or a check that
-failed · 2 wrong usage · 3 some inputs could not be scored, the others were · 130 interrupted · 143 terminated.
+Results go to stdout, everything else to stderr. Exit codes: 0 all well · 1 an error, a check that failed, or no input
+at all could be scored · 2 wrong usage · 3 some inputs could not be scored, the others were · 130 interrupted ·
+143 terminated. An input that holds nothing is well, and said.
 Every option is also read from the environment: `m0kit rerank --device` from M0KIT_RERANK_DEVICE.
 """
 
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import click
 
 from m0kit.artifact import read_manifest, verify_files
-from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SIZE, THREADS, text_or_path
+from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, text_or_path
 from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import doctor
 from m0kit.errors import InputError, M0kitError
@@ -147,7 +148,7 @@ def rerank(
             click.echo(json.dumps(line))
         else:
             click.echo(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
-    ctx.exit(PARTLY if any(result.error for result in results) else 0)
+    ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
 @cli.command()
@@ -215,7 +216,7 @@ def score(
     for result in results:
         value = result.logit if raw else result.score
         click.echo(json.dumps({"error": str(result.error)} if result.error else {"score": value}))
-    ctx.exit(PARTLY if any(result.error for result in results) else 0)
+    ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
 def _score_file(
@@ -257,7 +258,7 @@ def _score_file(
     told += f", {done.truncated} cut to the model's length" if done.truncated else ""
     told += f", {done.errors} could not be scored: see {done.error_file}" if done.errors else ""
     click.echo(told, err=True)
-    return PARTLY if done.errors else 0
+    return exit_code(done.errors, done.rows)
 
 
 cli.add_command(doctor)

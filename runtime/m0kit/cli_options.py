@@ -11,6 +11,20 @@ from m0kit.reranker import Reranker
 
 PARTLY = 3  # exit code: some inputs could not be used, the others were
 
+
+def exit_code(num_failed: int, num_given: int, done: str = "scored") -> int:
+    """0, or PARTLY, or 1 where nothing at all could be `done`, which is said.
+
+    Nothing given is no failure, since a part of a divided input may well be empty; it is said all the same.
+    """
+    if num_given == 0:
+        click.echo(f"note: nothing was given to be {done}", err=True)
+    elif num_failed == num_given:
+        click.echo(f"error: nothing could be {done}", err=True)
+        return 1
+    return PARTLY if num_failed else 0
+
+
 ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
 DEVICE = click.option(
     "--device",

@@ -19,7 +19,18 @@ import click
 from tqdm import tqdm
 
 from m0kit.artifact import KV, Kept
-from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SIZE, THREADS, load, text_or_path
+from m0kit.cli_options import (
+    ARTIFACT,
+    DEVICE,
+    JSON,
+    MEMORY,
+    PIXELS,
+    SIZE,
+    THREADS,
+    exit_code,
+    load,
+    text_or_path,
+)
 from m0kit.errors import InputError, RecordDamagedError, StoreError
 from m0kit.image import to_png
 from m0kit.images import Images
@@ -232,7 +243,7 @@ def add_command(
         told = f"{index_folder}: {done.read} read ({done.tokens} tokens), {done.known} known already"
         told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
         click.echo(told + (f", {len(done.failed)} failed" if done.failed else ""))
-    ctx.exit(PARTLY if done.failed else 0)
+    ctx.exit(exit_code(len(done.failed), len(done.failed) + done.read + done.known, "read") if done.failed else 0)
 
 
 @index.command()
@@ -297,13 +308,24 @@ def prune(
     """Drop states, or whole documents, from INDEX. A document without a state can still be asked for."""
     if max_bytes is None and unused_days is None and remove is None:
         raise click.UsageError("Say what to drop: --max-bytes, --unused-days or --remove.")
+    ids = read_ids(remove) if remove else []
     with Store.open(index_folder, writable=True) as store:
-        absent = store.remove(read_ids(remove)) if remove else []
+        before = store.stats()
+        absent = store.remove(ids)
         for name in absent:
             click.echo(f"error: no document {name!r}", err=True)
-        found = store.prune(max_bytes=max_bytes, unused_days=unused_days)
-    click.echo(f"{index_folder}: {found.records} states dropped, {found.freed_bytes / 2**20:.1f} MiB given back")
-    ctx.exit(PARTLY if absent else 0)
+        store.prune(max_bytes=max_bytes, unused_days=unused_days)
+        after = store.stats()
+    removed = sum(before.documents.values()) - sum(after.documents.values())
+    told = f"{index_folder}: " + (f"{removed} documents removed, " if remove else "")
+    freed = max(0, before.disk_bytes - after.disk_bytes)
+    told += f"{before.records - after.records} states dropped, {_size(freed)} given back"
+    if after.dead_bytes:
+        told += f"; `m0kit index compact {index_folder}` gives back {_size(after.dead_bytes)} more"
+    click.echo(told)
+    if max_bytes is not None and after.disk_bytes > max_bytes:
+        click.echo(f"note: {_size(after.disk_bytes)} are left, of documents themselves and the database", err=True)
+    ctx.exit(exit_code(len(absent), len(set(ids)), "removed") if absent else 0)
 
 
 @index.command()
@@ -316,7 +338,11 @@ def compact(index_folder: Path) -> None:
             found = store.compact(bar.update)
     for names in found.damaged.values():
         click.echo(f"note: the damaged state of {', '.join(names)} was left out", err=True)
-    click.echo(f"{index_folder}: {found.freed_bytes / 2**20:.1f} MiB given back")
+    click.echo(f"{index_folder}: {_size(found.freed_bytes)} given back")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def read_ids(lines: Any) -> list[str]:

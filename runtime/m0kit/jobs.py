@@ -8,9 +8,14 @@ a second to the journal, an SQLite file beside the output (`.scores.parquet.part
 and skips what is done, so that the same command, after a kill or a crash, goes on where it was. The output is written
 aside and renamed once every row has its result; rows that cannot be scored are also listed in
 `scores.parquet.errors.jsonl`. Parquet needs the extra m0kit[parquet].
+
+One output never mixes scores of two kinds. A job goes on only where the input and all of `dependencies` are as they
+were; a row whose image file is another one by then is scored again. Threads, memory and the CPU may change: they move
+a score by rounding.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -19,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +36,8 @@ from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
 from m0kit.reranker import Reranker
 from m0kit.rows import JSON_NAMES, PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
-from m0kit.store import sync_folder
+from m0kit.sessions import engine_version
+from m0kit.store import Store, sync_folder
 
 # What a window may hold: enough rows to meet most pairs of a document, little enough to stay in memory.
 _WINDOW_ROWS = 8192
@@ -40,9 +47,11 @@ _IMAGE_BYTES = 768 * 28 * 28 * 3
 _WRITE_ROWS = 1 << 16
 _COMMIT_S = 1.0
 _PROGRESS_S = 30.0
-_FORMAT = "1"  # of the journal
-# Options of Reranker.load that change scores; the others change them by rounding at most.
-_SCORING = ("max_pixels", "max_length", "kv", "index")
+_FORMAT = "2"  # of the journal
+_ROWS = (
+    "CREATE TABLE IF NOT EXISTS rows "
+    "(row INTEGER PRIMARY KEY, id TEXT, score REAL, logit REAL, truncated TEXT, error TEXT, files TEXT)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,7 @@ class Scored:
     logit: float | None
     truncated: str | None  # "document", "query", "document,query"
     error: str | None
+    files: str | None = None  # JSON: {path of an image: what told it from another one before it was read}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +138,42 @@ def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
             readable.append(row)
         else:
             yield Scored(row.number, row.id, None, None, None, row.error)
+    stamp = functools.cache(_stamp)
+    files = [{str(path): stamp(path) for path in _image_files(row)} for row in readable]  # before they are read
     for position, result in reranker.stream([row.pair for row in readable]):
-        row = readable[position]
+        row, named = readable[position], json.dumps(files[position]) if files[position] else None
         if result.error is None:
-            yield Scored(row.number, row.id, result.score, result.logit, ",".join(result.truncated) or None, None)
+            cut = ",".join(result.truncated) or None
+            yield Scored(row.number, row.id, result.score, result.logit, cut, None, named)
         else:  # a position within the call means nothing to who reads the file of scores
             message = str(result.error).removeprefix(f"pair {position}: ")
-            yield Scored(row.number, row.id, None, None, None, _plain(message))
+            yield Scored(row.number, row.id, None, None, None, _plain(message), named)
+
+
+def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
+    """What scores depend on besides the input, with the options of Reranker.load: name → value.
+
+    An int8 score may differ by 0.03 between versions of ONNX Runtime, and a page by what decodes it. Raises
+    ArtifactError, StoreError, DependencyError.
+    """
+    manifest = read_manifest(artifact)
+    kv, edition = load.get("kv"), None
+    if load.get("index") is not None:
+        with Store.open(load["index"]) as store:
+            kv, edition = kv or store.identity.get("kv"), store.edition
+    own_engine = load.get("open_graph")
+    facts = {
+        "the artifact": manifest.fingerprint,
+        "the index": edition,
+        "kv": kv or "fp32",
+        "max_pixels": load.get("max_pixels") or manifest.model.image.max_pixels,
+        "max_length": load.get("max_length") or manifest.model.prompt.max_length,
+        "device": str(load.get("device") or "cpu").split(":")[0],
+        "open_graph": own_engine and getattr(own_engine, "__qualname__", type(own_engine).__qualname__),
+        "onnxruntime": engine_version(),
+        **{name: version(name) for name in ("m0kit", "pillow", "tokenizers")},
+    }
+    return {name: str(value) for name, value in facts.items()}
 
 
 def score_file(
@@ -150,6 +189,8 @@ def score_file(
 ) -> Summary:
     """Score every row of `source` into `output`, going on where an earlier run of the same job was stopped.
 
+    The same job is one whose input and `dependencies` are the same; another one's journal is refused.
+
     Formats go by the names: .jsonl (.ndjson) or .parquet (.pq). A row has `query` and `document`: a string is
     text, {"text": …} too, {"image": …} is a path relative to the file, a data URI, bytes, or {"bytes", "path"};
     null is absent. An `id` is carried through. The output has a row per row, in order: `row`, `id`, `score`, `logit`
@@ -163,16 +204,13 @@ def score_file(
     if load.get("index") is not None:
         load["index"] = Path(load["index"]).absolute()  # an engine may be in another folder
     _check_places(source, output)
-    facts = {
-        "the journal's format": _FORMAT,
-        **identity(source),
-        "the artifact": read_manifest(artifact).fingerprint,
-        **{name: str(load.get(name)) for name in _SCORING},
-    }
+    needed = dependencies(artifact, load)
+    facts = {"the journal's format": _FORMAT, **identity(source), **needed}
     with _Journal(output, facts, overwrite) as journal:
         total = count(source)
         if strict:
             journal.forget_errors()  # they are tried again
+        journal.forget_changed_files()
         done = journal.ranges()
         resumed = sum(end - start for start, end in done)
         if resumed < total:
@@ -189,6 +227,9 @@ def score_file(
             journal.commit()
         if identity(source).items() - facts.items():
             raise InputError(f"{source}: has changed while it was read. Start anew with --overwrite.")
+        if changed := [name for name, value in dependencies(artifact, load).items() if value != needed[name]]:
+            why = f"{' and '.join(changed)} changed while rows were scored"
+            raise OutputError(f"{output}: not written, since {why}. Start anew with --overwrite.")
         if (missing := total - journal.count()) != 0:
             raise OutputError(f"{output}: {missing} of {total} rows have no result. Run the same command again.")
         return _finish(journal, source, output, resumed)
@@ -225,6 +266,22 @@ def _by_document(window: Sequence[Row]) -> list[Row]:
     for row in window:
         groups.setdefault(_key(row.pair.get("document")), []).append(row)
     return [row for group in groups.values() for row in group]
+
+
+def _image_files(row: Row) -> Iterator[Path]:
+    for content in row.pair.values():
+        image = content.get("image") if isinstance(content, Mapping) else None
+        if isinstance(image, Path):
+            yield image
+
+
+def _stamp(path: Path | str) -> str:
+    """What tells a file from another one under its name; empty where there is none."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 # --- the journal -------------------------------------------------------------------------------------
@@ -264,16 +321,14 @@ class _Journal:
         if not self.path.exists():  # another job finished, and deleted it, between our opening and our lock
             raise self._busy()
         self._db.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS rows "
-            "(row INTEGER PRIMARY KEY, id TEXT, score REAL, logit REAL, truncated TEXT, error TEXT)"
-        )
+        self._db.execute(_ROWS)
         found = dict(self._db.execute("SELECT name, value FROM facts"))
         finishing, begun = found.pop("finishing", None), found.pop("overwrites", None)
         # The same command must go on after a kill: --overwrite does not throw away what it began itself.
         if self.overwrites and (found != facts or begun != "True"):
-            self._db.execute("DELETE FROM rows")
             self._db.execute("DELETE FROM facts")
+            self._db.execute("DROP TABLE rows")  # it may be another format's
+            self._db.execute(_ROWS)
             found, finishing = {}, None
         self.is_finishing = finishing is not None
         if self.output.exists() and not self.overwrites and not self.is_finishing:
@@ -290,6 +345,8 @@ class _Journal:
 
     def _differences(self, found: Mapping[str, str], facts: Mapping[str, str]) -> str:
         names = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
+        if "the journal's format" in names:
+            names = ["the journal's format"]  # the others may have other names there
         told = ", ".join(f"{name} (was {str(found.get(name))[:20]}, is {str(facts.get(name))[:20]})" for name in names)
         return (
             f"{self.path}: holds the scores of another job, which was stopped; different: {told}. "
@@ -314,9 +371,9 @@ class _Journal:
 
     def add(self, result: Scored) -> int:
         """Rows that are new: 1, or 0 for one that was there. Commits when a second has passed."""
-        values = (result.number, result.id, result.score, result.logit, result.truncated, result.error)
+        values = (result.number, result.id, result.score, result.logit, result.truncated, result.error, result.files)
         with self._named_errors():
-            added = self._db.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?)", values).rowcount
+            added = self._db.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", values).rowcount
         if time.monotonic() - self._committed >= _COMMIT_S:
             self.commit()
         return added
@@ -339,6 +396,17 @@ class _Journal:
     def forget_errors(self) -> None:
         with self._named_errors():
             self._db.execute("DELETE FROM rows WHERE error IS NOT NULL")
+
+    def forget_changed_files(self) -> None:
+        """Drop results of images that are others by now, or that are there by now, so that they are scored again."""
+
+        def has_changed(files: str) -> bool:
+            return any(_stamp(path) != stamp for path, stamp in json.loads(files).items())
+
+        with self._named_errors():
+            self._db.create_function("has_changed", 1, has_changed)
+            named = "SELECT DISTINCT files FROM rows WHERE files IS NOT NULL"
+            self._db.execute(f"DELETE FROM rows WHERE files IN (SELECT files FROM ({named}) WHERE has_changed(files))")
 
     def results(self, condition: str = "1") -> Iterator[Scored]:
         """In input order."""

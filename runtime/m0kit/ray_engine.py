@@ -5,11 +5,13 @@
 One task on the driver's machine reads the windows and cuts them into blocks; actors, each with a Reranker of its own,
 score them; the driver alone keeps the journal. An actor that dies is started again and its block retried. Artifact and
 images named by paths are opened by the actors: on several machines they must lie on a file system that all share,
-under the same path, and m0kit must be installed on each. Connects to RAY_ADDRESS, else starts Ray here for the job.
+under the same path, and m0kit must be installed on each. An actor that finds another artifact, index or version there
+than the driver scores nothing. Connects to RAY_ADDRESS, else starts Ray here for the job.
 """
 
 import os
 import pickle
+import platform
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from m0kit.errors import DependencyError, DeviceError, InputError, M0kitError
-from m0kit.jobs import Engine, Scored, Work, score_rows
+from m0kit.jobs import Engine, Scored, Work, dependencies, score_rows
 from m0kit.reranker import Reranker
 from m0kit.rows import Row
 
@@ -79,6 +81,7 @@ def _connect(cores: int) -> bool:
     is_ours = not os.environ.get("RAY_ADDRESS")
     if is_ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 are too few for a busy machine
         quiet |= {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(**quiet)
@@ -101,6 +104,7 @@ def _results(
 
     import ray
 
+    expected = dependencies(artifact, load)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -121,7 +125,7 @@ def _results(
             .map_batches(read, batch_format="pyarrow", num_cpus=0, label_selector=here)
             .map_batches(
                 _Scorer,
-                fn_constructor_kwargs={"artifact": artifact, "load": load},
+                fn_constructor_kwargs={"artifact": artifact, "load": load, "expected": expected},
                 batch_format="pyarrow",
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=workers),
@@ -143,11 +147,15 @@ def _results(
 
 
 class _Scorer:
-    """An actor: opens the artifact once, scores blocks. Errors of ours travel as results, so that they stay whole."""
+    """An actor: opens the artifact once, scores blocks. Errors of ours travel as results, so that they stay whole.
 
-    def __init__(self, artifact: Path, load: Mapping[str, Any]) -> None:
+    `expected` are the driver's `dependencies`: scores of others must not come in among them.
+    """
+
+    def __init__(self, artifact: Path, load: Mapping[str, Any], expected: Mapping[str, str]) -> None:
         try:
             self._reranker: Reranker | Exception = Reranker.load(artifact, **load)
+            _check_same(dependencies(artifact, load), expected)
         except (M0kitError, ValueError) as error:
             self._reranker = error
 
@@ -161,6 +169,15 @@ class _Scorer:
             return _packed(list(score_rows(self._reranker, rows)))
         except M0kitError as error:
             return _packed(error)
+
+
+def _check_same(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    if names := [name for name in expected if found.get(name) != expected[name]]:
+        told = ", ".join(f"{name} ({str(found.get(name))[:20]} there, {expected[name][:20]} here)" for name in names)
+        raise M0kitError(
+            f"a worker of Ray on {platform.node()} would give other scores; different: {told}. "
+            "Install the same versions and put the same files on all machines, then run the same command again."
+        )
 
 
 def blocks(window: Sequence[Row]) -> Iterator[list[Row]]:

@@ -114,6 +114,11 @@ def open_graph(
     return OnnxRuntimeGraph(session, name, run_options)
 
 
+def engine_version() -> str:
+    """Of ONNX Runtime. Raises DependencyError."""
+    return str(_onnxruntime().__version__)
+
+
 def _onnxruntime() -> Any:
     try:
         import onnxruntime

@@ -17,6 +17,10 @@ last use, is *cold*. Of the segments that are at least half cold or dead one alw
 longest is rewritten without its cold records. So no record is moved for less than its own size in return, and what
 was used recently stays.
 
+Nothing that is done for one document looks at all of them: triggers count what each segment holds, and a record is
+marked as cold once for each use. Opening for writing reads the database once, to be sure of it; for reading, while it
+is small.
+
     with Store.create(folder, {"model": "…"}, max_bytes=20 << 30) as store:
         store.add([Document("a", "text", b"hello", key)], {key: [keys, values]})
     with Store.open(folder) as store:
@@ -38,6 +42,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -50,25 +55,52 @@ from numpy.typing import NDArray
 
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
 
-FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder rightly
+FORMAT_VERSION = 2  # raised when an older m0kit could no longer read the folder rightly
 INDEX, LOCK, SEGMENTS = "index.sqlite", "lock.sqlite", "segments"
 SEGMENT_BYTES = 256 << 20  # rewriting one takes a second or so and as much free space
 MIN_LIMIT = 4 << 20  # below that the database alone would crowd the records out
 KEY_BYTES = 32
 _APPLICATION = 0x6D306B78  # "m0kx", in the database's header
 _ALIGN = 4096
-_WAIT_S = 30.0  # for another process's transaction, which takes milliseconds
+_WAIT_S = 600.0  # for another process's transaction: milliseconds, unless the machine is busy; guards against hanging
+_WRITER_WAIT_S = 0.5  # for another process that is just trying; a writer stays for longer, and so does its lock
 _TOUCH_WAIT_MS = 50  # noting a use is not worth more
+_CHECKED_BYTES = 4 << 20  # a database up to that size is looked at whole when it is opened for reading: 30 ms
 _GROWTH = 128 << 10  # of the database and its journal in one `add`: a split in every tree …
 _GROWTH_PER_ROW = 8 << 10  # … and for each document or record, several times what was measured
 _SEGMENT_NAME = re.compile(r"(\d{6,})\.kv")
 
+
+def _held(row: str, sign: str) -> str:
+    """SQL that counts a row of `pieces`, NEW or OLD, into its segment or out of it."""
+    room = f"({row}.size + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}"
+    counted = {
+        "pieces": "1",
+        "records": f"({row}.content = 0)",
+        "live": f"{row}.size",
+        "taken": room,
+        "fixed": f"({row}.content = 1) * ({room})",
+        "cold": f"({row}.warm = 0) * ({room})",
+    }
+    changes = ", ".join(f"{name} = {name} {sign} {value}" for name, value in counted.items())
+    return f"UPDATE segments SET {changes} WHERE number = {row}.segment;"
+
+
 _SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL CHECK (typeof(value) = 'integer'));
+INSERT INTO counts VALUES ('text', 0), ('image', 0), ('changes', 0);
 CREATE TABLE segments (
   number INTEGER PRIMARY KEY AUTOINCREMENT,
-  size INTEGER NOT NULL CHECK (typeof(size) = 'integer')
+  size INTEGER NOT NULL CHECK (typeof(size) = 'integer'),
+  pieces INTEGER NOT NULL DEFAULT 0, -- in it
+  records INTEGER NOT NULL DEFAULT 0, -- of them
+  live INTEGER NOT NULL DEFAULT 0, -- bytes of pieces
+  taken INTEGER NOT NULL DEFAULT 0, -- filled up to where the next one may start
+  fixed INTEGER NOT NULL DEFAULT 0, -- of these, by contents
+  cold INTEGER NOT NULL DEFAULT 0 -- of these, by cold records
 );
+CREATE INDEX segments_empty ON segments (number) WHERE pieces = 0;
 CREATE TABLE pieces (
   content INTEGER NOT NULL CHECK (content IN (0, 1)),
   key BLOB NOT NULL CHECK (typeof(key) = 'blob' AND length(key) = {KEY_BYTES}),
@@ -77,9 +109,16 @@ CREATE TABLE pieces (
   size INTEGER NOT NULL CHECK (typeof(size) = 'integer' AND size >= 0),
   crc INTEGER NOT NULL CHECK (typeof(crc) = 'integer'),
   used REAL NOT NULL CHECK (typeof(used) = 'real'),
+  warm INTEGER NOT NULL CHECK (warm = 1 OR (warm = 0 AND content = 0)),
   PRIMARY KEY (content, key)
 ) WITHOUT ROWID;
-CREATE INDEX pieces_by_segment ON pieces (segment);
+CREATE INDEX pieces_by_segment ON pieces (segment, warm, used);
+CREATE INDEX records_by_use ON pieces (warm, used) WHERE content = 0;
+CREATE TRIGGER piece_added AFTER INSERT ON pieces BEGIN {_held("NEW", "+")} END;
+CREATE TRIGGER piece_dropped AFTER DELETE ON pieces BEGIN {_held("OLD", "-")} END;
+CREATE TRIGGER piece_changed AFTER UPDATE ON pieces
+WHEN OLD.segment <> NEW.segment OR OLD.size <> NEW.size OR OLD.warm <> NEW.warm
+BEGIN {_held("OLD", "-")} {_held("NEW", "+")} END;
 CREATE TABLE documents (
   place INTEGER PRIMARY KEY AUTOINCREMENT,
   id TEXT NOT NULL UNIQUE CHECK (typeof(id) = 'text' AND id <> ''),
@@ -90,9 +129,24 @@ CREATE TABLE documents (
 );
 CREATE INDEX documents_by_key ON documents (key);
 CREATE INDEX documents_by_content ON documents (content);
+CREATE TRIGGER document_added AFTER INSERT ON documents
+BEGIN UPDATE counts SET value = value + 1 WHERE name = NEW.kind; END;
+CREATE TRIGGER document_removed AFTER DELETE ON documents
+BEGIN
+  UPDATE counts SET value = value - 1 WHERE name = OLD.kind;
+  UPDATE counts SET value = value + 1 WHERE name = 'changes';
+END;
+CREATE TRIGGER document_replaced AFTER UPDATE ON documents
+WHEN OLD.kind <> NEW.kind OR OLD.key <> NEW.key OR OLD.content <> NEW.content
+BEGIN
+  UPDATE counts SET value = value - 1 WHERE name = OLD.kind;
+  UPDATE counts SET value = value + 1 WHERE name IN ('changes', NEW.kind);
+END;
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {FORMAT_VERSION};
 """
+# SQLite by itself would read all records and sort them.
+_RECORDS_BY_USE = "pieces INDEXED BY records_by_use WHERE content = 0"
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
@@ -179,6 +233,7 @@ class _Piece(NamedTuple):
     size: int
     crc: int
     used: float  # seconds since 1970
+    warm: int  # 0 for a record that has to go first when room is needed
 
 
 class _New(NamedTuple):
@@ -188,6 +243,7 @@ class _New(NamedTuple):
     key: bytes
     buffers: Sequence[memoryview]
     used: float
+    warm: int = 1
     crc: int | None = None
 
     @property
@@ -217,13 +273,14 @@ class Store:
                     # SQLite lets a reader "begin exclusively" and only complains later.
                     for place in (path, path / SEGMENTS, path / INDEX, path / LOCK):
                         _must_be_writable(place)
-                    self._writer = _connect(path / LOCK, "rwc", 0.5)
+                    self._writer = _connect(path / LOCK, "rwc", _WRITER_WAIT_S)
                     self._writer.execute("BEGIN EXCLUSIVE")
                 # SQLite falls back to reading where writing is not allowed; where it is, even a reader must be
                 # able to roll a killed writer's transaction back.
                 self._db = _connect(path / INDEX, "rw", _WAIT_S)
-            self._check()
-            self.identity, self.max_bytes = self._meta()
+            # A writer could make damage worse; a reader meets it, or `verify` does.
+            self._check(whole=writable or _size_of(path / INDEX) <= _CHECKED_BYTES)
+            self.identity, self.max_bytes, self._id = self._meta()
             if writable:
                 self._sweep()
         except BaseException:
@@ -241,7 +298,7 @@ class Store:
         path = Path(os.path.abspath(path))
         if max_bytes is not None and max_bytes < MIN_LIMIT:
             raise StoreError(f"{path}: a limit of {max_bytes} bytes is too small, expected at least {MIN_LIMIT}.")
-        values = {"identity": json.dumps(dict(identity)), "max_bytes": json.dumps(max_bytes)}
+        values = {"identity": dict(identity), "max_bytes": max_bytes, "id": secrets.token_hex(8)}
         # Made aside and renamed, so that a killed `create` leaves nothing that looks like a store.
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
@@ -252,7 +309,7 @@ class Store:
             db = _connect(aside / INDEX, "rwc", 0)
             try:
                 db.executescript(f"BEGIN; {_SCHEMA}")
-                db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
+                db.executemany("INSERT INTO meta VALUES (?, ?)", ((n, json.dumps(v)) for n, v in values.items()))
                 db.execute("COMMIT")
             finally:
                 db.close()
@@ -274,7 +331,9 @@ class Store:
     def open(cls, path: str | Path, *, writable: bool = False) -> Self:
         """Open a store: any number of readers, with one writer beside them.
 
-        Raises StoreError if there is none, it is damaged or newer than this m0kit; StoreBusyError for a second writer.
+        Raises StoreError if there is none, it is damaged or of another format; StoreBusyError for a second writer.
+        For reading a database of more than 4 MiB is not looked at whole: `verify` does that, and damage that is met is
+        an error.
         """
         path = Path(os.path.abspath(path))
         if not os.path.isfile(path / INDEX):
@@ -299,7 +358,16 @@ class Store:
     # Reading
 
     def __len__(self) -> int:
-        return int(self._rows("SELECT COUNT(*) FROM documents")[0][0])
+        return int(self._rows("SELECT SUM(value) FROM counts WHERE name <> 'changes'")[0][0])
+
+    @property
+    def edition(self) -> str:
+        """Of this very index, wherever it lies; another one once an id of a document means something else or nothing.
+
+        A document with a new id, and what becomes of records, leave it as it is.
+        """
+        changes = self._rows("SELECT value FROM counts WHERE name = 'changes'")[0][0]
+        return f"{self._id}.{changes}"
 
     def ids(self) -> list[str]:
         """All ids, in the order in which they were first added."""
@@ -341,52 +409,59 @@ class Store:
     def touch(self, keys: Iterable[bytes]) -> None:
         """Note that records were used now. A read-only or busy database is left alone: this only guides `prune`."""
         rows = [(time.time(), key) for key in keys]
-        with self._lock, suppress(sqlite3.Error):
+        with self._lock, suppress(sqlite3.Error, UnicodeDecodeError):
             db = self._connection()
             db.execute(f"PRAGMA busy_timeout = {_TOUCH_WAIT_MS}")
             try:
                 with _committed(db):
-                    db.executemany("UPDATE pieces SET used = ? WHERE content = 0 AND key = ?", rows)
+                    db.executemany("UPDATE pieces SET used = ?, warm = 1 WHERE content = 0 AND key = ?", rows)
             finally:
                 db.execute(f"PRAGMA busy_timeout = {_WAIT_S * 1000:.0f}")
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> Verified:
-        """Read every piece; `progress` is told the bytes of each. Raises StoreError if the database is damaged."""
-        self._check()
+        """Read every piece; `progress` is told the bytes of each. Raises StoreError if the database is damaged.
+
+        What a writer adds or moves meanwhile may be read, or read twice, or not.
+        """
+        self._check(whole=True)
         with self._lock:  # what was right, or long enough, may not be any more
             self._whole.clear()
             self._maps.clear()
         damaged: dict[bytes, tuple[str, ...]] = {}
-        contents: list[str] = []
-        pieces = self._pieces()
-        for piece in pieces:
-            try:
-                self._load(piece.content, piece.key)
-            except RecordDamagedError:
-                if piece.content:
-                    contents += self._owners(True, piece.key)
-                else:
-                    damaged[piece.key] = self._owners(False, piece.key)
-            progress(piece.size)
-        segments = []
-        for number, size in self._rows("SELECT number, size FROM segments"):
+        contents: dict[str, None] = {}
+        segments: list[str] = []
+        records = number = 0
+        # What is moved meanwhile goes to a higher number. A segment at a time: all pieces may be too many for memory.
+        while rows := self._rows("SELECT number, size FROM segments WHERE number > ? ORDER BY number LIMIT 1", number):
+            number, size = rows[0]
+            for piece in self._pieces(number):
+                records += not piece.content
+                try:
+                    self._load(bool(piece.content), piece.key)
+                except RecordDamagedError:
+                    owners = self._owners(bool(piece.content), piece.key)
+                    if piece.content:
+                        contents.update(dict.fromkeys(owners))
+                    else:
+                        damaged[piece.key] = owners
+                progress(piece.size)
             if _size_of(self._segment(number)) < size and self._rows("SELECT 1 FROM segments WHERE number = ?", number):
                 segments.append(self._segment(number).name)
         pending = self._rows(
             "SELECT id FROM documents AS d WHERE NOT EXISTS "
             "(SELECT 1 FROM pieces WHERE content = 0 AND key = d.key) ORDER BY place"
         )
-        records = sum(not piece.content for piece in pieces)
         return Verified(records, damaged, tuple(contents), tuple(segments), tuple(row[0] for row in pending))
 
     def stats(self) -> Stats:
         """What the store holds and how much space that takes."""
-        kinds = dict(self._rows("SELECT kind, COUNT(*) FROM documents GROUP BY kind"))
-        live = self._rows("SELECT COALESCE(SUM(size), 0) FROM pieces")[0][0]
-        records, oldest, newest = self._rows("SELECT COUNT(*), MIN(used), MAX(used) FROM pieces WHERE content = 0")[0]
+        kinds = dict(self._rows("SELECT name, value FROM counts WHERE name <> 'changes' AND value > 0"))
+        sums = "COALESCE(SUM(records), 0), COALESCE(SUM(live), 0), COALESCE(SUM(size - taken), 0)"
+        records, live, dead = self._rows(f"SELECT {sums} FROM segments")[0]
+        by_use = f"SELECT used FROM {_RECORDS_BY_USE} ORDER BY warm {{0}}, used {{0}} LIMIT 1"
+        oldest, newest = (next(iter(self._rows(by_use.format(way))), (None,))[0] for way in ("ASC", "DESC"))
         files = [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
         disk = sum(max(0, _size_of(path)) for path in files)
-        dead = sum(size for _, size in self._dead())
         return Stats(kinds, records, live, dead, disk, self.max_bytes, oldest, newest, self.identity)
 
     # Writing
@@ -423,8 +498,11 @@ class Store:
                     "content = excluded.content, source = excluded.source",
                     [(d.id, d.kind, d.key, contents[d.id], d.source) for d in documents],
                 )
-                db.executemany("UPDATE pieces SET used = ? WHERE content = 0 AND key = ?", [(now, k) for k in used])
+                touched = "UPDATE pieces SET used = ?, warm = 1 WHERE content = 0 AND key = ?"
+                db.executemany(touched, [(now, key) for key in used])
                 _drop_unneeded(db, replaced)
+                if self.max_bytes is not None:
+                    _cool(db)  # now, so that it is not much when room is needed
         return dropped
 
     def remove(self, ids: Iterable[str]) -> list[str]:
@@ -457,12 +535,12 @@ class Store:
                 excess = before - sum(dead for _, dead in self._dead()) - max_bytes
             since = None if unused_days is None else time.time() - unused_days * 86400
             drop: list[bytes] = []
-            for key, size, used in self._rows("SELECT key, size, used FROM pieces WHERE content = 0 ORDER BY used"):
-                if excess <= 0 and (since is None or used >= since):
-                    break
-                drop.append(key)
-                excess -= _room(size)
             with self._transaction() as db:
+                for key, size, used in db.execute(f"SELECT key, size, used FROM {_RECORDS_BY_USE} ORDER BY warm, used"):
+                    if excess <= 0 and (since is None or used >= since):
+                        break
+                    drop.append(key)
+                    excess -= _room(size)
                 _drop_records(db, drop)
             while max_bytes is not None and self._disk_bytes() > max_bytes and (dead := self._dead()):
                 drop += self._rewrite(dead[0][0])
@@ -497,7 +575,7 @@ class Store:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a message that names what is damaged
             raise _translated(self.path, error, self.writable) from error
 
     def _rows(self, query: str, *values: object) -> list[Any]:
@@ -510,36 +588,65 @@ class Store:
             db = self._connection()
             with _committed(db):
                 yield db
-                emptied = db.execute(
-                    "DELETE FROM segments WHERE NOT EXISTS (SELECT 1 FROM pieces WHERE segment = number)"
-                ).rowcount
-        if emptied:
-            self._sweep()
+                emptied = db.execute("SELECT number FROM segments WHERE pieces = 0").fetchall()
+                if emptied:
+                    db.execute("DELETE FROM segments WHERE pieces = 0")
+        for (number,) in emptied:
+            with suppress(OSError):  # Windows: still mapped
+                self._segment(number).unlink()
 
-    def _check(self) -> None:
-        """Whether the database is ours, whole, and not newer than we are."""
+    def _check(self, whole: bool) -> None:
+        """Whether the database is ours, of our format, not cut off, and with `whole` sound in all that it holds."""
         if self._rows("PRAGMA application_id")[0][0] != _APPLICATION:
             raise StoreError(f"{self.path / INDEX}: not the database of an index, or damaged. Make the index again.")
         version = self._rows("PRAGMA user_version")[0][0]
-        if version > FORMAT_VERSION:
-            raise StoreError(f"{self.path}: format version {version}; this m0kit reads {FORMAT_VERSION}. Update m0kit.")
-        if self._rows("PRAGMA quick_check(1)") != [("ok",)] or self._rows("PRAGMA foreign_key_check"):
+        if version != FORMAT_VERSION:
+            way = "Update m0kit" if version > FORMAT_VERSION else "It is of an older m0kit: make the index again"
+            raise StoreError(f"{self.path}: format version {version}; this m0kit reads {FORMAT_VERSION}. {way}.")
+        if self._is_cut_off() or (whole and not self._is_sound()):
             raise _damaged(self.path)
 
-    def _meta(self) -> tuple[Mapping[str, Any], int | None]:
-        """The identity and the limit, as given to `create`."""
+    def _is_cut_off(self) -> bool:
+        with self._lock, self._guarded():
+            db = self._connection()
+            db.execute("BEGIN")  # nobody changes the file until it ends
+            try:
+                db.execute("SELECT 1 FROM meta").fetchone()
+                ((pages,),), ((size,),) = (
+                    db.execute(f"PRAGMA {what}").fetchall() for what in ("page_count", "page_size")
+                )
+                return _size_of(self.path / INDEX) < int(pages * size)
+            finally:
+                db.execute("ROLLBACK")
+
+    def _is_sound(self) -> bool:
+        """Whether the trees are, every piece has its segment, and what was counted is so."""
+        room = f"(size + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}"
+        counts = (
+            "SELECT number, pieces, records, live, taken, fixed, cold FROM segments EXCEPT SELECT segment, COUNT(*), "
+            f"SUM(content = 0), SUM(size), SUM({room}), SUM((content = 1) * ({room})), SUM((warm = 0) * ({room})) "
+            "FROM pieces GROUP BY segment",
+            "SELECT name, value FROM counts WHERE name <> 'changes' AND value <> 0 EXCEPT "
+            "SELECT kind, COUNT(*) FROM documents GROUP BY kind",
+        )
+        if self._rows("PRAGMA quick_check(1)") != [("ok",)] or self._rows("PRAGMA foreign_key_check"):
+            return False
+        return not any(self._rows(query) for query in counts)
+
+    def _meta(self) -> tuple[Mapping[str, Any], int | None, str]:
+        """The identity and the limit, as given to `create`, and the index's own id."""
         try:
             meta = {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM meta")}
-            identity, max_bytes = meta["identity"], meta["max_bytes"]
+            identity, max_bytes, own = meta["identity"], meta["max_bytes"], meta["id"]
         except (KeyError, TypeError, json.JSONDecodeError):
             raise _damaged(self.path) from None
-        if not isinstance(identity, dict) or not isinstance(max_bytes, int | None):
+        if not isinstance(identity, dict) or not isinstance(max_bytes, int | None) or not isinstance(own, str):
             raise _damaged(self.path)
-        return identity, max_bytes
+        return identity, max_bytes, own
 
-    def _pieces(self, segment: int | None = None) -> list[_Piece]:
-        where = "" if segment is None else f"WHERE segment = {segment:d}"
-        return [_Piece(*row) for row in self._rows(f"SELECT * FROM pieces {where} ORDER BY segment, start")]
+    def _pieces(self, segment: int) -> list[_Piece]:
+        rows = self._rows("SELECT * FROM pieces WHERE segment = ?", segment)
+        return sorted((_Piece(*row) for row in rows), key=lambda piece: piece.start)
 
     def _owners(self, content: bool, key: bytes) -> tuple[str, ...]:
         column = "content" if content else "key"
@@ -548,11 +655,7 @@ class Store:
 
     def _dead(self) -> list[tuple[int, int]]:
         """(segment, dead bytes) where there are any, most first."""
-        return self._rows(
-            f"SELECT number, s.size - COALESCE(SUM((p.size + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}), 0) AS dead "
-            "FROM segments AS s LEFT JOIN pieces AS p ON segment = number GROUP BY number HAVING dead > 0 "
-            "ORDER BY dead DESC"
-        )
+        return self._rows("SELECT number, size - taken AS dead FROM segments WHERE dead > 0 ORDER BY dead DESC")
 
     def _disk_bytes(self) -> int:
         segments = self._rows("SELECT COALESCE(SUM(size), 0) FROM segments")[0][0]
@@ -648,10 +751,17 @@ class Store:
                 raise _unwritable(self.path, error) from error
             with self._transaction() as db:
                 db.executemany(
-                    "INSERT INTO segments VALUES (?, ?) ON CONFLICT (number) DO UPDATE SET size = excluded.size",
+                    "INSERT INTO segments (number, size) VALUES (?, ?) "
+                    "ON CONFLICT (number) DO UPDATE SET size = excluded.size",
                     ends.items(),
                 )
-                db.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?, ?, ?)", pieces)
+                # Not "OR REPLACE", for which no trigger runs.
+                changed = ", ".join(f"{name} = excluded.{name}" for name in _Piece._fields[2:])
+                db.executemany(
+                    "INSERT INTO pieces VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
+                    f"ON CONFLICT (content, key) DO UPDATE SET {changed}",
+                    pieces,
+                )
                 yield db
         except BaseException:
             self._sweep()
@@ -669,19 +779,19 @@ class Store:
             number, end = last + 1, 0
         pieces: list[_Piece] = []
         ends: dict[int, int] = {}
-        left = list(new)
+        left = deque(new)
         while left:
             with open(self._segment(number), "r+b" if end else "wb", buffering=0) as file:
                 file.seek(end)
                 while left and (end == 0 or end + _room(left[0].size) <= self._segment_bytes):
-                    item = left.pop(0)
+                    item = left.popleft()
                     start, crc = end, 0
                     for buffer in item.buffers:
                         crc = zlib.crc32(buffer, crc)
                         _write(file, buffer)
                     _write(file, memoryview(bytes(_room(item.size) - item.size)))
                     crc = crc if item.crc is None else item.crc
-                    pieces.append(_Piece(item.content, item.key, number, start, item.size, crc, item.used))
+                    pieces.append(_Piece(item.content, item.key, number, start, item.size, crc, item.used, item.warm))
                     end += _room(item.size)
                     ends[number] = end
                 _sync(file.fileno())
@@ -705,10 +815,12 @@ class Store:
                 lost.append(piece.key)
                 continue
             data = bytes(piece.size) if view is None else view
-            new.append(_New(piece.content, piece.key, [_bytes_of(data)], piece.used, piece.crc))
+            new.append(_New(piece.content, piece.key, [_bytes_of(data)], piece.used, piece.warm, piece.crc))
         newest = self._rows("SELECT MAX(number) FROM segments")[0][0]
         with self._published(new, fresh=number == newest) as db:
             _drop_records(db, [*drop, *lost])
+        if self._rows("SELECT 1 FROM segments WHERE number = ?", number):  # it should be empty now, and so gone
+            raise _damaged(self.path)
         return lost
 
     def _make_room(self, need: int, keep: Collection[bytes]) -> int:
@@ -717,7 +829,8 @@ class Store:
             return 0
         budget = self.max_bytes - 2 * self._segment_bytes
         database = _size_of(self.path / INDEX)
-        fixed = sum(_room(p.size) for p in self._pieces() if p.content or p.key in keep) + 2 * database
+        fixed = self._rows("SELECT COALESCE(SUM(fixed), 0) FROM segments")[0][0] + 2 * database
+        fixed += self._room_of(keep)
         if fixed + need > budget:
             raise StoreError(
                 f"{self.path}: {need} bytes cannot be added: the limit is {self.max_bytes}, of which "
@@ -731,25 +844,23 @@ class Store:
             database = _size_of(self.path / INDEX)
         return dropped
 
+    def _room_of(self, keys: Collection[bytes]) -> int:
+        find = "SELECT size FROM pieces WHERE content = 0 AND key = ?"
+        return sum(_room(size) for key in keys for (size,) in self._rows(find, key))
+
     def _victim(self, keep: Collection[bytes]) -> tuple[int, set[bytes]]:
         """The segment to rewrite when room is needed, and its cold records (see above)."""
-        ends: dict[int, int] = dict(self._rows("SELECT number, size FROM segments"))
-        rows = self._rows("SELECT content, key, segment, size, used FROM pieces ORDER BY used DESC")
-        half = sum(_room(size) for content, key, _, size, _ in rows if not content and key not in keep) / 2
-        gain, newest = dict(ends), dict.fromkeys(ends, 0.0)
-        cold: dict[int, set[bytes]] = {number: set() for number in ends}
-        recent = 0
-        for content, key, segment, size, used in rows:
-            if not content and key not in keep:
-                recent += _room(size)
-                if recent > half:
-                    cold[segment].add(key)
-                    newest[segment] = max(newest[segment], used)
-                    continue
-            gain[segment] -= _room(size)
-        number = max(ends, key=lambda number: (min(gain[number] / max(ends[number], 1), 0.5), -newest[number]))
-        assert gain[number] > 0, "only asked when there is something to gain"
-        return number, cold[number]
+        with self._transaction() as db:  # readers note uses, and so does this
+            _cool(db, keep, self._room_of(keep))
+            found = db.execute("SELECT number, size, size - taken + cold FROM segments").fetchall()
+            shares = {number: min(gain / max(size, 1), 0.5) for number, size, gain in found}
+            most = max(shares.values())
+            assert most > 0, "only asked when there is something to gain"
+            newest = "SELECT MAX(used) FROM pieces WHERE segment = ? AND warm = 0"
+            uses = {n: db.execute(newest, (n,)).fetchone()[0] or 0.0 for n in shares if shares[n] == most}
+            number = min(uses, key=lambda number: (uses[number], number))
+            cold = db.execute("SELECT key FROM pieces WHERE segment = ? AND warm = 0", (number,))
+            return number, {key for (key,) in cold}
 
 
 def _connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
@@ -773,6 +884,22 @@ def _committed(db: sqlite3.Connection) -> Iterator[None]:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _cool(db: sqlite3.Connection, keep: Collection[bytes] = (), kept: int = 0) -> None:
+    """Mark the older half of what records take as cold, by last use, apart from `keep`, which takes `kept` bytes."""
+    db.executemany("UPDATE pieces SET warm = 1 WHERE content = 0 AND warm = 0 AND key = ?", [(key,) for key in keep])
+    taken, cold = db.execute("SELECT SUM(taken - fixed), SUM(cold) FROM segments").fetchone()
+    missing = ((taken or 0) - kept) / 2 - (cold or 0)
+    marked: list[tuple[bytes]] = []
+    if missing > 0:
+        for key, size in db.execute(f"SELECT key, size FROM {_RECORDS_BY_USE} AND warm = 1 ORDER BY used"):
+            if key not in keep:
+                marked.append((key,))
+                missing -= _room(size)
+            if missing <= 0:
+                break
+    db.executemany("UPDATE pieces SET warm = 0 WHERE content = 0 AND key = ?", marked)
 
 
 def _drop_records(db: sqlite3.Connection, keys: Iterable[bytes]) -> None:
@@ -849,7 +976,7 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {what}. Nothing is lost. {advice}, then try again.")
 
 
-def _translated(path: Path, error: sqlite3.Error, writing: bool) -> M0kitError:
+def _translated(path: Path, error: sqlite3.Error | UnicodeDecodeError, writing: bool) -> M0kitError:
     """SQLite's errors as ours."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

@@ -396,17 +396,39 @@ def test_killed_at_any_moment_it_leaves_no_artifact_that_looks_finished(tmp_path
     assert ends == ({"nothing", "fp16"} if mode == "new" else {"fp32", "nothing", "fp16"})
 
 
+# Runs the command; at the first file that it opens after many weights were written, it says so and waits for its end.
+HELD = """
+import os, sys
+written, said = set(), []
+
+def watch(event, args):
+    if event != "open" or said:
+        return
+    if any(os.path.getsize(path) > 10 << 20 for path in written if os.path.exists(path)):
+        said.append("weights are written")
+        print(*said, flush=True)
+        os.read(0, 1)
+    if str(args[0]).endswith(".data") and ".unfinished-" in str(args[0]):
+        written.add(str(args[0]))
+
+sys.addaudithook(watch)
+from m0kit.cli import main
+sys.argv[0] = "m0kit"
+main()
+"""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_ctrl_c_leaves_nothing_behind_and_exits_with_130(tmp_path: Path, heavy: Path) -> None:
-    command = [sys.executable, "-m", "m0kit", "export", str(heavy), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if any(path.stat().st_size > 10 << 20 for path in tmp_path.glob(".out.unfinished-*/*.data")):
-                break
-            time.sleep(0.005)
+    command = [sys.executable, "-c", HELD, "export", str(heavy), "-o", str(tmp_path / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout is not None
+        held = process.stdout.readline()
+        assert any(path.stat().st_size > 10 << 20 for path in tmp_path.glob(".out.unfinished-*/*.data"))
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate()
+    assert held == "weights are written\n"
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in err

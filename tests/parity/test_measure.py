@@ -25,7 +25,7 @@ def test_processes_measure_every_form_of_content(tiny_artifact: Path, tmp_path: 
     memory = measure.measure_memory(tiny_artifact, pairs, 1)
     assert 0 < memory.loaded <= memory.peak
     assert 0 < memory.private <= memory.peak
-    assert 0 < measure.measure_seconds(tiny_artifact, pairs, 1) < 60
+    assert measure.measure_seconds(tiny_artifact, pairs, 1) > 0
 
 
 @linux

@@ -195,7 +195,7 @@ def test_an_empty_query_is_empty_and_not_missing(
     m0kit: Callable[..., Done], artifact: Path, documents: list[Path]
 ) -> None:
     done = m0kit("rerank", artifact, "--query", "", documents[0])
-    assert done.code == 3
+    assert done.code == 1
     assert "query is empty" in done.err
 
 
@@ -277,7 +277,36 @@ def test_score_reads_stdin_with_images_relative_to_where_one_is(
     for args in (("-",), ()):
         done = m0kit("score", artifact, *args, "--raw", stdin=text)
         assert [row["score"] for row in done.rows] == pytest.approx(wanted.tolist(), abs=1e-4)
-    assert m0kit("score", artifact, stdin="").out == ""
+    done = m0kit("score", artifact, stdin="")
+    assert (done.code, done.out, done.err) == (0, "", "note: nothing was given to be scored\n")
+
+
+def test_where_nothing_at_all_can_be_scored_the_exit_code_is_that_of_an_error(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(jsonl({"query": "", "document": "d"}, {"query": "q"}), "utf-8")
+    said = "error: nothing could be scored\n"
+    done = m0kit("score", artifact, pairs)
+    assert (done.code, len(done.rows), done.err.endswith(said)) == (1, 2, True)
+    done = m0kit("rerank", artifact, "--query", "q", tmp_path / "none.png", tmp_path / "nor.png")
+    assert (done.code, len(done.lines), done.err.endswith(said)) == (1, 2, True)
+    done = m0kit("score", artifact, pairs, "-o", tmp_path / "out.jsonl")
+    assert (done.code, done.err.endswith(said)) == (1, True)
+    assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 2
+    pairs.write_text(jsonl({"query": "", "document": "d"}, {"query": "q", "document": "d"}), "utf-8")
+    for more in ([], ["-o", tmp_path / "out.jsonl", "--overwrite"]):
+        done = m0kit("score", artifact, pairs, *more)
+        assert (done.code, said in done.err) == (3, False)
+
+
+def test_an_input_that_holds_nothing_is_well_and_said(
+    m0kit: Callable[..., Done], artifact: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text("\n\n")
+    done = m0kit("score", artifact, tmp_path / "pairs.jsonl", "-o", tmp_path / "out.jsonl")
+    assert (done.code, done.err.splitlines()[-1]) == (0, "note: nothing was given to be scored")
+    assert (tmp_path / "out.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])

@@ -142,7 +142,7 @@ def scores(reranker: Reranker, pairs: Iterable[Any], cache: Cache | None) -> lis
 # --- one score, whatever happened before ---------------------------------------------------------------
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.data_too_large])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(
     st.lists(queries, min_size=1, max_size=3),
     st.lists(documents, min_size=1, max_size=3),

@@ -1,11 +1,10 @@
 """An index gives the scores of the documents themselves, whatever happened to it on the way."""
 
+import itertools
 import json
-import os
-import signal
+import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -335,6 +334,61 @@ def test_the_way_from_files_to_a_ranking(tmp_path: Path, artifact: Path, monkeyp
     }
 
 
+def test_what_is_removed_and_given_back_is_what_is_gone(library: Path, tmp_path: Path) -> None:
+    def disk_bytes() -> int:
+        return int(json.loads(run("index", "stats", library, "--json").stdout)["disk_bytes"])
+
+    (tmp_path / "some.txt").write_text("big\ntail\n")
+    before = disk_bytes()
+    with Store.open(library) as store:
+        live = store.stats().live_bytes
+    removed = run("index", "prune", library, "--remove", tmp_path / "some.txt")
+    assert removed.exit_code == 0
+    assert (
+        f"{library}: 2 documents removed, 2 states dropped, 0 bytes given back; `m0kit index compact" in removed.output
+    )
+    with Store.open(library) as store:
+        assert store.ids() == ["text", "same", "page"]
+        dead = store.stats().dead_bytes
+        assert dead > (live - store.stats().live_bytes) > 0
+    assert f"gives back {_told(dead)} more" in removed.output
+    assert disk_bytes() == before
+    compacted = run("index", "compact", library)
+    assert f"{library}: {_told(before - disk_bytes())} given back" in compacted.output
+    assert before - disk_bytes() >= dead
+
+    (tmp_path / "all.txt").write_text("text\npage\nsame\n")
+    before = disk_bytes()
+    removed = run("index", "prune", library, "--remove", tmp_path / "all.txt")
+    told = f"{library}: 3 documents removed, 2 states dropped, {_told(before - disk_bytes())} given back\n"
+    assert removed.output == told
+    assert disk_bytes() < before
+    absent = run("index", "prune", library, "--remove", tmp_path / "all.txt")
+    assert (absent.exit_code, "0 documents removed" in absent.stdout) == (1, True)
+    assert absent.stderr.endswith("error: nothing could be removed\n")
+
+
+def _told(num_bytes: int) -> str:
+    return f"{num_bytes} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def test_a_size_that_cannot_be_reached_is_said(library: Path) -> None:
+    pruned = run("index", "prune", library, "--max-bytes", 10_000)
+    assert pruned.exit_code == 0
+    assert ": 4 states dropped, " in pruned.stdout
+    found = re.fullmatch(r"note: (\d+) bytes are left, of documents themselves and the database\n", pruned.stderr)
+    assert found is not None
+    assert int(found[1]) > 10_000
+
+
+def test_where_nothing_at_all_can_be_read_the_exit_code_is_that_of_an_error(tmp_path: Path, artifact: Path) -> None:
+    (tmp_path / "docs.jsonl").write_text('{"id": "a"}\nnonsense\n')
+    done = run("index", "add", artifact, tmp_path / "library", tmp_path / "docs.jsonl", tmp_path / "none.png")
+    assert (done.exit_code, done.stderr.endswith("error: nothing could be read\n")) == (1, True)
+    (tmp_path / "docs.jsonl").write_text("")
+    assert run("index", "add", artifact, tmp_path / "library", tmp_path / "docs.jsonl").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -359,9 +413,29 @@ def test_wrong_usage_is_said(
     assert not Path("nothing").exists()
 
 
+# Runs the command with small batches; says how many documents there are after each that is kept.
+KEEPING = """
+import os, sys
+from m0kit import index
+from m0kit.cli import main
+from m0kit.store import Store
+
+index.TOKEN_BUDGET, add = 150, Store.add
+
+def acknowledging(store, documents, records):
+    dropped = add(store, documents, records)
+    os.write(1, b"%d documents\\n" % len(store))
+    return dropped
+
+Store.add = acknowledging
+sys.argv[0] = "m0kit"
+main()
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, reranker_fp16: Reranker) -> None:
-    """The store has its own, harder test; here the whole command is killed at ten moments."""
+    """The store has its own, harder test; here the whole command is killed after the n-th batch that is kept."""
     lines = [json.dumps({"id": f"d{i}", "text": f"document {i} " + "word " * (i * 7 % 200)}) for i in range(60)]
     source, library = tmp_path / "all.jsonl", tmp_path / "library"
     source.write_text("\n".join(lines), "utf-8")
@@ -382,13 +456,19 @@ def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, r
     expected = Reranker.load(artifact, threads=1, index=library).score([("what", {"id": f"d{i}"}) for i in range(60)])
     broken = tmp_path / "broken"
     command[6] = str(broken)
-    for attempt in range(10):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.5 + 0.07 * attempt)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-        if broken.exists():
-            assert run("index", "verify", broken).exit_code == 0
+    killed = [sys.executable, "-c", KEEPING, *command[3:]]
+    kept = 0
+    for attempt in range(8):
+        child = subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert child.stdout is not None
+        said = list(itertools.islice(child.stdout, 1 + 2 * attempt))
+        child.kill()
+        child.communicate()
+        assert run("index", "verify", broken).exit_code == 0
+        with Store.open(broken) as store:
+            kept = max(kept, int(said[-1].split()[0]))
+            assert len(store) >= kept
+    assert kept > 8
     subprocess.run(command, capture_output=True, check=True)
     scores = Reranker.load(artifact, threads=1, index=broken).score([("what", {"id": f"d{i}"}) for i in range(60)])
     np.testing.assert_array_equal(scores, expected)

@@ -1,8 +1,10 @@
 """A job's output is the same whatever stopped it on the way, and nothing looks finished that is not."""
 
 import base64
+import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -10,13 +12,13 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +29,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit import Reranker, jobs, rows
-from m0kit.artifact import MANIFEST
+from m0kit.artifact import MANIFEST, read_manifest
 from m0kit.errors import DependencyError, InputError, M0kitError, OutputError
+from m0kit.index import add, open_index
 from m0kit.jobs import Scored, Summary, Work, local_engine, score_file
 
 Make = Callable[..., Image.Image]
@@ -441,7 +444,7 @@ def test_the_journal_of_another_job_is_refused_and_overwritten_when_asked(
         said = "different: the artifact"
     else:
         load = {"max_pixels": 4000}
-        said = r"different: max_pixels \(was None, is 4000\)"
+        said = r"different: max_pixels \(was \d+, is 4000\)"
     with pytest.raises(OutputError, match=f"{said}.*--overwrite"):
         score_file(artifact, source, output, load=load, engine=never)
     done = score_file(artifact, source, output, load=load, engine=pretended, overwrite=True)
@@ -452,8 +455,131 @@ def test_options_that_leave_scores_alone_may_change(artifact: Path, source: Path
     output = source.parent / "out.jsonl"
     with pytest.raises(StoppedError):
         score_file(artifact, source, output, engine=stopping(20), load={"threads": 1, "device": "cpu"})
-    load = {"threads": 2, "memory": "low", "device": "cuda"}
-    assert score_file(artifact, source, output, engine=stopping(30), load=load).resumed == 20
+    manifest = read_manifest(artifact)
+    # What a setting is counts, not whether it was said; nor where the artifact lies.
+    said = {"kv": "fp32", "max_pixels": manifest.model.image.max_pixels, "max_length": manifest.model.prompt.max_length}
+    load = {"threads": 2, "memory": "low", "cache_bytes": 1 << 20, **said}
+    moved = Path(shutil.copytree(artifact, source.parent / "moved"))
+    assert score_file(moved, source, output, engine=stopping(30), load=load).resumed == 20
+
+
+def library(artifact: Path, folder: Path, kv: Literal["fp16", "int8"], text: str = "markdown") -> Path:
+    """An index of the documents "a" and "b"; what was there is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    reranker = Reranker.load(artifact, threads=1, kv=kv)
+    with open_index(folder, reranker) as store:
+        add(reranker, store, [("a", text, ""), ("b", "Wetter in Oslo", "")])
+    return folder
+
+
+def changes_of_an_index(artifact: Path, folder: Path, change: str) -> None:
+    if change == "another kv":
+        library(artifact, folder, "int8")
+    elif change == "made again":
+        library(artifact, folder, "fp16")
+    else:
+        reranker = Reranker.load(artifact, threads=1, kv="fp16")
+        with open_index(folder, reranker) as store:
+            if change == "a document replaced":
+                add(reranker, store, [("a", "another text", "")])
+            elif change == "a document removed":
+                store.remove(["a"])
+            else:
+                add(reranker, store, [("a", "markdown", "elsewhere"), ("c", "a new one", "")])
+                store.prune(unused_days=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("another kv", r"different: the index \(was [^,]*, is [^,]*\), kv \(was fp16, is int8\)"),
+        ("made again", "different: the index"),
+        ("a document replaced", "different: the index"),
+        ("a document removed", "different: the index"),
+        ("a document added", None),
+    ],
+)
+def test_an_index_that_means_something_else_makes_it_another_job(
+    artifact: Path, tmp_path: Path, change: str, said: str | None
+) -> None:
+    source = write(tmp_path / "in.jsonl", [{"query": f"q{i}", "document": {"id": "ab"[i % 2]}} for i in range(20)])
+    output, load = tmp_path / "out.jsonl", {"index": library(artifact, tmp_path / "index", "fp16"), **ONE}
+    with pytest.raises(StoppedError):
+        score_file(artifact, source, output, load=load, engine=stopping(10, local_engine))
+    changes_of_an_index(artifact, tmp_path / "index", change)
+    if said is None:
+        assert score_file(artifact, source, output, load=load).resumed == 10
+        return
+    with pytest.raises(OutputError, match=f"{said}.*--overwrite"):
+        score_file(artifact, source, output, load=load, engine=never)
+    score_file(artifact, source, output, load=load, engine=pretended, overwrite=True)
+
+
+def test_an_index_that_changes_on_the_way_is_noticed(artifact: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"query": f"q{i}", "document": {"id": "a"}} for i in range(20)])
+    folder = library(artifact, tmp_path / "index", "fp16")
+
+    def meddling(artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
+        yield from local_engine(artifact, load, work)
+        changes_of_an_index(artifact, folder, "a document replaced")
+
+    with pytest.raises(OutputError, match="not written, since the index changed while rows were scored"):
+        score_file(artifact, source, tmp_path / "out.jsonl", load={"index": folder, **ONE}, engine=meddling)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        ({}, r"different: onnxruntime \(was 1\.\S+, is 0\.9\.1\)"),
+        ({"kv": "int8"}, r"kv \(was fp32, is int8\)"),
+        ({"device": "cuda:1"}, r"device \(was cpu, is cuda\)"),
+        ({"max_length": 3000}, "max_length"),
+        ({"open_graph": pretended}, r"open_graph \(was None, is pretended\)"),
+    ],
+)
+def test_another_version_or_setting_makes_it_another_job(
+    artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch, load: dict[str, Any], said: str
+) -> None:
+    output = source.parent / "out.jsonl"
+    with pytest.raises(StoppedError):
+        score_file(artifact, source, output, engine=stopping(20))
+    if not load:
+        monkeypatch.setattr(jobs, "engine_version", lambda: "0.9.1")
+    with pytest.raises(OutputError, match=f"{said}.*--overwrite"):
+        score_file(artifact, source, output, load=load, engine=never)
+
+
+def test_a_row_whose_image_is_another_one_by_now_is_scored_again(
+    artifact: Path, reranker: Reranker, tmp_path: Path, pages: dict[str, bytes], picture: Make
+) -> None:
+    documents = [{"image": "page.png"}, {"image": "scan.png"}, {"image": "later.png"}, {"text": "markdown"}]
+    source = write(tmp_path / "in.jsonl", [{"query": "Wetter", "document": documents[i % 4]} for i in range(12)])
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(StoppedError):
+        score_file(artifact, source, output, load=ONE, engine=stopping(11, local_engine))
+    changed = png(picture(60, 80, 9))
+    (tmp_path / "page.png").write_bytes(changed)
+    (tmp_path / "later.png").write_bytes(changed)
+    (tmp_path / "scan.png").write_bytes(pages["scan.png"])
+    os.utime(tmp_path / "scan.png", ns=(0, (tmp_path / "scan.png").stat().st_mtime_ns))
+    done = score_file(artifact, source, output, load=ONE)
+    assert (done.rows, done.errors) == (12, 0)
+    assert done.resumed < 6
+    wanted = reranker.score([("Wetter", content) for content in (changed, pages["scan.png"], changed, "markdown")] * 3)
+    np.testing.assert_allclose([row["score"] for row in read(output)], wanted, atol=SAME, rtol=0)
+
+
+def test_a_journal_of_another_format_is_refused_and_overwritten_when_asked(artifact: Path, source: Path) -> None:
+    output, journal = source.parent / "out.jsonl", source.parent / ".out.jsonl.partial"
+    with sqlite3.connect(journal) as db:
+        db.execute("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT)")
+        db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, score REAL)")
+        db.execute("INSERT INTO facts VALUES ('the journal''s format', '1'), ('index', 'None')")
+    db.close()
+    with pytest.raises(OutputError, match=r"different: the journal's format \(was 1, is \d+\)\. Run"):
+        score_file(artifact, source, output, engine=never)
+    assert score_file(artifact, source, output, engine=pretended, overwrite=True).rows == 50
 
 
 def test_overwrite_starts_anew_what_was_begun_without(artifact: Path, source: Path) -> None:
@@ -611,51 +737,68 @@ def test_a_disk_that_is_full_at_the_end_costs_no_score(
     assert len(read(output)) == 50
 
 
-# Runs the command, with windows and commits so small that an interruption meets all of them.
-COMMAND = (
-    "import sys; from m0kit import jobs; jobs._COMMIT_S, jobs._WINDOW_ROWS = 0.02, 100; from m0kit.cli import main; "
-    "sys.argv[0] = 'm0kit'; main()"
-)
+# Runs the command with small windows, each of which is committed. Says how many rows are then kept, and after commit
+# number `hold` waits for a line, or for whatever ends it.
+COMMAND = """
+import os, sys
+from m0kit import jobs
+from m0kit.cli import main
+
+jobs._COMMIT_S, jobs._WINDOW_ROWS = 1e9, 100
+hold, count, commit = int(sys.argv.pop(1)), 0, jobs._Journal.commit
+
+def committed(journal):
+    global count
+    commit(journal)
+    count += 1
+    os.write(1, b"%d\\n" % journal.count())
+    if count == hold:
+        sys.stdin.readline()
+
+jobs._Journal.commit = committed
+sys.argv[0] = "m0kit"
+main()
+"""
 
 
-def command(*args: object, **options: Any) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-c", COMMAND, "score", *map(str, args), "--threads", "1"]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **options)
+def command(*args: object, hold: int = 0, **options: Any) -> "subprocess.Popen[str]":
+    words = [sys.executable, "-c", COMMAND, str(hold), "score", *map(str, args), "--threads", "1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, text=True, **(pipes | options))
 
 
-def wait_for(path: Path, child: "subprocess.Popen[str]", num_bytes: int = 0) -> None:
-    while child.poll() is None and not (path.exists() and path.stat().st_size >= num_bytes):
-        time.sleep(0.002)
+def acknowledged(child: "subprocess.Popen[str]", commits: int) -> int:
+    """The rows that are kept after so many commits, or fewer where the command ends before."""
+    assert child.stdout is not None
+    said = list(itertools.islice(child.stdout, commits))
+    return int(said[-1]) if said else 0
 
 
-def test_a_job_killed_at_any_moment_goes_on(artifact: Path, tmp_path: Path) -> None:
-    rows = texts(2000)
+def test_a_job_killed_after_any_commit_goes_on(artifact: Path, tmp_path: Path) -> None:
+    rows = texts(1500)
     source = write(tmp_path / "in.jsonl", rows)
-    assert command(artifact, source, "-o", tmp_path / "wanted.parquet").wait() == 0
+    child = command(artifact, source, "-o", tmp_path / "wanted.parquet")
+    assert child.communicate()[0].split()[0] == "100"
     wanted = read(tmp_path / "wanted.parquet")
     rng = random.Random(7)
     output, partial = tmp_path / "out.parquet", tmp_path / ".out.parquet.partial"
-    kills = resumed = finished = 0
-    while kills < 30:
+    for _ in range(12):
         child = command(artifact, source, "-o", output)
-        wait_for(partial, child)
-        time.sleep(rng.uniform(0, 0.6))
-        assert not output.exists() or not read(output) or len(read(output)) == len(rows)  # whole, or not there
+        kept = acknowledged(child, rng.randint(1, 4))
         child.kill()
-        _, said = child.communicate()
-        kills += child.returncode == -signal.SIGKILL
-        resumed += "from before" in said
-        if child.returncode == 0 or output.exists():
-            if child.returncode != 0 and partial.exists():  # killed between the rename and the last step
-                assert command(artifact, source, "-o", output).wait() == 0
-            finished += 1
+        child.communicate()
+        assert not output.exists() or len(read(output)) == len(rows)  # whole, or not there
+        if partial.exists():
+            with contextlib.closing(sqlite3.connect(partial)) as journal:
+                assert journal.execute("SELECT COUNT(*) FROM rows").fetchone()[0] >= kept
+        else:  # the last one, and it was quick
+            assert output.exists()
             check(output, wanted)
             output.unlink()
     child = command(artifact, source, "-o", output)
-    assert child.communicate()[1].startswith(f"{output}: 2000 rows")
+    assert child.communicate()[1].startswith(f"{output}: 1500 rows")
     check(output, wanted)
     assert leftovers(tmp_path) == []
-    assert finished + 1 < kills  # the kills were in the way
 
 
 def check(output: Path, wanted: Rows) -> None:
@@ -732,8 +875,8 @@ def test_an_interrupted_job_keeps_what_is_done(
     artifact: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     source, output = write(tmp_path / "in.jsonl", texts(4000)), tmp_path / "out.jsonl"
-    child = command(artifact, source, "-o", output)
-    wait_for(tmp_path / ".out.jsonl.partial", child, 20_000)  # some rows
+    child = command(artifact, source, "-o", output, hold=3)
+    kept = acknowledged(child, 3)
     child.send_signal(number)
     _, said = child.communicate()
     assert child.returncode == code
@@ -741,7 +884,7 @@ def test_an_interrupted_job_keeps_what_is_done(
     assert "Traceback" not in said
     assert leftovers(tmp_path) == [".out.jsonl.partial"]
     done = score_file(artifact, source, output, load=ONE)
-    assert 0 < done.resumed < done.rows == 4000
+    assert (done.resumed, done.rows) == (kept, 4000) == (300, 4000)
 
 
 def test_two_jobs_never_write_one_output(artifact: Path, source: Path) -> None:

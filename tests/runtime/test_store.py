@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -376,7 +375,131 @@ class Kept(RuleBasedStateMachine):
 
 
 TestKept = Kept.TestCase
-TestKept.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestKept.settings = settings(max_examples=25, stateful_step_count=25)
+
+
+# Nothing grows with the number of documents
+
+
+def work_of(store: Store, action: Callable[[], object]) -> int:
+    """Hundreds of steps that SQLite takes for it: unlike seconds the same on every machine."""
+    assert store._db is not None
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    store._db.set_progress_handler(step, 100)
+    action()
+    store._db.set_progress_handler(None, 0)
+    return steps
+
+
+def many(store: Store, start: int, stop: int) -> int:
+    """Small records of as many documents."""
+    numbers = range(start, stop)
+    documents = [Document(f"d{n}", "text", b"t%d" % n, key_of(str(n))) for n in numbers]
+    return store.add(documents, {key_of(str(n)): [b"r%d" % n] for n in numbers})
+
+
+@pytest.mark.parametrize("max_bytes", [None, 1 << 30])
+def test_no_operation_on_a_document_takes_more_work_where_there_are_many(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int | None
+) -> None:
+    monkeypatch.setattr(module, "_CHECKED_BYTES", 100 << 10)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 16 << 20)
+    work: list[dict[str, int]] = []
+    with Store.create(folder, {}, max_bytes) as store, Store.open(folder) as reader:
+        count = 0
+        for end in (1000, 16_000):
+            for start in range(count, end, 1000):
+                many(store, start, start + 1000)
+            count = end
+            actions: dict[str, Callable[[], object]] = {
+                "add": lambda count=count: many(store, count, count + 1),
+                "again": lambda: many(store, 7, 8),
+                "touch": lambda: store.touch([key_of("3")]),
+                "stats": store.stats,
+                "len": store.__len__,
+                "prune": lambda: store.prune(unused_days=1),
+                "remove": lambda count=count: store.remove([f"d{count}"]),
+                "room": lambda: store._make_room(1, ()),
+                "check": partial(store._check, whole=False),
+            }
+            work.append({name: work_of(store, action) for name, action in actions.items()})
+            work[-1]["document"] = work_of(reader, lambda: reader.document("d5"))
+            work[-1]["get"] = work_of(reader, lambda: reader.get(key_of("5")))
+    for name, steps in work[1].items():
+        assert steps <= 2 * work[0][name] + 2, name
+
+
+def test_making_room_takes_as_much_work_for_a_record_where_there_are_many(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is always hit: what is done for it follows what is added, not what there is."""
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 64 << 20)
+    work = []
+    for limit in (MIN_LIMIT, 8 * MIN_LIMIT):
+        place = folder.with_name(str(limit))
+        with Store.create(place, {}, limit) as store:
+            steps = added = dropped = start = 0
+            while dropped < 2 * limit // ALIGN:  # it was filled twice over
+                gone = 0
+
+                def add(start: int = start) -> None:
+                    nonlocal gone
+                    gone = store.add([], {key_of(str(n)): [b"r"] for n in range(start, start + 20)})
+
+                spent = work_of(store, add)
+                start, dropped = start + 20, dropped + gone
+                if dropped:
+                    steps, added = steps + spent, added + 20
+                store.touch([key_of(str(n)) for n in range(start - 200, start, 10)])
+            assert folder_bytes(place) <= limit
+        work.append(steps / added)
+    assert work[1] < 1.3 * work[0], work  # trees get a little deeper; it was eight times before
+
+
+def test_a_large_database_is_looked_at_whole_by_writers_and_when_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, *"abcdefgh")
+    with sqlite3.connect(folder / "index.sqlite") as db:
+        db.execute("UPDATE segments SET taken = taken + 1")
+    db.close()
+    refuses(StoreError, "the database is damaged", lambda: Store.open(folder))
+    monkeypatch.setattr(module, "_CHECKED_BYTES", 1000)
+    refuses(StoreError, "the database is damaged", lambda: Store.open(folder, writable=True))
+    with Store.open(folder) as store:
+        assert state_of_names(store, *"abcdefgh")
+        refuses(StoreError, "the database is damaged", store.verify)
+
+
+# Which index it is
+
+
+def test_an_index_is_another_edition_once_an_id_means_something_else(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b")
+        first = store.edition
+        put(store, "a", "c")
+        store.touch([key_of("a")])
+        store.prune(unused_days=0)
+        store.compact()
+        put(store, "a", "b")
+        store.remove(["nobody"])
+        with Store.open(folder) as reader:
+            assert reader.edition == store.edition == first, "every id that was there means what it did"
+            store.add([document_of("da", "b")], {})
+            replaced = store.edition
+            store.remove(["db"])
+            assert reader.edition == store.edition
+            assert len({first, replaced, store.edition}) == 3
+    with Store.create(folder.with_name("other"), {}) as other:
+        put(other, "a", "b")
+        assert other.edition != first
 
 
 # The limit
@@ -466,9 +589,7 @@ class Limited(Kept):
 
 
 TestLimited = Limited.TestCase
-TestLimited.settings = settings(
-    max_examples=20, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestLimited.settings = settings(max_examples=20, stateful_step_count=20)
 
 
 def test_what_is_used_stays_and_the_drops_are_counted(folder: Path) -> None:
@@ -640,20 +761,16 @@ def check_survivor(folder: Path, before: dict[str, Any], said: list[dict[str, An
 
 @pytest.mark.parametrize("max_bytes", [None, MIN_LIMIT])
 def test_killed_at_any_moment_it_keeps_what_it_acknowledged(folder: Path, max_bytes: int | None) -> None:
+    """Killed after the n-th line that it said, while it goes on: the test below knows what the kill meets."""
     rng = random.Random(0)
-    acknowledged = in_flight = 0
     state: dict[str, Any] = {"documents": {}, "records": []}
     with Served(folder, max_bytes) as server:
         for seed in range(170):
             pid = server.start(seed, 0)
-            time.sleep(rng.uniform(0.002, 0.05))
+            said = [json.loads(server.line()) for _ in range(rng.randint(1, 9))]
             os.kill(pid, signal.SIGKILL)
-            said = server.until_dead()
-            acknowledged += sum("documents" in item for item in said)
-            in_flight += bool(said and "doing" in said[-1])
+            said += server.until_dead()
             state = check_survivor(folder, state, said, writable=rng.random() < 0.5)
-    assert acknowledged > 170, "the child got something done between the kills"
-    assert in_flight > 85, "most kills hit an operation"
 
 
 @pytest.mark.parametrize("max_bytes", [None, MIN_LIMIT])
@@ -682,9 +799,12 @@ def test_readers_see_whole_records_while_a_writer_works_and_compacts(folder: Pat
         for reader in readers:
             assert reader.stdout is not None
             assert reader.stdout.readline() == "reading\n"
+        # Until each has said that it saw enough; one that failed says nothing more either.
+        seeing = [threading.Thread(target=reader.stdout.readline) for reader in readers if reader.stdout is not None]
+        for thread in seeing:
+            thread.start()
         prune = partial(store.prune, max_bytes=400_000)
-        stop = time.monotonic() + 4
-        while time.monotonic() < stop:
+        while any(thread.is_alive() for thread in seeing):
             names = rng.sample(NAMES, 8)
             store.remove(f"d{name}" for name in names[:5])
             put(store, *names[5:])
@@ -693,14 +813,13 @@ def test_readers_see_whole_records_while_a_writer_works_and_compacts(folder: Pat
         for reader in readers:
             out, _ = reader.communicate("stop\n")
             assert reader.returncode == 0, "a reader met something it should not"
-            found, absent = map(int, out.split())
-            assert found > 100
-            assert absent > 10, "records went and came while it read"
+            assert out == "read\n"
 
 
 def read(folder: Path, seed: int) -> None:
-    """Read random records and documents until told to stop; print how many were there, and how many not."""
+    """Read random records and documents until told to stop; say when many were there, and many not."""
     found = absent = 0
+    is_enough = False
     stop = threading.Event()
 
     def wait() -> None:
@@ -717,11 +836,14 @@ def read(folder: Path, seed: int) -> None:
             assert record in (None, record_of(name))
             assert document in (None, document_of(f"d{name}", name))
             found, absent = found + (record is not None), absent + (record is None)
+            if not is_enough and found > 500 and absent > 50:
+                is_enough = True
+                print("enough", flush=True)
             if rng.random() < 0.05:
                 store.touch([key_of(name)])
                 store.stats()
                 assert store.verify().clean
-    print(found, absent)
+    print("read")
 
 
 def test_there_is_one_writer_and_a_dead_one_does_not_count(folder: Path) -> None:
@@ -758,9 +880,12 @@ def test_a_reader_waits_for_nothing_when_it_notes_a_use(folder: Path) -> None:
     with Store.open(folder) as reader, closing(other):
         other.execute("BEGIN IMMEDIATE")
         before = reader.stats().newest_use
-        begun = time.monotonic()
+        assert reader._db is not None
+        done: list[str] = []
+        reader._db.set_trace_callback(done.append)
         reader.touch([key_of("a")])
-        assert time.monotonic() - begun < 5  # against the 30 s that a transaction of the store's own is given
+        reader._db.set_trace_callback(None)
+        assert done == ["PRAGMA busy_timeout = 50", "BEGIN IMMEDIATE", "PRAGMA busy_timeout = 600000"]
         assert reader.stats().newest_use == before
         other.execute("ROLLBACK")
         reader.touch([key_of("a")])
@@ -786,7 +911,7 @@ def test_a_reader_that_never_ends_holds_a_writer_up_but_breaks_nothing(
 def test_a_reader_follows_a_record_that_moved(folder: Path) -> None:
     with Store.create(folder, {}) as store, Store.open(folder) as reader:
         put(store, "a", "b", size=5000)
-        first = store._pieces()
+        first = store._pieces(1)
         store.remove(["da"])
         # What a reader is left with that looked just before `compact` finished.
         looks = iter([[tuple(piece)] for piece in first if piece.key == key_of("b")])
@@ -995,7 +1120,7 @@ def test_a_database_that_cannot_grow_changes_nothing(folder: Path) -> None:
         unharmed(store, folder)
 
 
-@pytest.mark.parametrize("limit", [20_000, 60_000, 100_000])
+@pytest.mark.parametrize("limit", [20_000, 90_000, 120_000])
 def test_a_file_that_may_not_grow_changes_nothing(folder: Path, limit: int) -> None:
     """The system's own limit on file sizes, for segments and database alike."""
     Store.create(folder, {}).close()
@@ -1045,7 +1170,9 @@ def test_every_changed_byte_is_found_named_and_healed_by_adding_again(folder: Pa
         expected = [content(store, name) for name in "abcdef"]
     for _ in range(120):
         with Store.open(folder, writable=True) as store:
-            piece = rng.choice([piece for piece in store._pieces() if piece.size])
+            piece = rng.choice(
+                [p for (n,) in store._rows("SELECT number FROM segments") for p in store._pieces(n) if p.size]
+            )
             path = store._segment(piece.segment)
             data = bytearray(path.read_bytes())
             data[piece.start + rng.choice([0, piece.size - 1, rng.randrange(piece.size)])] ^= 1 << rng.randrange(8)
@@ -1136,7 +1263,11 @@ def operate(folder: Path, writable: bool, rng: random.Random) -> None:
             allowed(folder, action)
 
 
-def test_a_damaged_database_is_our_error_whatever_is_wrong(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checked_bytes", [0, 1 << 20])
+def test_a_damaged_database_is_our_error_whatever_is_wrong(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "_CHECKED_BYTES", checked_bytes)
     rng = random.Random(6)
     with Store.create(folder, {}, MIN_LIMIT) as store:
         put(store, *"abcdefgh", size=20_000)
@@ -1154,8 +1285,12 @@ def test_a_damaged_database_is_our_error_whatever_is_wrong(folder: Path, tmp_pat
         shutil.rmtree(damaged)
 
 
-@pytest.mark.parametrize("length", [0, 1, 99, 100, 4096, 20_000])
-def test_a_cut_off_database_is_refused(folder: Path, length: int) -> None:
+@pytest.mark.parametrize("length", [0, 1, 99, 100, 4096, 20_000, 60_000])
+@pytest.mark.parametrize("checked_bytes", [0, 1 << 20])
+def test_a_cut_off_database_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, checked_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "_CHECKED_BYTES", checked_bytes)
     with Store.create(folder, {}) as store:
         put(store, "a", "b")
     os.truncate(folder / "index.sqlite", length)
@@ -1191,13 +1326,16 @@ def test_what_is_no_index_is_refused(folder: Path, tmp_path: Path) -> None:
     refuses(StoreError, "not the database of an index", lambda: Store.open(tmp_path, writable=True))
 
 
-def test_a_newer_version_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "way"), [(1, "older m0kit: make the index again"), (module.FORMAT_VERSION + 1, "Update m0kit")]
+)
+def test_another_version_is_refused_with_the_way_out(folder: Path, version: int, way: str) -> None:
     Store.create(folder, {}).close()
     with sqlite3.connect(folder / "index.sqlite") as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute(f"PRAGMA user_version = {version}")
     db.close()
     for writable in (False, True):
-        refuses(StoreError, "version 2.*Update m0kit", partial(Store.open, folder, writable=writable))
+        refuses(StoreError, f"version {version}; .*{way}", partial(Store.open, folder, writable=writable))
 
 
 def test_only_an_empty_place_becomes_a_store(folder: Path) -> None:
