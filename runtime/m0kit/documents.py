@@ -21,7 +21,7 @@ import click
 
 from m0kit import files
 from m0kit.errors import FormatError, InputError
-from m0kit.inputs import from_file, shown
+from m0kit.inputs import from_file, refuse_url, shown
 from m0kit.lines import is_json_lines, lines, records
 
 Given = tuple[str, Any, str]  # id; content in a form of `m0kit.inputs`, or why there is none; where it came from
@@ -69,6 +69,10 @@ def _found(argument: str) -> list[Found]:
         return [Found(STDIN)]
     if not argument:
         return [_none(argument, "an empty name. Is a variable of the shell not set?")]
+    try:
+        refuse_url(argument)
+    except InputError as error:
+        return [Found(argument, error=InputError(f"{click.format_filename(argument)}: {error}"))]
     if not os.path.lexists(argument) and glob.has_magic(argument):
         matches = sorted(glob.glob(argument, recursive=True))
         return [file for match in matches for file in _at(Path(match))] or [_none(argument, "no file matches.")]

@@ -102,12 +102,17 @@ def from_file(value: Any, folder: Path) -> Any:
         image = value["image"] = image.get("path") if raw is None else raw
     if not isinstance(image, str) or _is_data_uri(image):
         return value
-    if _SCHEME.match(image):
-        raise ImageError(f"{shown(image)} is a URL, and m0kit fetches nothing. Download it and name the file.")
+    refuse_url(image)
     raw = _base64_image(image)
     if raw is None and len(image) > _MAX_PATH:
         raise ImageError(f"{shown(image)} ({len(image)} characters) is no path, no data URI and no image in base64.")
     return {**value, "image": folder / image if raw is None or _is_file(folder / image) else raw}
+
+
+def refuse_url(name: str) -> None:
+    """Raises ImageError for what should name a file and is a URL."""
+    if _SCHEME.match(name):
+        raise ImageError(f"{shown(name)} is a URL, and m0kit fetches nothing. Download it and name the file.")
 
 
 def group_from_file(record: Mapping[str, Any], folder: Path) -> tuple[Any, list[Any]]:

@@ -98,7 +98,7 @@ def test_an_image_is_one_under_any_name_that_does_not_deny_it(kind: str, name: s
         ("a", "plain".encode("utf-32-be"), InputError, ["is UTF-32"]),
         ("a.txt", "größe".encode("latin-1"), InputError, ["is not UTF-8 text (byte 2 is 0xF6)", "Latin-1"]),
         ("a", b"BMW f\xe4hrt weit genug", InputError, ["is not UTF-8 text", "Latin-1"]),
-        ("a.bin", b"\x01\x00\x02\xff", FormatError, ["is neither text nor an image (4 bytes)", "Accepted: PNG"]),
+        ("a.bin", b"\x01\x00\x02\xff", FormatError, ["is neither text nor an image. Accepted", "PNG, JPEG"]),
         ("a.txt", b"null \x00 byte", FormatError, ["is neither text nor an image"]),
     ],
 )  # fmt: skip
@@ -139,6 +139,16 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     with pytest.raises(InputError, match="is an image"):
         read_text(tmp_path / "a.png")
+
+
+def test_what_is_no_text_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 36)  # sparse; more than memory
+    with pytest.raises(FormatError):
+        read(tmp_path / "huge")
+    (tmp_path / "latin.txt").write_bytes(b"x" * 5000 + b"\xe9")
+    with pytest.raises(InputError, match="byte 5000 is 0xE9"):
+        read(tmp_path / "latin.txt")
 
 
 def test_a_character_at_the_edge_of_the_first_look_is_whole(tmp_path: Path) -> None:
