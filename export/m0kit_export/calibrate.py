@@ -5,11 +5,11 @@ module of the exporter that runs the model: it builds graphs that also give out 
 artifact whose weights are stored as floats.
 
 A calibration file has a pair a line: {"query": …, "document": …}, or "documents" with a list, as `m0kit score` and
-`m0kit evaluate` read them.
+`m0kit evaluate` read them; other keys are ignored. A line that cannot be used is left out, and said.
 """
 
 import hashlib
-import json
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, RecipeError
+from m0kit.inputs import group_from_file, unplaced
+from m0kit.lines import records
 from m0kit_export.graphs import build_graphs
 from m0kit_export.sources import stored_frequencies
 from m0kit_quant.calibration import Calibration
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 _KINDS: Final = ("text", "image")
+_WANTED: Final = '{"query": …, "document": …} or {"query": …, "documents": […]}'
 
 
 @dataclass
@@ -69,13 +72,13 @@ class _Observed:
 def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress: bool = True) -> Calibration:
     """Score the pairs of a file, one by one, with the artifact in `folder` and return what its products saw.
 
-    Text and images count alike, whatever their numbers. Raises RecipeError for a file without usable pairs or with a
-    bad one (the line is named), ArtifactError.
+    Text and images count alike, whatever their numbers. Warns of lines that cannot be used, and notes their numbers.
+    Raises RecipeError for a file without usable pairs, ArtifactError.
     """
     from m0kit.reranker import Reranker  # ONNX Runtime, which nothing else here needs
     from m0kit.sessions import open_graph
 
-    found = read_pairs(pairs)
+    found, errors = read_pairs(pairs)
     manifest = read_manifest(folder)
     recipe = Recipe.from_dict(manifest.recipe, str(folder))
     frequencies = stored_frequencies(folder, manifest.model)
@@ -97,10 +100,16 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
         try:
             reranker.score([pair])
         except InputError as error:
-            said = str(error).removeprefix("pair 0: ")  # its place in a call of one
-            raise RecipeError(f"{pairs}: line {line}: {said} Correct the line or take it out.") from error
-        counts[kind[0]] += 1
-    about = {"pairs": counts, "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest()}
+            errors[line] = f"line {line}: {unplaced(error)[1]}"
+        else:
+            counts[kind[0]] += 1
+    if not any(counts.values()):
+        raise _nothing(pairs, errors)
+    for said in errors.values():
+        warnings.warn(f"{pairs}: {said} It is left out.", stacklevel=2)
+    about: dict[str, Any] = {"pairs": counts, "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest()}
+    if errors:
+        about["left_out_lines"] = sorted(errors)
     return Calibration(
         {name: np.asarray(s.peak, np.float32) for name, s in sums.items()},
         {name: s.mean() for name, s in sums.items()},
@@ -108,48 +117,31 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
     )
 
 
-def read_pairs(path: Path) -> list[tuple[int, tuple[Any, Any]]]:
-    """Number of the line and (query, document); images relative to the file. Raises RecipeError naming bad lines."""
-    bad: list[str] = []
+def read_pairs(path: Path) -> tuple[list[tuple[int, tuple[Any, Any]]], dict[int, str]]:
+    """Number of the line and (query, document), images relative to the file; and what is wrong with the other lines.
+
+    Raises RecipeError for a file without usable pairs.
+    """
+    errors: dict[int, str] = {}
     pairs: list[tuple[int, tuple[Any, Any]]] = []
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({type(error).__name__}). Give JSON lines in UTF-8.") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            query = _content(row["query"], path.parent)
-            pairs += [(number, (query, _content(document, path.parent))) for document in _documents(row)]
-        except KeyError as error:
-            bad.append(f"line {number}: has no {error}")
-        except (TypeError, ValueError, RecursionError) as error:
-            bad.append(f"line {number}: {'not JSON' if isinstance(error, json.JSONDecodeError) else error}")
-    if bad or not pairs:
-        shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise RecipeError(
-            f"{path}: {shown or 'holds no pairs'}. "
-            'A line is {"query": …, "document": …} or {"query": …, "documents": […]}.'
-        )
-    return pairs
+        for number, record in records(path, _WANTED):
+            try:
+                if isinstance(record, InputError):
+                    raise record
+                query, documents = group_from_file(record, path.parent)
+            except InputError as error:
+                errors[number] = f"line {number}: {error}"
+            else:
+                pairs += [(number, (query, document)) for document in documents]
+    except InputError as error:  # of the file as a whole
+        raise RecipeError(str(error)) from None
+    if not pairs:
+        raise _nothing(path, errors)
+    return pairs, errors
 
 
-def _documents(row: Any) -> list[Any]:
-    documents = row["documents"] if "documents" in row else [row["document"]]
-    if not isinstance(documents, list) or not documents:
-        raise ValueError("documents is not a list with something in it")
-    return documents
-
-
-def _content(value: Any, folder: Path) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("text"), str):
-        return value["text"]
-    if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("image"), str):
-        from m0kit.inputs import beside
-
-        return beside(folder, value)
-    raise ValueError(f'{str(value)[:40]!r} is neither a text nor {{"image": …}}')
+def _nothing(path: Path, errors: Mapping[int, str]) -> RecipeError:
+    some = list(errors.values())
+    shown = " ".join(some[:5]) + (f" And {len(some) - 5} more." if len(some) > 5 else "")
+    return RecipeError(f"{path}: {shown or 'holds no pairs.'} A line is {_WANTED}.")

@@ -13,6 +13,7 @@ from m0kit.precision import SCHEMES
 if TYPE_CHECKING:
     from m0kit_quant.recipe import Recipe
 
+_PARTLY = 3  # exit code of every m0kit command: some inputs could not be used, the others were
 _path = click.Path(path_type=Path)
 _OPTIONS = (
     click.option("-o", "--output", type=_path, required=True, help="Folder to write."),
@@ -95,6 +96,7 @@ def export(
         overwrite=options["overwrite"],
     )
     describe(output, manifest, options["as_json"])
+    _leave(manifest)
 
 
 @click.command()
@@ -113,6 +115,7 @@ def quantize(artifact: Path, output: Path, **options: Any) -> None:
         overwrite=options["overwrite"],
     )
     describe(output, manifest, options["as_json"])
+    _leave(manifest)
 
 
 def _recipe(precision: str | None, options: dict[str, Any], default: str | None) -> "Recipe":
@@ -156,3 +159,9 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
     for name, wider in manifest.provenance["stored_wider"].items():
         lost = f"{wider['lost']:.1%} of a part of it" if wider["lost"] is not None else "values beyond its range"
         click.echo(f"{name}: stored in {wider['scheme']}, float16 would lose {lost}", err=True)
+
+
+def _leave(manifest: Manifest) -> None:
+    """Exit code 3 when lines of the calibration set could not be used; they were told while it ran."""
+    if (manifest.provenance.get("calibration") or {}).get("left_out_lines"):
+        click.get_current_context().exit(_PARTLY)

@@ -21,7 +21,6 @@ golden folder keeps the bytes that were used, so that checking never depends on 
 
 import hashlib
 import io
-import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from m0kit.errors import InputError
+from m0kit.files import read_text
+from m0kit.inputs import Picture, Text, at, group_from_file, parse_content, shown
+from m0kit.lines import records
 
 Form = Literal["text", "file", "pillow"]
 _T = TypeVar("_T")
@@ -42,6 +44,7 @@ CASES: Final = Path(__file__).parent / "cases"
 
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 _MODES: Final = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")
+_WANTED: Final = '{"query": …, "documents": […]}'
 _EXIF_ORIENTATION: Final = 0x0112
 
 
@@ -173,7 +176,7 @@ class Published:
 def published_groups(inputs: Path, path: Path = CASES / "published" / "model_card.toml") -> tuple[Published, ...]:
     """The published examples with the inputs that the user put into the folder `inputs`.
 
-    Texts are read as they are, images in any of the endings .png, .jpg, .jpeg, .webp, .gif. Raises
+    Texts are read as `m0kit.files` reads them, images in any of the endings .png, .jpg, .jpeg, .webp, .gif. Raises
     InputError that lists every missing file and says where the inputs come from.
     """
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -188,7 +191,7 @@ def published_groups(inputs: Path, path: Path = CASES / "published" / "model_car
         if len(found) != 1:
             missing.append(f"{slot}{{{','.join(_slot_endings(slot))}}}")
         elif found[0].suffix == ".txt":
-            slots[slot] = text_content(_read_text(found[0]))
+            slots[slot] = text_content(read_text(found[0]))
         else:
             slots[slot] = image_content(found[0])
     if missing:
@@ -210,35 +213,27 @@ def _slot_endings(slot: str) -> tuple[str, ...]:
     return (".txt",) if slot.startswith("text") else (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
-def _read_text(path: Path) -> str:
-    """The file's text with its line ends as they are."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable file in UTF-8") from error
+def pairs_file(path: Path) -> tuple[Case, dict[int, str]]:
+    """A user's own pairs, one JSON object per line, and what is wrong with the lines that are left out.
 
-
-def pairs_file(path: Path) -> Case:
-    """A user's own pairs, one JSON object per line: {"query": …, "documents": […]}.
-
-    A content is a string, {"text": …} or {"image": "path relative to the file"}. Raises InputError that
-    names the file and line.
+    A line is {"query": …, "documents": […]} or {"query": …, "document": …}; other keys are ignored. Raises InputError
+    that names file and line where none can be used.
     """
-    groups = []
-    # Split at line feeds only: JSON strings may hold the other characters that str.splitlines() splits at.
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    groups, errors = [], {}
+    for number, record in records(path, _WANTED):
         try:
-            groups.append(_group(json.loads(line), lambda raw: _own_content(raw, path.parent)))
-        except ValueError as error:  # of json or ours
-            what = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise InputError(f"{path}, line {number}: {what}") from error
+            if isinstance(record, InputError):
+                raise record
+            query, documents = group_from_file(record, path.parent)
+            groups.append(Group(_own_content(query, "query"), tuple(_own_content(d, "document") for d in documents)))
+        except InputError as error:
+            errors[number] = f"{path}: line {number}: {error}"
     if not groups:
-        raise InputError(f'{path}: no pairs; expected lines such as {{"query": "…", "documents": ["…"]}}')
+        raise InputError(next(iter(errors.values()), f"{path}: no pairs; expected lines such as {_WANTED}"))
     kinds = {_kind(group.query, document) for group in groups for document in group.documents}
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in path.stem) or "pairs"
-    return Case(name, f"pairs of {path.name}", kinds.pop() if len(kinds) == 1 else "mixed", False, tuple(groups))
+    kind = kinds.pop() if len(kinds) == 1 else "mixed"
+    return Case(name, f"pairs of {path.name}", kind, False, tuple(groups)), errors
 
 
 def draw_page(lines: Sequence[str], size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -320,7 +315,7 @@ def _content(raw: object) -> Content:
     if isinstance(raw, str):
         return text_content(raw)
     if not isinstance(raw, Mapping):
-        raise ValueError(f"a content is a string or a table, got {raw!r}")
+        raise ValueError(f"a content is a string or a table, got {shown(raw)}")
     if "page" in raw:
         return _page(raw)
     _known(raw, {"text", "times"})
@@ -336,7 +331,7 @@ def _page(raw: Mapping[str, Any]) -> Content:
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError("page is a list of lines")
     if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-        raise ValueError(f"size is [width, height] in pixels, got {size!r}")
+        raise ValueError(f"size is [width, height] in pixels, got {shown(size)}")
     mode = _choice(raw, "mode", _MODES, "RGB")
     format_name = _choice(raw, "format", _FORMATS, "PNG")
     form = _choice(raw, "form", ("file", "pillow"), "file")
@@ -351,15 +346,19 @@ def _page(raw: Mapping[str, Any]) -> Content:
     return Content("file" if form == "file" else "pillow", data)
 
 
-def _own_content(raw: object, folder: Path) -> Content:
-    """A content of a user's file of pairs."""
-    if isinstance(raw, str):
-        return text_content(raw)
-    if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in ("text", "image"):
-        raise ValueError('a content is a string, {"text": "…"} or {"image": "path"}')
-    if "text" in raw:
-        return text_content(_field(raw, "text", str))
-    return image_content(folder / _field(raw, "image", str))
+def _own_content(value: Any, where: str) -> Content:
+    """A content of a user's file of pairs. Raises InputError for an image that Pillow does not know."""
+    parsed = parse_content(value, where)
+    if isinstance(parsed, Text):
+        return text_content(parsed.text)
+    assert isinstance(parsed, Picture)
+    assert isinstance(parsed.source, bytes)
+    content = Content("file", parsed.source)
+    try:
+        content.label()
+    except InputError as error:
+        raise InputError(f"{at(where, parsed.path)}: {error}") from error
+    return content
 
 
 def image_content(path: Path) -> Content:
@@ -384,12 +383,12 @@ def _known(raw: Mapping[str, Any], names: set[str]) -> None:
 def _field(raw: Mapping[str, Any], name: str, kind: type[_T], default: _T | None = None) -> _T:
     value = raw.get(name, default)
     if type(value) is not kind:  # a bool is not a whole number here
-        raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be {kind.__name__}, got {shown(value)}")
     return value
 
 
 def _choice(raw: Mapping[str, Any], name: str, allowed: Sequence[str], default: str) -> str:
     value = raw.get(name, default)
     if value not in allowed:
-        raise ValueError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name} is one of {', '.join(allowed)}, got {shown(value)}")
     return str(value)

@@ -11,7 +11,8 @@ reference and artifact are never in memory together.
     m0kit checkpoint tiny OUT                     random weights to try all of it on
     m0kit adapter CHECKPOINT dora OUT             an adapter for any checkpoint, likewise
 
-Exit codes: 0 pass or near-tie, 1 a stage failed; others as for every m0kit command.
+Exit codes: 0 pass or near-tie, 1 a stage failed, 3 lines of --pairs were left out and all others passed; others as for
+every m0kit command.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import click
 
+from m0kit.cli_options import PARTLY, tell
 from m0kit.errors import CheckpointError, OutputError
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.compare import Verdict
@@ -180,6 +182,7 @@ def both(
     from m0kit.artifact import read_manifest
 
     read_manifest(artifact)  # before minutes of PyTorch
+    chosen, code = _cases(cases, heavy, pairs)
     arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers)]
     with tempfile.TemporaryDirectory(prefix="m0kit-parity-") as temporary:
         golden = output or Path(temporary) / "golden"
@@ -190,7 +193,7 @@ def both(
                 checkpoint,
                 golden,
                 adapter,
-                _cases(cases, heavy, pairs),
+                chosen,
                 layers,
                 command,
                 threads,
@@ -203,6 +206,7 @@ def both(
                     "answers when memory runs out: close other programs or choose fewer --cases"
                 ) from error
         _check_here(artifact, golden, (), layers, device, threads, engine, html, json)
+    click.get_current_context().exit(code)
 
 
 @parity.command("record")
@@ -224,8 +228,10 @@ def record_command(
     """Run PyTorch once and keep every stage, with its provenance."""
     arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers), "-o", str(output)]
     command = shlex.join(["m0kit", "parity", "record", *arguments])
-    _record_here(checkpoint, output, adapter, _cases(cases, heavy, pairs), layers, command, threads)
+    chosen, code = _cases(cases, heavy, pairs)
+    _record_here(checkpoint, output, adapter, chosen, layers, command, threads)
     click.echo(str(output))
+    click.get_current_context().exit(code)
 
 
 @parity.command("check")
@@ -332,11 +338,13 @@ def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool
     click.echo(str(output))
 
 
-def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[Case, ...]:
+def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[tuple[Case, ...], int]:
+    """The cases, and the exit code when all goes well: lines of `pairs` that cannot be used are told and left out."""
     if pairs is None:
-        return builtin_cases(names, heavy)
-    own = pairs_file(pairs)
-    return (*(builtin_cases(names, heavy) if names else ()), own)
+        return builtin_cases(names, heavy), 0
+    own, errors = pairs_file(pairs)
+    tell("error", (("", error) for error in errors.values()))
+    return (*(builtin_cases(names, heavy) if names else ()), own), PARTLY if errors else 0
 
 
 def _record_arguments(

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
 from m0kit.cli_options import PARTLY
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
-from m0kit.inputs import beside, parse_content
+from m0kit.inputs import group_from_file, shown, unplaced
+from m0kit.lines import records
 from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker
 from m0kit_parity import bench, plot, report
@@ -120,22 +121,16 @@ def read_judged(path: Path) -> tuple[list[Query], dict[str, str]]:
     Judgements are optional for a file as a whole: once one line has them, all must. Raises InputError for a
     file that cannot be read or has no usable line.
     """
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: {os.strerror(error.errno or 0)}. Give a file of judged queries.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text. Write one query per line as JSON, in UTF-8.") from None
     queries: list[Query] = []
     errors: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
+    for number, record in records(path, '{"query": …, "documents": […], "relevance": […]}'):
+        where = f"{path}: line {number}"
         try:
-            queries.append(_query(line, where, path.parent))
+            if isinstance(record, InputError):
+                raise record
+            queries.append(_query(record, where, path.parent))
         except InputError as error:
-            errors[where] = str(error)
+            errors[where] = f"{where}: {error}"
     if any(query.relevance for query in queries):
         for query in queries:
             if query.relevance is None:
@@ -144,8 +139,8 @@ def read_judged(path: Path) -> tuple[list[Query], dict[str, str]]:
                 )
         queries = [query for query in queries if query.relevance]
     if not queries:
-        first = next(iter(errors.values()), "it is empty")
-        raise InputError(f"{path}: no query that can be used: {first}")
+        first = next(iter(errors.values()), f"{path} is empty")
+        raise InputError(f"no query that can be used: {first}")
     return queries, errors
 
 
@@ -162,39 +157,24 @@ def builtin_sets() -> dict[str, list[Query]]:
     }
 
 
-def _query(line: str, where: str, folder: Path) -> Query:
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InputError(f"{where}: not JSON. Write one query with its documents per line.") from None
-    if not isinstance(raw, dict) or not {"query", "documents"} <= set(raw):
-        raise InputError(f'{where}: expected an object with "query", "documents" and, if judged, "relevance".')
-    if unknown := sorted(set(raw) - {"query", "documents", "relevance"}):
-        raise InputError(f'{where}: unknown key {unknown[0]!r}. Known are "query", "documents", "relevance".')
-    listed, relevance = raw["documents"], raw.get("relevance")
-    if not isinstance(listed, list) or len(listed) < 2:
-        raise InputError(f'{where}: "documents" must be a list of two or more: with fewer there is no order.')
-    query = _content(raw["query"], f"{where}: query", folder)
-    documents = tuple(_content(d, f"{where}: document {i}", folder) for i, d in enumerate(listed, 1))
+def _query(record: Mapping[str, Any], where: str, folder: Path) -> Query:
+    # A misspelt "relevance" would be taken for a line without judgements.
+    if unknown := [key for key in record if key not in ("query", "documents", "relevance", "id")]:
+        raise InputError(f'unknown key {shown(unknown[0])}. Known are "query", "documents", "relevance", "id".')
+    query, documents = group_from_file(record, folder)
+    relevance = record.get("relevance")
+    if len(documents) < 2:
+        raise InputError('"documents" must be a list of two or more: with fewer there is no order.')
     if relevance is None:
-        return Query(where, query, documents, None)
+        return Query(where, query, tuple(documents), None)
     if not isinstance(relevance, list) or len(relevance) != len(documents):
         count = f"{len(relevance)} entries" if isinstance(relevance, list) else type(relevance).__name__
-        raise InputError(
-            f'{where}: "relevance" must have one number for each of {len(documents)} documents, not {count}.'
-        )
+        raise InputError(f'"relevance" must have one number for each of {len(documents)} documents, not {count}.')
     if wrong := [grade for grade in relevance if type(grade) is not int or not 0 <= grade <= _MAX_GRADE]:
-        raise InputError(f'{where}: "relevance" must be whole numbers from 0 to {_MAX_GRADE}, got {wrong[0]!r}.')
+        raise InputError(f'"relevance" must be whole numbers from 0 to {_MAX_GRADE}, got {shown(wrong[0])}.')
     if not any(relevance):
-        raise InputError(f"{where}: no document is relevant, so nDCG is not defined. Mark one, or leave the line out.")
-    return Query(where, query, documents, tuple(relevance))
-
-
-def _content(value: Any, where: str, folder: Path) -> Any:
-    """A query or document as `Reranker` takes it; files are opened once here, so that bad paths show early."""
-    value = beside(folder, value)
-    parse_content(value, where)
-    return value
+        raise InputError("no document is relevant, so nDCG is not defined. Mark one, or leave the line out.")
+    return Query(where, query, tuple(documents), tuple(relevance))
 
 
 # --- quality -------------------------------------------------------------------------------------------
@@ -261,8 +241,7 @@ def _score(
             for i, result in enumerate(results):
                 where = f"{query.where}, document {i + 1}"
                 if result.error:
-                    message = str(result.error).removeprefix(f"pair {i}: ")
-                    errors.setdefault((name, number), f"{where}: {message}")
+                    errors.setdefault((name, number), f"{where}: {unplaced(result.error)[1]}")
                 elif not math.isfinite(result.score):
                     overflow = f"{artifact} gives no finite score. Leave this artifact or this line out."
                     errors.setdefault((name, number), f"{where}: {overflow}")
@@ -681,7 +660,7 @@ def evaluate(
     else:
         queries, bad = read_judged(pairs)
         if bad and strict:
-            raise InputError(f"{pairs}: {next(iter(bad.values()))}")
+            raise InputError(next(iter(bad.values())))
         evaluation, notes = compare(
             artifacts, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
             about=about, bad=list(bad.values()), kvs=kvs,

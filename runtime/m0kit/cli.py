@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,16 @@ from typing import Any, Literal
 import click
 
 from m0kit.artifact import read_manifest, verify_files
-from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, text_or_path
+from m0kit.cli_options import ARTIFACT, DEVICE, DOCUMENTS, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, tell
 from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import doctor
+from m0kit.documents import find, read
 from m0kit.errors import InputError, M0kitError
+from m0kit.files import read as read_file
 from m0kit.index import index, read_ids
-from m0kit.inputs import beside
+from m0kit.inputs import parse_content, unplaced
 from m0kit.reranker import Reranker, Result
+from m0kit.rows import is_parquet, read_lines
 
 
 class _Commands(click.Group):
@@ -81,18 +84,19 @@ _INDEX = click.option(
     type=click.Path(path_type=Path),
     help="What this index holds is not read again.",
 )
+_MOST_ERRORS = 20  # different ones on stderr; stdout has each
 _RAW = click.option("--raw", is_flag=True, help="Print logits instead of scores between 0 and 1.")
 _STRICT = click.option("--strict", is_flag=True, help="Stop at the first input that cannot be scored.")
 
 
 @cli.command()
 @ARTIFACT
-@click.argument("documents", nargs=-1, type=click.Path(path_type=Path))
+@DOCUMENTS
 @click.option("--query", help="The query as text.")
 @click.option("--query-image", type=click.Path(path_type=Path), help="The query as an image file.")
 @click.option("--top-n", "--top", type=click.IntRange(1), help="Print the best N only.")
 @_INDEX
-@click.option("--candidates", type=click.File(encoding="utf-8"), help="Ids of documents of the index, one per line.")
+@click.option("--candidates", type=click.File("rb"), help="Ids of documents of the index, one per line.")
 @_RAW
 @_STRICT
 @JSON
@@ -104,7 +108,7 @@ _STRICT = click.option("--strict", is_flag=True, help="Stop at the first input t
 def rerank(
     ctx: click.Context,
     artifact: Path,
-    documents: tuple[Path, ...],
+    documents: tuple[str, ...],
     query: str | None,
     query_image: Path | None,
     top_n: int | None,
@@ -118,10 +122,12 @@ def rerank(
     memory: Literal["fast", "low"],
     max_pixels: int | None,
 ) -> None:
-    """Order DOCUMENTS, files, by their relevance to a query, best first.
+    """Order DOCUMENTS by their relevance to a query, best first.
 
-    A file that is valid UTF-8 is a text document, any other is opened as an image. With --index documents that were
-    read before cost their queries only: the CANDIDATES, or all of the index where neither those nor files are given.
+    A document is a text file (UTF-8) or an image; a folder stands for those in it, `-` for one from stdin. A file of
+    JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …, "image": …}. With --index documents
+    that were read before cost their queries only: the CANDIDATES, or all of the index where neither those nor
+    DOCUMENTS are given.
     """
     if (query is None) == (query_image is None):
         raise click.UsageError("Give either --query or --query-image.")
@@ -129,23 +135,32 @@ def rerank(
         raise click.UsageError("--candidates are ids of an index: give --index too.")
     if not documents and index_folder is None:
         raise click.UsageError("Give documents, or --index.")
-    ids = read_ids(candidates) if candidates is not None else []
+    asked = query if query_image is None else read_file(query_image)
+    if query_image is not None and isinstance(asked, str):
+        raise InputError(f"--query-image: {query_image}: holds text. Give that with --query.")
+    parse_content(asked, "--query")
+    passed: list[str] = []
+    given = list(read(find(documents), passed.append))
+    tell("note", (("", f"{said} It was passed over.") for said in passed))
+    if candidates is not None:
+        given += [(name, error or {"id": name}, name) for name, error in read_ids(candidates)]
+    elif documents and not given:
+        raise InputError("none of the documents is text or an image.")
     reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder)
     if reranker.store is not None and candidates is None and not documents:
-        ids = reranker.store.ids()
-    names = [*(click.format_filename(path) for path in documents), *ids]
-    plain = [*map(str, documents), *ids]
-    asked = query_image if query is None else query
-    contents = [*(text_or_path(path) for path in documents), *({"id": name} for name in ids)]
-    results = _evaluate(reranker, [(asked, content) for content in contents], names, strict)
+        given = [(name, {"id": name}, name) for name in reranker.store.ids()]
+    names = [click.format_filename(name) for name, _, _ in given]
+    places = [name if source in ("", name) else f"{source}: {name}" for name, _, source in given]
+    pairs = [content if isinstance(content, InputError) else (asked, content) for _, content, _ in given]
+    results = _evaluate(reranker, pairs, [click.format_filename(place) for place in places], strict)
     values = [result.logit if raw else result.score for result in results]
     order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))
     for rank, i in enumerate(order[:top_n]):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
-            line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": plain[i]}
+            line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": given[i][0]}
             line |= {"error": str(error)} if error else {"score": values[i]}
-            click.echo(json.dumps(line))
+            click.echo(json.dumps(line, allow_nan=False))
         else:
             click.echo(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
@@ -153,7 +168,7 @@ def rerank(
 
 @cli.command()
 @ARTIFACT
-@click.argument("pairs", type=click.File(encoding="utf-8"), default="-")
+@click.argument("pairs", type=click.File("rb"), default="-")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the scores to a file: .jsonl or .parquet.")
 @click.option("--overwrite", is_flag=True, help="With -o: replace the file, and what another job left half done.")
 @click.option(
@@ -193,9 +208,10 @@ def score(
     """Score PAIRS, JSON lines from a file or stdin; prints one JSON line for each.
 
     A line is {"query": …, "document": …}, each a string (text), {"text": …} or {"image": …}, where an
-    image is a data URI or the path of a file, relative to the file of PAIRS.
+    image is a data URI, the path of a file, relative to the file of PAIRS, or base64. An "id" is carried through,
+    null is absent, other keys are ignored. What is printed for a line is {"score": …} or {"error": …}.
 
-    With -o PAIRS may be of any size, and Parquet (.parquet) with such columns; an id is carried through. The file
+    With -o PAIRS may be of any size, and Parquet (.parquet) with such columns. The file
     has a row for each: row, id, score, logit, truncated, error. Bad rows are also listed in OUTPUT.errors.jsonl.
     Stopped by whatever, even a kill, the same command goes on where it was.
     """
@@ -209,13 +225,18 @@ def score(
         ctx.exit(_score_file(artifact, pairs, output, load, engine, workers or 1, overwrite, strict))
     if overwrite or engine != "local" or workers is not None:
         raise click.UsageError("--overwrite, --engine and --workers need -o.")
-    folder = Path(pairs.name).parent if pairs.name not in ("-", "<stdin>") else Path()
-    values = dict(_read_pairs(pairs, folder))
+    is_file = pairs.name not in ("-", "<stdin>")
+    if is_file and is_parquet(Path(pairs.name)):
+        raise click.UsageError("Parquet needs -o.")
+    folder, place = (Path(pairs.name).parent, f"{pairs.name}: ") if is_file else (Path(), "")
+    rows = list(read_lines(pairs, folder, pairs.name))
+    values = [InputError(f"{place}{row.error}") if row.error else row.pair for row in rows]
     reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder, cache_bytes=cache_bytes)
-    results = _evaluate(reranker, list(values.values()), [f"line {number}" for number in values], strict)
-    for result in results:
-        value = result.logit if raw else result.score
-        click.echo(json.dumps({"error": str(result.error)} if result.error else {"score": value}))
+    results = _evaluate(reranker, values, [f"{place}{row.place}" for row in rows], strict)
+    for row, result in zip(rows, results, strict=True):
+        line = {} if row.id is None else {"id": json.loads(row.id)}
+        line |= {"error": str(result.error)} if result.error else {"score": result.logit if raw else result.score}
+        click.echo(json.dumps(line, allow_nan=False))
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
@@ -317,28 +338,30 @@ def _adapter(entry: dict[str, Any]) -> str:
     return f"{entry.get('name')}{weight}" + (f" ({entry['licence']})" if entry.get("licence") else "")
 
 
-def _evaluate(reranker: Reranker, pairs: list[Any], names: list[str], strict: bool) -> list[Result]:
-    results = reranker.evaluate(pairs, on_error="raise" if strict else "mark", progress=sys.stderr.isatty())
-    for name, result in zip(names, results, strict=True):
-        if result.error:
-            click.echo(f"error: {name}: {result.error}", err=True)
-        for what in result.truncated:
-            click.echo(f"note: {name}: the {what} was too long and was cut", err=True)
+def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: bool) -> list[Result]:
+    """The results of pairs; one that could not be read is the error in its place. Messages begin with the places."""
+    results = [Result(math.nan, math.nan, pair if isinstance(pair, InputError) else None) for pair in pairs]
+    readable = [i for i, result in enumerate(results) if result.error is None]
+    if strict and len(readable) < len(pairs):
+        raise next(pair for pair in pairs if isinstance(pair, InputError))
+    try:
+        scored = reranker.evaluate(
+            [pairs[i] for i in readable], on_error="raise" if strict else "mark", progress=sys.stderr.isatty()
+        )
+    except InputError as error:
+        position, _ = unplaced(error)
+        raise error if position is None else _placed(places[readable[position]], error) from None
+    for i, result in zip(readable, scored, strict=True):
+        results[i] = replace(result, error=_placed(places[i], result.error)) if result.error else result
+    told = list(zip(places, results, strict=True))
+    errors = [(place, str(result.error).removeprefix(f"{place}: ")) for place, result in told if result.error]
+    tell("error", errors, most=_MOST_ERRORS)
+    tell("note", ((p, f"the {what} was too long and was cut") for p, result in told for what in result.truncated))
     return results
 
 
-def _read_pairs(lines: Any, folder: Path) -> Iterator[tuple[int, Any]]:
-    """Number of the line and its pair. Raises InputError."""
-    number = 0
-    try:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            pair = json.loads(line)
-            if isinstance(pair, dict):
-                pair = {key: beside(folder, value) for key, value in pair.items()}
-            yield number, pair
-    except UnicodeDecodeError:
-        raise InputError(f"{lines.name}: not UTF-8 text. Write one pair per line as JSON, in UTF-8.") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"line {number}: not JSON. Write one pair per line.") from None
+def _placed(place: str, error: InputError) -> InputError:
+    """The error with a place that the user knows, once, for a position in a call."""
+    _, reason = unplaced(error)
+    own = reason.removeprefix("document: ")
+    return type(error)(own if own.startswith(f"{place}: ") else f"{place}: {reason}")

@@ -1,6 +1,7 @@
-"""What commands share: options, opening the artifact they name, reading a document's file."""
+"""What commands share: options, opening the artifact they name, telling what was wrong with their inputs."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import click
 from m0kit.errors import M0kitError
 from m0kit.reranker import Reranker
 
+_NAMES = 3  # of inputs that are named beside a message they share
 PARTLY = 3  # exit code: some inputs could not be used, the others were
 
 
@@ -45,6 +47,7 @@ PIXELS = click.option(
     type=click.IntRange(1),
     help="Shrink images above this size; the checkpoint's own limit by default.",
 )
+DOCUMENTS = click.argument("documents", nargs=-1, type=click.Path())  # for `m0kit.documents`
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -82,13 +85,17 @@ def load(
         raise click.UsageError(f"--max-pixels: {error}.") from None
 
 
-def text_or_path(path: Path) -> str | Path:
-    """Text of a UTF-8 file; the path itself for anything else."""
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        return path  # reported by the reranker, like any image that cannot be read
-    try:
-        return raw.decode("utf-8") if b"\0" not in raw else path
-    except UnicodeDecodeError:
-        return path
+def tell(kind: Literal["note", "error"], said: Iterable[tuple[str, str]], most: int | None = None) -> None:
+    """Print what there is to say of inputs, (name, message), to stderr; a message that many share once.
+
+    Of the messages `most` are printed, where stdout has each of them anyway.
+    """
+    named: dict[str, list[str]] = {}
+    for name, message in said:
+        named.setdefault(message, []).append(name)
+    for message, names in list(named.items())[:most]:
+        some = ", ".join(name for name in names[:_NAMES] if name)
+        more = f" and {len(names) - _NAMES} more" if some and len(names) > _NAMES else ""
+        click.echo(f"{kind}: {some}{more}{': ' if some else ''}{message}", err=True)
+    if most is not None and len(named) > most:
+        click.echo(f"{kind}: and {sum(map(len, list(named.values())[most:]))} more", err=True)

@@ -1,8 +1,9 @@
-"""Every error m0kit raises on purpose. Owns the names and nothing else.
+"""Every error m0kit raises on purpose. Owns the names, and that no message is long.
 
     M0kitError
     ├── InputError (ValueError)            a query, document or pair that cannot be scored
-    │   └── ImageError                     … because of its image
+    │   ├── ImageError                     … because of its image
+    │   └── FormatError                    … because its file is neither text nor an image
     ├── ArtifactError (ValueError)         a folder that is not a usable artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactDamagedError           a file changed, missing or not as the manifest says
@@ -18,15 +19,29 @@
     └── DependencyError (ImportError)      an optional package is missing; the message names the extra
 
 Each class is also a builtin, so callers may catch ours or Python's. A message says what we got, what
-we accept and what to do. Messages never carry a raw exception text of an image or inference library.
+we accept and what to do. Messages never carry a raw exception text of an image or inference library, nor a long
+value (an image in base64): a run of letters without a blank is shortened.
 
     >>> issubclass(ImageError, ValueError)
     True
 """
 
+import re
+from typing import Final
+
+_LONG: Final = re.compile(r"\S{400,}")  # longer than any path that people write
+
+
+def _shortened(match: re.Match[str]) -> str:
+    found = match[0]
+    return f"{found[:60]}… ({len(found)} characters) …{found[-20:]}"
+
 
 class M0kitError(Exception):
     """Root of the tree: `except M0kitError` catches everything m0kit raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_LONG.sub(_shortened, message))
 
 
 class InputError(M0kitError, ValueError):
@@ -35,6 +50,10 @@ class InputError(M0kitError, ValueError):
 
 class ImageError(InputError):
     """An image that cannot be decoded, or whose size the model cannot take."""
+
+
+class FormatError(InputError):
+    """A file that is neither text nor an image."""
 
 
 class ArtifactError(M0kitError, ValueError):

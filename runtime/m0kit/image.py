@@ -26,10 +26,9 @@ from PIL import Image, ImageOps
 
 from m0kit.config import ImageConfig
 from m0kit.errors import ImageError
-from m0kit.inputs import Picture
+from m0kit.files import FORMATS, described
+from m0kit.inputs import Picture, at
 
-# Formats handed to Pillow; the others it knows are rare, or run programs (EPS), or are lists of other files.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's smart_resize
 # Pixels of a file, read from its header before anything is decoded: Pillow's own limit for a warning
 # (a quarter of a gibibyte in RGB). 4K is a tenth of it.
@@ -78,6 +77,7 @@ def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int
 
 def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
     """Decode a picture and bring it to the model's size. Raises ImageError naming `where`."""
+    where = at(where, picture.path)
     image = picture.source if isinstance(picture.source, Image.Image) else _decode(_bytes(picture, where), where)
     width, height = image.size
     if picture.ready:
@@ -132,9 +132,9 @@ def _bytes(picture: Picture, where: str) -> bytes:
     try:
         raw = picture.source.read_bytes()
     except OSError as error:
-        raise ImageError(f"{where}: {picture.source}: {os.strerror(error.errno or 0)}.") from None
+        raise ImageError(f"{where}: {os.strerror(error.errno or 0)}.") from None
     if hashlib.sha256(raw).hexdigest() != picture.key:
-        raise ImageError(f"{where}: {picture.source} was changed while it was being scored. Score it again.")
+        raise ImageError(f"{where}: was changed while it was being scored. Score it again.")
     return raw
 
 
@@ -176,7 +176,8 @@ def _decode(raw: bytes, where: str) -> Image.Image:
         raise
     except Exception as error:
         raise ImageError(
-            f"{where}: not an image that can be read ({len(raw)} bytes). Accepted: {', '.join(FORMATS)}."
+            f"{where}: not an image that can be read ({len(raw)} bytes).{described(raw)} "
+            f"Accepted: {', '.join(FORMATS)}."
         ) from error
     width, height = image.size
     if width * height > MAX_DECODED_PIXELS:

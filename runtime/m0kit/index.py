@@ -7,13 +7,14 @@ files and durability to `m0kit.store`.
         add(reranker, store, [("page-1", Path("page.png"), "page.png")])
 """
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import click
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from m0kit.artifact import KV, Kept
 from m0kit.cli_options import (
     ARTIFACT,
     DEVICE,
+    DOCUMENTS,
     JSON,
     MEMORY,
     PIXELS,
@@ -29,32 +31,32 @@ from m0kit.cli_options import (
     THREADS,
     exit_code,
     load,
-    text_or_path,
+    tell,
 )
+from m0kit.documents import Given, count, find, read
 from m0kit.errors import InputError, RecordDamagedError, StoreError
 from m0kit.image import to_png
 from m0kit.images import Images
-from m0kit.inputs import Known, Picture, Text, beside, parse_content
+from m0kit.inputs import Known, Picture, Text, parse_content
+from m0kit.lines import strings
 from m0kit.planner import TOKEN_BUDGET, pack
 from m0kit.reranker import LOW_MEMORY_VISUAL_TOKENS, Document, Reranker, check_identity, content_of
-from m0kit.rows import count, json_object, lines
 from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
 
 
 @dataclass(slots=True)
 class Added:
-    """What `add` did with the documents it was given."""
+    """What `add` did with the documents it was given: each is one of read, known, repeated and failed."""
 
     read: int = 0  # computed and kept
-    known: int = 0  # there already
+    known: int = 0  # kept, and what it says was there already, under this id or another
+    repeated: int = 0  # given before in this call, with the same id and content
+    replaced: int = 0  # of those read or known: another content was there under this id
     tokens: int = 0  # of those read
     dropped: int = 0  # states of other documents that went to keep to the limit
     failed: list[tuple[str, str]] = field(default_factory=list)  # id or place, and why
     truncated: list[str] = field(default_factory=list)  # ids of documents that were cut to the model's length
-
-
-Given = tuple[str, Any, str]  # id; content in a form of `m0kit.inputs`, or why there is none; where it came from
 
 
 def open_index(path: str | os.PathLike[str], reranker: Reranker, max_bytes: int | None = None) -> Store:
@@ -88,10 +90,12 @@ def add(
 ) -> Added:
     """Read documents and keep them; what is there already is not computed `again`. `tick` is told how many are done.
 
-    A document that cannot be read costs the others nothing. Each run of the decoder is durable once it is done.
+    A document that cannot be read costs the others nothing; nor does one whose id was given before in this call with
+    another content, which is an error. A document that the store has under the same id is replaced, and counted. Each
+    run of the decoder is durable once it is done.
     """
     done = Added()
-    for batch in _batches(reranker, documents, done, tick):
+    for batch in _batches(reranker, store, documents, done, tick):
         _read(reranker, store, batch, done, tick, again)
     return done
 
@@ -123,20 +127,29 @@ class _Batch:
 
 
 def _batches(
-    reranker: Reranker, documents: Iterable[Given], done: Added, tick: Callable[[int], object]
+    reranker: Reranker, store: Store, documents: Iterable[Given], done: Added, tick: Callable[[int], object]
 ) -> Iterator[_Batch]:
     """As many documents as one run takes; in low memory as many as may be encoded before the decoder takes over."""
     budget = LOW_MEMORY_VISUAL_TOKENS if reranker.low_memory else TOKEN_BUDGET
     batch = _Batch(reranker.open_images())
+    given: dict[str, tuple[bytes, str]] = {}  # id → hash of its content, and where it came from
     for name, value, source in documents:
+        where = name if source in ("", name) else f"{source}: {name}"
         try:
-            content = _parsed(value, name)
-            entry = reranker.document(content, name, batch.entries, batch.images, keyed=True)
+            content = _parsed(value, where)
+            entry = reranker.document(content, where, batch.entries, batch.images, keyed=True)
             stored = stored_form(name, content, entry.key, batch.images, source)
+            digest = hashlib.sha256(stored.data).digest()
+            is_new = _is_new(name, digest, where, source, given)
         except InputError as error:
             done.failed.append((name, str(error)))
             tick(1)
             continue
+        if not is_new:
+            done.repeated += 1
+            tick(1)
+            continue
+        done.replaced += store.content(name) not in (None, digest)
         if entry.prompt.truncated:
             done.truncated.append(name)
         batch.stored.append((entry, stored))
@@ -146,6 +159,15 @@ def _batches(
             batch = _Batch(reranker.open_images())
     if batch.stored:
         yield batch
+
+
+def _is_new(name: str, digest: bytes, where: str, source: str, given: dict[str, tuple[bytes, str]]) -> bool:
+    """Whether this id has not come yet; raises InputError when it came with another content."""
+    is_new = name not in given
+    before, first = given.setdefault(name, (digest, source))
+    if before != digest:
+        raise InputError(f"{where}: its id stands for another document already ({first}). Give each its own.")
+    return is_new
 
 
 def _read(
@@ -187,7 +209,7 @@ def index() -> None:
 @index.command("add")
 @ARTIFACT
 @_INDEX
-@click.argument("documents", nargs=-1, type=click.Path(path_type=Path))
+@DOCUMENTS
 @click.option(
     "--kv",
     type=click.Choice(KV),
@@ -204,7 +226,7 @@ def add_command(
     ctx: click.Context,
     artifact: Path,
     index_folder: Path,
-    documents: tuple[Path, ...],
+    documents: tuple[str, ...],
     kv: Kept | None,
     max_bytes: int | None,
     device: str,
@@ -215,9 +237,11 @@ def add_command(
 ) -> None:
     """Read DOCUMENTS with ARTIFACT and keep them in INDEX, which is made where there is none.
 
-    A document is a text file (UTF-8), an image, or a .jsonl file of {"id": …, "text": …} or {"id": …, "image": …}.
-    A file's id is its path as given. Without DOCUMENTS, what INDEX knows but has no state of (damaged, pruned) is read
-    again.
+    A document is a text file (UTF-8) or an image; a folder stands for those in it, `-` for one from stdin. A file of
+    JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …, "image": …}. A file's id is its
+    path as given; a line's is file:line where "id" is null or missing, and a number's its digits. An id that comes
+    again in one call must stand for the same document; one that INDEX has is replaced. Without DOCUMENTS, what INDEX
+    knows but has no state of (damaged, pruned) is read again.
     """
     exists = index_folder.is_dir() and any(index_folder.iterdir())
     if exists:
@@ -229,18 +253,20 @@ def add_command(
         raise click.UsageError(f"{index_folder} does not exist yet: give documents.")
     reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
     with open_index(index_folder, reranker, max_bytes) as store:
-        given = _given(documents) if documents else _pending(store)
-        bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=_count(documents) if documents else None)
+        files, passed = find(documents), list[str]()
+        given = _named(read(files, passed.append)) if documents else _pending(store)
+        bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=count(files) or None)
         with bar:
             done = add(reranker, store, given, bar.update, again=not documents)
-    for name in done.truncated:
-        click.echo(f"note: {name}: was too long and was cut", err=True)
-    for _, error in done.failed:
-        click.echo(f"error: {error}", err=True)
+    tell("note", (("", f"{said} It was passed over.") for said in passed))
+    tell("note", ((name, "was too long and was cut") for name in done.truncated))
+    tell("error", (_place_and_reason(name, error) for name, error in done.failed))
     if as_json:
         click.echo(json.dumps(asdict(done)))
     else:
         told = f"{index_folder}: {done.read} read ({done.tokens} tokens), {done.known} known already"
+        told += f", {done.repeated} given twice" if done.repeated else ""
+        told += f", {done.replaced} of them in the place of another content" if done.replaced else ""
         told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
         click.echo(told + (f", {len(done.failed)} failed" if done.failed else ""))
     ctx.exit(exit_code(len(done.failed), len(done.failed) + done.read + done.known, "read") if done.failed else 0)
@@ -300,7 +326,7 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
 @_INDEX
 @click.option("--max-bytes", type=SIZE, help="Drop the states used longest ago until INDEX takes so much.")
 @click.option("--unused-days", type=click.FloatRange(0), help="Drop the states not used for so long.")
-@click.option("--remove", type=click.File(encoding="utf-8"), help="Forget the documents whose ids stand in this file.")
+@click.option("--remove", type=click.File("rb"), help="Forget the documents whose ids stand in this file.")
 @click.pass_context
 def prune(
     ctx: click.Context, index_folder: Path, max_bytes: int | None, unused_days: float | None, remove: Any
@@ -308,12 +334,12 @@ def prune(
     """Drop states, or whole documents, from INDEX. A document without a state can still be asked for."""
     if max_bytes is None and unused_days is None and remove is None:
         raise click.UsageError("Say what to drop: --max-bytes, --unused-days or --remove.")
-    ids = read_ids(remove) if remove else []
+    ids = list(read_ids(remove)) if remove else []
     with Store.open(index_folder, writable=True) as store:
         before = store.stats()
-        absent = store.remove(ids)
-        for name in absent:
-            click.echo(f"error: no document {name!r}", err=True)
+        absent = store.remove(name for name, error in ids if error is None)
+        bad = [error for _, error in ids if error]
+        tell("error", [*(("", str(error)) for error in bad), *((repr(name), "no such document") for name in absent)])
         store.prune(max_bytes=max_bytes, unused_days=unused_days)
         after = store.stats()
     removed = sum(before.documents.values()) - sum(after.documents.values())
@@ -325,7 +351,8 @@ def prune(
     click.echo(told)
     if max_bytes is not None and after.disk_bytes > max_bytes:
         click.echo(f"note: {_size(after.disk_bytes)} are left, of documents themselves and the database", err=True)
-    ctx.exit(exit_code(len(absent), len(set(ids)), "removed") if absent else 0)
+    num_failed = len(absent) + len(bad)
+    ctx.exit(exit_code(num_failed, len(dict(ids)), "removed") if num_failed else 0)
 
 
 @index.command()
@@ -345,37 +372,26 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def read_ids(lines: Any) -> list[str]:
-    """One id per line; empty lines do not count. Raises InputError."""
-    try:
-        return [line.rstrip("\r\n") for line in lines if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{lines.name}: not UTF-8 text. Write one id per line, in UTF-8.") from None
+def _place_and_reason(name: str, error: str) -> tuple[str, str]:
+    """The two parts of a message, so that one that many documents have is told once."""
+    before, there, reason = error.partition(f"{name}: ")
+    return (before + name, reason) if there else ("", error)
 
 
-def _given(paths: Iterable[Path]) -> Iterator[Given]:
-    for path in paths:
-        name = click.format_filename(path)
-        if path.suffix != ".jsonl":
-            yield name, text_or_path(path), name
-            continue
-        for number, line in lines(path):
-            yield _line(path, number, line)
+def read_ids(file: BinaryIO) -> Iterator[tuple[str, InputError | None]]:
+    """An id for each line that is not blank; for one that cannot be read its place, and why. Raises InputError."""
+    for number, text in strings(file, file.name):
+        if isinstance(text, InputError):
+            yield f"{file.name}:{number}", InputError(f"{file.name}:{number}: {text}")
+        else:
+            yield text, None
 
 
-def _line(path: Path, number: int, line: bytes | None) -> Given:
-    """A document of a .jsonl file."""
-    place = f"{click.format_filename(path)}:{number}"
-    try:
-        value = json_object(line, '{"id": …, "text": …} or {"id": …, "image": …}')
-    except InputError as error:
-        return place, InputError(f"{place}: {error}"), place
-    kept = {kind: value[kind] for kind in ("text", "image") if kind in value}
-    return str(value.get("id", place)), beside(path.parent, kept), place
-
-
-def _count(paths: Iterable[Path]) -> int:
-    return sum(count(path) if path.suffix == ".jsonl" else 1 for path in paths)
+def _named(documents: Iterable[Given]) -> Iterator[Given]:
+    """Ids that UTF-8 can write, for files whose names it cannot."""
+    for name, content, source in documents:
+        place = click.format_filename(source)
+        yield place if name == source else name, content, place
 
 
 def _pending(store: Store) -> Iterator[Given]:

@@ -3,22 +3,30 @@
     parse_pair(("slm markdown", Path("page.png")), "pair 0")
 
 A str is always text: never sniffed as a path or URL. An image is a PIL image, a path, bytes, or
-{"image": one of these or a base64 data URI}; {"text": str} is text said explicitly; {"id": str} is a document of
-the index that a reranker was opened with. No network, ever.
+{"image": one of these, a base64 data URI, or an image's bytes in base64}; {"text": str} is text said explicitly;
+{"id": str} is a document of the index that a reranker was opened with. In a file of JSON lines or Parquet the string
+of an image may also be a path, see `from_file`. No network, ever.
 """
 
 import base64
 import binascii
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import unquote
 
 from PIL import Image
 
 from m0kit.errors import ImageError, InputError
+from m0kit.files import image_format
+
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_MAX_PATH: Final = 4096  # characters; Linux's limit, and more than others have
+_PLACE: Final = re.compile(r"pair (\d+): ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +56,6 @@ class Known:
 Content = Text | Picture | Known
 
 
-def beside(folder: Path, value: Any) -> Any:
-    """For content read from a file in `folder`: an image named by a path lies relative to it. All else as it is."""
-    if isinstance(value, Mapping) and isinstance(value.get("image"), str) and not value["image"].startswith("data:"):
-        return {**value, "image": folder / value["image"]}
-    return value
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One query and one document."""
@@ -82,6 +83,78 @@ def parse_pair(value: Any, where: str) -> Pair:
     return Pair(parse_content(query, f"{where}: query"), parse_content(document, f"{where}: document"))
 
 
+def from_file(value: Any, folder: Path) -> Any:
+    """A query or document as `parse_content` takes it, from a value of a JSON or Parquet file in `folder`.
+
+    Null is absent; an image may be {"bytes", "path"}, as Hugging Face datasets have it, with bytes in base64 in JSON.
+    The string of an image is a data URI, else the path of a file, relative to `folder`, else an image in base64.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    value = {name: part for name, part in value.items() if part is not None}
+    if value and value.keys() <= {"bytes", "path"}:
+        value = {"image": value}
+    image = value.get("image")
+    if isinstance(image, Mapping) and image.keys() <= {"bytes", "path"}:
+        raw = image.get("bytes")
+        if isinstance(raw, str):
+            return {**value, "image": raw}  # in base64, or no image
+        image = value["image"] = image.get("path") if raw is None else raw
+    if not isinstance(image, str) or _is_data_uri(image):
+        return value
+    refuse_url(image)
+    raw = _base64_image(image)
+    if raw is None and len(image) > _MAX_PATH:
+        raise ImageError(f"{shown(image)} ({len(image)} characters) is no path, no data URI and no image in base64.")
+    return {**value, "image": folder / image if raw is None or _is_file(folder / image) else raw}
+
+
+def refuse_url(name: str) -> None:
+    """Raises ImageError for what should name a file and is a URL."""
+    if _SCHEME.match(name):
+        raise ImageError(f"{shown(name)} is a URL, and m0kit fetches nothing. Download it and name the file.")
+
+
+def group_from_file(record: Mapping[str, Any], folder: Path) -> tuple[Any, list[Any]]:
+    """Query and documents of a record {"query": …, "documents": […]} or {"query": …, "document": …} of a file.
+
+    Each was parsed, as a sign that it can be; images were not decoded. Keys besides these are the caller's.
+    Raises InputError.
+    """
+    query, document, documents = (record.get(name) for name in ("query", "document", "documents"))
+    if query is None or (document is None) == (documents is None):
+        names = _names(name for name in record if record[name] is not None)
+        raise InputError(f'expected "query" with "document" or "documents", got {names}.')
+    if documents is not None and not (isinstance(documents, list) and documents):
+        raise InputError(f'"documents" must be a list with something in it, got {shown(documents)}.')
+    if documents is None:
+        found = [("query", query), ("document", document)]
+    else:
+        found = [("query", query), *((f"document {i}", document) for i, document in enumerate(documents, 1))]
+    contents = []
+    for where, value in found:
+        try:
+            contents.append(from_file(value, folder))
+        except ImageError as error:
+            raise ImageError(f"{where}: {error}") from None
+        if isinstance(parse_content(contents[-1], where), Known):
+            raise InputError(f"{where}: names a document of an index, and there is none here. Give the document.")
+    return contents[0], contents[1:]
+
+
+def unplaced(error: InputError) -> tuple[int | None, str]:
+    """The position that a message of `Reranker` begins with, which means nothing outside the call, and the rest."""
+    match = _PLACE.match(str(error))
+    return (int(match[1]), str(error)[match.end() :]) if match else (None, str(error))
+
+
+def shown(value: Any) -> str:
+    """A value in a message, never at length."""
+    told = repr(value[:60] if isinstance(value, str | bytes) else value)
+    cut = len(told) > 60 or (isinstance(value, str | bytes) and len(value) > 60)
+    return f"{told[:60]}…" if cut else told
+
+
 def parse_content(value: Any, where: str) -> Content:
     """One query or document. Raises InputError or ImageError naming `where`."""
     if isinstance(value, str):
@@ -102,7 +175,7 @@ def parse_content(value: Any, where: str) -> Content:
                 raise InputError(f'{where}: "text" must be a string, got {type(value["text"]).__name__}.')
             return _text(value["text"], where)
         if isinstance(value["image"], str):
-            return _file(_data_uri(value["image"], where))
+            return _file(_image_string(value["image"], where))
         return _picture(value["image"], where)
     return _picture(value, where)
 
@@ -130,7 +203,7 @@ def _picture(value: Any, where: str) -> Picture:
         try:
             return replace(_file(path.read_bytes()), path=path)
         except OSError as error:
-            raise ImageError(f"{where}: {path}: {os.strerror(error.errno or 0)}.") from None
+            raise ImageError(f"{at(where, path)}: {os.strerror(error.errno or 0)}.") from None
         except ValueError:  # a null character, or half of a surrogate pair
             raise ImageError(f"{where}: {str(path)!r} cannot be the name of a file.") from None
     raise InputError(
@@ -143,18 +216,54 @@ def _file(raw: bytes) -> Picture:
     return Picture(raw, hashlib.sha256(raw).hexdigest())
 
 
-def _data_uri(text: str, where: str) -> bytes:
-    """The bytes of data:image/…;base64,…"""
+def at(where: str, path: Path | None) -> str:
+    """The place of an image in a message: its file is named once."""
+    return where if path is None or where == str(path) else f"{where}: {path}"
+
+
+def _is_data_uri(text: str) -> bool:
+    return text.lstrip()[:5].lower() == "data:"
+
+
+def _image_string(text: str, where: str) -> bytes:
+    """The bytes of a data URI in base64, or of an image that is base64 itself. The media type is not believed."""
+    if not _is_data_uri(text):
+        raw = _base64_image(text)
+        if raw is None:
+            raise ImageError(
+                f'{where}: a string under "image" must be a data URI (data:image/png;base64,…) or an image in base64. '
+                "Pass a file as Path(…); fetch a URL yourself and pass its bytes."
+            )
+        return raw
     head, comma, body = text.partition(",")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ImageError(
-            f'{where}: a string under "image" must be a data URI (data:image/png;base64,…). '
-            "Pass a file as Path(…); fetch a URL yourself and pass its bytes."
-        )
+    if not comma or head.split(";")[-1].strip().lower() != "base64":
+        raise ImageError(f"{where}: a data URI must be in base64 (data:image/png;base64,…), got {shown(text)}.")
+    raw = _base64(unquote(body) if "%" in body else body)
+    if raw is None:
+        raise ImageError(f"{where}: the data URI is not valid base64.")
+    return raw
+
+
+def _base64_image(text: str) -> bytes | None:
+    """The bytes, if they begin as an image does that m0kit reads."""
+    start = _base64("".join(text[:200].split())[:64])
+    return None if start is None or image_format(start) is None else _base64(text)
+
+
+def _base64(text: str) -> bytes | None:
+    """Base64 in either alphabet, with blanks or line breaks, padded or not."""
+    body = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError(f"{where}: the data URI is not valid base64.") from None
+        return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long to be a name, or no name at all
+        return False
 
 
 def _check_keys(value: Mapping[Any, Any], known: set[str], where: str) -> None:

@@ -34,8 +34,10 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
+from m0kit.inputs import unplaced
+from m0kit.lines import JSON_NAMES
 from m0kit.reranker import Reranker
-from m0kit.rows import JSON_NAMES, PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
+from m0kit.rows import PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
 from m0kit.sessions import engine_version
 from m0kit.store import Store, sync_folder
 
@@ -137,7 +139,7 @@ def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
         if row.error is None:
             readable.append(row)
         else:
-            yield Scored(row.number, row.id, None, None, None, row.error)
+            yield Scored(row.number, row.id, None, None, None, _plain(row.error))
     stamp = functools.cache(_stamp)
     files = [{str(path): stamp(path) for path in _image_files(row)} for row in readable]  # before they are read
     for position, result in reranker.stream([row.pair for row in readable]):
@@ -145,8 +147,8 @@ def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
         if result.error is None:
             cut = ",".join(result.truncated) or None
             yield Scored(row.number, row.id, result.score, result.logit, cut, None, named)
-        else:  # a position within the call means nothing to who reads the file of scores
-            message = str(result.error).removeprefix(f"pair {position}: ")
+        else:
+            message = f"{row.place}: {unplaced(result.error)[1]}"
             yield Scored(row.number, row.id, None, None, None, _plain(message), named)
 
 
@@ -192,9 +194,10 @@ def score_file(
     The same job is one whose input and `dependencies` are the same; another one's journal is refused.
 
     Formats go by the names: .jsonl (.ndjson) or .parquet (.pq). A row has `query` and `document`: a string is
-    text, {"text": …} too, {"image": …} is a path relative to the file, a data URI, bytes, or {"bytes", "path"};
-    null is absent. An `id` is carried through. The output has a row per row, in order: `row`, `id`, `score`, `logit`
-    (float32), `truncated`, `error`. A row that cannot be scored costs only itself, or with `strict` stops the job.
+    text, {"text": …} too, {"image": …} is a path relative to the file, a data URI, base64, bytes, or {"bytes",
+    "path"}; null is absent, other keys are ignored. An `id` is carried through. The output has a row per row, in
+    order: `row` (from 0), `id`, `score`, `logit` (float32), `truncated`, `error`, which begins with the line (or row).
+    A row that cannot be scored costs only itself, or with `strict` stops the job.
     `load` are options of Reranker.load. `overwrite` replaces a finished output and a journal of another job; a job
     that was itself begun with it goes on.
     Raises OutputError, InputError, DependencyError, and what Reranker.load raises.
@@ -222,7 +225,7 @@ def score_file(
                         journal.commit()
                         continue
                     if strict and result.error:
-                        raise InputError(f"{source}: row {result.number}: {result.error}")
+                        raise InputError(f"{source}: {result.error}")
                     told.update(journal.add(result))
             journal.commit()
         if identity(source).items() - facts.items():

@@ -11,14 +11,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from m0kit.errors import DependencyError, InputError
-from m0kit.inputs import beside
+from m0kit.inputs import from_file, shown
+from m0kit.lines import lines, records
 
-JSON_NAMES: Final = (".jsonl", ".ndjson")
 PARQUET_NAMES: Final = (".parquet", ".pq")
-_MAX_LINE_BYTES = 256 << 20  # of a JSON line; more is a file without line ends, and not for memory
 _READ_ROWS = 256  # of Parquet at a time: they may hold images
 _EDGE_BYTES = 1 << 16  # of the input's head and tail that are hashed
 
@@ -28,6 +27,7 @@ class Row:
     """One row of the input."""
 
     number: int  # from 0; blank lines do not count
+    place: str  # for people: "line 3" of JSON lines, from 1, or "row 2" of Parquet, from 0
     id: str | None  # as JSON
     pair: Mapping[str, Any]  # for Reranker.stream
     error: str | None = None  # why the row cannot be read
@@ -37,51 +37,15 @@ def read(path: Path, first: int) -> Iterator[Row]:
     """The rows from number `first` on; a few before it may be among them."""
     if is_parquet(path):
         yield from _read_parquet(path, first)
-        return
-    for number, (_, line) in enumerate(lines(path)):
-        if number < first:
-            continue
-        try:
-            yield _row(number, json_object(line, '{"query": …, "document": …}'), path.parent)
-        except InputError as error:
-            yield Row(number, None, {}, str(error))
+    else:
+        yield from read_lines(path, path.parent, first=first)
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Number, from 1, and content of the lines that are not blank; None for one that is too long. Raises InputError."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: {os.strerror(error.errno or 0)}.") from None
-    with file:
-        mark = file.read(3)
-        if mark[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise InputError(f"{path}: is UTF-16. Write one pair per line as JSON, in UTF-8.")
-        file.seek(3 if mark == b"\xef\xbb\xbf" else 0)
-        number = 0
-        while line := file.readline(_MAX_LINE_BYTES):
-            number += 1
-            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, None
-            elif line.strip():
-                yield number, line
-
-
-def json_object(line: bytes | None, wanted: str) -> Mapping[str, Any]:
-    """What a line holds; `wanted` is what it should, for the message. Raises InputError."""
-    if line is None:
-        raise InputError(f"the line is longer than {_MAX_LINE_BYTES >> 20} MiB. Name large images by their paths.")
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise InputError("the line is not UTF-8 text.") from None
-    except (ValueError, RecursionError):
-        raise InputError("the line is not JSON.") from None
-    if not isinstance(record, dict):
-        raise InputError(f"expected {wanted}, got {type(record).__name__}.")
-    return record
+def read_lines(source: Path | BinaryIO, folder: Path, place: str | None = None, *, first: int = 0) -> Iterator[Row]:
+    """The rows of JSON lines, whose paths are relative to `folder`. Raises InputError for what is no text at all."""
+    found = records(source, '{"query": …, "document": …}', place, first=first)
+    for number, (line, record) in enumerate(found, first):
+        yield _row(number, f"line {line}", record, folder)
 
 
 def _read_parquet(path: Path, first: int) -> Iterator[Row]:
@@ -95,9 +59,7 @@ def _read_parquet(path: Path, first: int) -> Iterator[Row]:
                 continue
             for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=columns):
                 for record in _records(batch):
-                    yield (
-                        Row(number, None, {}, record) if isinstance(record, str) else _row(number, record, path.parent)
-                    )
+                    yield _row(number, f"row {number}", record, path.parent)
                     number += 1
     except (OSError, ValueError) as error:  # Arrow's errors among them
         raise InputError(
@@ -113,7 +75,7 @@ def _records(batch: Any) -> list[Any]:
         rows: list[Any] = batch.to_pylist()
     except UnicodeDecodeError:
         if batch.num_rows == 1:
-            return ["a string of the row is not UTF-8 text."]
+            return [InputError("a string of the row is not UTF-8 text.")]
         rows = [record for start in range(batch.num_rows) for record in _records(batch.slice(start, 1))]
     return rows
 
@@ -150,9 +112,21 @@ def parquet(path: Path) -> Any:
     return module
 
 
-def _row(number: int, record: Mapping[str, Any], folder: Path) -> Row:
-    names = [name for name in ("query", "document") if record.get(name) is not None]
-    return Row(number, _id(record.get("id")), {name: _content(record[name], folder) for name in names})
+def _row(number: int, place: str, record: Mapping[str, Any] | InputError, folder: Path) -> Row:
+    if isinstance(record, InputError):
+        return Row(number, place, None, {}, f"{place}: {record}")
+    row_id, given = _id(record.get("id")), {n: v for n, v in record.items() if v is not None}
+    if missing := [name for name in ("query", "document") if name not in given]:
+        found = ", ".join(map(shown, list(given)[:10])) or "nothing"
+        told = f'{place}: expected "query" and "document"; has no {" and no ".join(map(repr, missing))}, got {found}.'
+        return Row(number, place, row_id, {}, told)
+    pair: dict[str, Any] = {}
+    for name in ("query", "document"):
+        try:
+            pair[name] = from_file(given[name], folder)
+        except InputError as error:
+            return Row(number, place, row_id, {}, f"{place}: {name}: {error}")
+    return Row(number, place, row_id, pair)
 
 
 def _id(value: Any) -> str | None:
@@ -162,20 +136,6 @@ def _id(value: Any) -> str | None:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         return json.dumps(value.hex() if isinstance(value, bytes) else str(value))
-
-
-def _content(value: Any, folder: Path) -> Any:
-    """What `m0kit.inputs` takes, from a value of a file: null is absent, images may be {"bytes", "path"}."""
-    if not isinstance(value, Mapping):
-        return value
-    value = {name: part for name, part in value.items() if part is not None}
-    if value and value.keys() <= {"bytes", "path"}:  # an image column as Hugging Face datasets write it
-        value = {"image": value}
-    image = value.get("image")
-    if isinstance(image, Mapping):
-        raw = image.get("bytes")
-        value["image"] = image.get("path") if raw is None else raw
-    return beside(folder, value)
 
 
 def count(path: Path) -> int:

@@ -385,6 +385,11 @@ class Store:
             before = rows
         return None
 
+    def content(self, document_id: str) -> bytes | None:
+        """The sha256 of the data of the document with that id, without reading it; None if there is none."""
+        rows = self._rows("SELECT content FROM documents WHERE id = ?", document_id)
+        return rows[0][0] if rows else None
+
     def has(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of the records are there."""
         return {key for key in keys if self._rows("SELECT 1 FROM pieces WHERE content = 0 AND key = ?", key)}

@@ -280,6 +280,24 @@ def test_calibration_reaches_the_weights_and_the_manifest(
     assert {path.name for path in tmp_path.iterdir()} == {"export", "quantize", "plain"}
 
 
+@pytest.mark.filterwarnings("ignore:.*It is left out")
+def test_a_bad_line_of_a_calibration_set_costs_that_line_and_is_said(
+    m0kit: Callable[..., Done], tmp_path: Path, tiny_artifact: Path, pairs: Path
+) -> None:
+    good = pairs.read_text("utf-8")
+    spoiled = pairs.with_name("spoiled.jsonl")
+    spoiled.write_text('{"query": "q", "passage": "d"}\n\n' + good, "utf-8")
+    args = ("quantize", tiny_artifact, "--precision", "int8", "--calibrate")
+    done = m0kit(*args, spoiled, "-o", tmp_path / "out")
+    assert done.code == 3
+    sha256 = hashlib.sha256(spoiled.read_bytes()).hexdigest()
+    about = {"pairs": {"text": 2, "image": 1}, "sha256": sha256, "left_out_lines": [1]}
+    assert read_manifest(tmp_path / "out").provenance["calibration"] == about
+    assert m0kit(*args, pairs, "-o", tmp_path / "whole").code == 0
+    weights = [(tmp_path / name / "decoder.onnx.data").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
+
+
 def test_qlora_reaches_the_exporter(m0kit: Callable[..., Done], tmp_path: Path, tiny: Path) -> None:
     fingerprints = set()
     for number, options in enumerate([[], ["--qlora", "single"], ["--qlora", "double"]]):
@@ -309,8 +327,8 @@ def test_qlora_reaches_the_exporter(m0kit: Callable[..., Done], tmp_path: Path, 
         ),
         (["--recipe", "/nowhere.toml"], 1, "error: /nowhere.toml: cannot be read (FileNotFoundError). Give a TOML"),
         (["--recipe", "PAIRS"], 1, "pairs.jsonl: not TOML ("),
-        (["--precision", "int8", "--calibrate", "RECIPE"], 1, "half.toml: line 2: not JSON; line 4: not JSON;"),
-        (["--precision", "int8", "--calibrate", "/nowhere"], 1, "error: /nowhere: cannot be read (FileNotFoundError)."),
+        (["--precision", "int8", "--calibrate", "RECIPE"], 1, "half.toml: line 2: the line is not JSON"),
+        (["--precision", "int8", "--calibrate", "/nowhere"], 1, "error: /nowhere: No such file or directory."),
     ],
 )
 def test_what_does_not_go_together_or_is_not_there_is_named(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -232,7 +233,8 @@ def test_own_pairs_are_read_with_images_beside_the_file(tmp_path: Path) -> None:
         '{"query": {"image": "scans/a.png"}, "documents": [{"image": "scans/a.png"}]}\n',
         encoding="utf-8",
     )
-    case = pairs_file(path)
+    case, errors = pairs_file(path)
+    assert errors == {}
     assert (case.name, case.kind, len(case.groups)) == ("my-pairs", "mixed", 2)
     assert case.groups[0].query.value() == "q\u2028x"  # a line separator inside a string is no line end
     assert [d.value() for d in case.groups[0].documents] == ["one", "two"]
@@ -242,20 +244,28 @@ def test_own_pairs_are_read_with_images_beside_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: not JSON"),
-        ("[]", "line 1: expected a query"),
+        ("{", "line 1: the line is not JSON"),
+        ("[]", "line 1: expected"),
         ('{"query": "q"}', "line 1: expected"),
-        ('{"query": "q", "documents": ["d"], "id": 1}', "line 1: unknown field id"),
-        ('{"query": "q", "documents": [{"image": "none.png"}]}', "line 1: .*none.png: no readable image"),
-        ('{"query": "q", "documents": [{"video": "x"}]}', "line 1: a content is"),
+        ('{"query": "q", "documents": [{"image": "none.png"}]}', r"line 1: .*none\.png: No such file"),
+        ('{"query": "q", "documents": ["d", {"image": "torn.png"}]}', r"line 1: document: .*torn\.png: image of 4 byt"),
+        ('{"query": "q", "documents": [{"video": "x"}]}', "line 1: document 1: unknown key 'video'"),
         ("", "no pairs"),
     ],
 )
-def test_a_wrong_line_of_pairs_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_wrong_line_of_pairs_is_named_and_costs_itself(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "torn.png").write_bytes(b"torn")
     path = tmp_path / "pairs.jsonl"
     path.write_text(line)
     with pytest.raises(InputError, match=message):
         pairs_file(path)
+    if line:
+        good = '{"query": "q", "document": "d", "id": 1, "relevance": [1]}'
+        path.write_text(f"{line}\n{good}\n\ufeff{good}", "utf-8")
+        case, errors = pairs_file(path)
+        assert [[d.value() for d in group.documents] for group in case.groups] == [["d"], ["d"]]
+        assert list(errors) == [1]
+        assert re.search(message, errors[1])
 
 
 def test_a_file_that_is_no_image_is_refused_without_the_library_s_words(tmp_path: Path) -> None:
@@ -280,6 +290,8 @@ def test_the_published_examples_take_their_inputs_from_a_folder(tmp_path: Path) 
     assert groups[0].scores == (0.6839, 0.4432, 0.5904, 0.4548)
     assert groups[3].scores == (0.6276, 0.9922, 0.8091, 0.7941)
     assert groups[0].group.query.value() == "slm markdown"
+    (tmp_path / "text-1.txt").write_bytes(b"\xef\xbb\xbftext 1\r\n")  # as an editor may have saved it
+    assert published_groups(tmp_path)[2].group.documents[0].value() == "text 1"
     assert groups[2].group.query.form == "file"
     assert [d.value() for d in groups[2].group.documents] == ["text 1", "text 2", "text 3", "text 4"]
 

@@ -205,6 +205,10 @@ def test_the_command_that_is_kept_makes_the_same_recording_again(tiny: Path, tmp
     assert words[:3] == ["m0kit", "parity", "record"]
     invoke(parity, *words[2:])
     assert [pair.trace.score for pair in Golden.open(tmp_path / "g").read("pairs").pairs] == before
+    pairs.write_text("\ufeff" + pairs.read_text("utf-8") + '{"query": "sky"}\n', "utf-8")
+    done = invoke(parity, *words[2:], code=3)  # a bad line costs that line
+    assert done.stderr.startswith(f'error: {pairs}: line 2: expected "query" with "document" or "documents"')
+    assert [pair.trace.score for pair in Golden.open(tmp_path / "g").read("pairs").pairs] == before
 
 
 @pytest.mark.parametrize(

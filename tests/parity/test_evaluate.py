@@ -153,18 +153,19 @@ def test_a_judged_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None
     queries, errors = evaluate.read_judged(path)
     assert errors == {}
     assert queries[0] == Query(
-        "line 1",
+        f"{path}: line 1",
         {"image": tmp_path / "p.png"},
         ("text", {"text": "more"}, {"image": tmp_path / "p.png"}),
         (0, 2, 1),
     )
-    assert queries[1].where == "line 3", "empty lines count"
+    assert queries[1].where == f"{path}: line 3", "empty lines count"
 
 
 BAD = {
-    "not JSON": '{"query": ',
-    'expected an object with "query"': {"query": "q"},
-    "expected an object": "[1, 2]",
+    "the line is not JSON": '{"query": ',
+    'expected "query" with "document" or "documents"': {"query": "q"},
+    "expected .* got list": "[1, 2]",
+    "the key 'query' twice": '{"query": "a", "query": "b", "documents": ["a", "b"]}',
     "unknown key 'score'": row(score=1),
     "list of two or more": row(documents=["only one"]),
     "must be a list": row(documents="a text"),
@@ -185,22 +186,23 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_a_bad_line_is_named_and_costs_the_others_nothing(message: str, tmp_path: Path) -> None:
     good = row(relevance=[1, 0, 0])
-    queries, errors = evaluate.read_judged(judged(tmp_path, good, BAD[message], good))
-    assert [query.where for query in queries] == ["line 1", "line 3"]
-    assert list(errors) == ["line 2"]
-    assert errors["line 2"].startswith("line 2: ")
-    assert re.search(message, errors["line 2"])
+    path = judged(tmp_path, good, BAD[message], good)
+    queries, errors = evaluate.read_judged(path)
+    assert [query.where for query in queries] == [f"{path}: line 1", f"{path}: line 3"]
+    assert list(errors) == [f"{path}: line 2"]
+    assert errors[f"{path}: line 2"].startswith(f"{path}: line 2: ")
+    assert re.search(message, errors[f"{path}: line 2"])
 
 
 def test_a_file_without_any_usable_line_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.jsonl: No such file"):
         evaluate.read_judged(tmp_path / "gone.jsonl")
-    with pytest.raises(InputError, match=r"judged\.jsonl: no query that can be used: it is empty"):
+    with pytest.raises(InputError, match=r"no query that can be used: .*judged\.jsonl is empty"):
         evaluate.read_judged(judged(tmp_path, ""))
-    with pytest.raises(InputError, match=r"no query that can be used: line 1: not JSON"):
+    with pytest.raises(InputError, match=r"no query that can be used: .*judged\.jsonl: line 1: the line is not JSON"):
         evaluate.read_judged(judged(tmp_path, "{", "["))
-    (tmp_path / "judged.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not UTF-8"):
+    (tmp_path / "judged.jsonl").write_text('{"query": "q"}', "utf-16")
+    with pytest.raises(InputError, match="is UTF-16"):
         evaluate.read_judged(tmp_path / "judged.jsonl")
 
 
@@ -301,8 +303,8 @@ def test_a_line_that_cannot_be_scored_is_left_out_for_all(
     report = json.loads(done.stdout)
     assert report["sets"] == {"judged.jsonl": 2}
     assert len(report["errors"]) == 2
-    assert report["errors"][0].startswith("line 3: no document is relevant")
-    assert report["errors"][1].startswith("line 2, document 2: document: ")
+    assert report["errors"][0].startswith(f"{pairs}: line 3: no document is relevant")
+    assert report["errors"][1].startswith(f"{pairs}: line 2, document 2: document: ")
     for error in report["errors"]:
         assert f"error: {error}" in done.stderr
     for pairs_file, message in (
@@ -335,7 +337,7 @@ def test_scores_that_are_not_finite_are_not_ranked(
 def test_what_was_cut_is_said_once(tiny_artifact: Path, fast: list[Any], tmp_path: Path) -> None:
     pairs = judged(tmp_path, row(documents=["cat " * 20_000, "a"]))
     done = invoke(tiny_artifact, tiny_artifact, "--pairs", pairs, "--no-speed", "--threads", 1)
-    assert done.stderr.count("note: line 1, document 1: the document was too long and was cut") == 1
+    assert done.stderr.count(f"note: {pairs}: line 1, document 1: the document was too long and was cut") == 1
 
 
 def test_a_measurement_that_fails_costs_the_others_nothing(

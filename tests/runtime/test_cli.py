@@ -1,5 +1,6 @@
 """The command's results, messages and exit codes, as a shell sees them."""
 
+import base64
 import io
 import json
 import os
@@ -69,7 +70,7 @@ def documents(tmp_path: Path, picture: Make) -> list[Path]:
 
 @pytest.fixture
 def expected(reranker: Reranker, documents: list[Path]) -> list[float]:
-    contents = [*TEXTS.values(), *documents[3:]]
+    contents = [*(text.removesuffix("\n") for text in TEXTS.values()), *documents[3:]]
     return [float(s) for s in reranker.score([("slm markdown", content) for content in contents])]
 
 
@@ -122,7 +123,8 @@ def test_a_document_that_cannot_be_scored_comes_last_and_the_others_are_there(
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "broken.png").write_bytes(documents[3].read_bytes()[:200])
-    bad = [tmp_path / "missing.png", tmp_path / "empty.txt", tmp_path / "broken.png", tmp_path]
+    (tmp_path / "empty").mkdir()
+    bad = [tmp_path / "missing.png", tmp_path / "empty.txt", tmp_path / "broken.png", tmp_path / "empty"]
     done = m0kit("rerank", artifact, "--query", "q", bad[0], documents[0], *bad[1:], documents[3])
     assert done.code == 3
     assert [line.split()[0] for line in done.lines[2:]] == ["error"] * 4
@@ -130,8 +132,9 @@ def test_a_document_that_cannot_be_scored_comes_last_and_the_others_are_there(
     assert {line.split()[1] for line in done.lines[:2]} == {str(documents[0]), str(documents[3])}
     said = done.err.splitlines()
     assert [line.split(": ")[:2] for line in said] == [["error", str(path)] for path in bad]
+    assert all(line.count(str(path)) == 1 for line, path in zip(said, bad, strict=True))
     for line, words in zip(
-        said, ("No such file", "document is empty", "damaged or cut off", "Is a directory"), strict=True
+        said, ("No such file", "document is empty", "damaged or cut off", "the folder holds no file"), strict=True
     ):
         assert words in line
     rows = m0kit("rerank", artifact, "--query", "q", bad[0], documents[0], "--json").rows
@@ -142,7 +145,11 @@ def test_a_document_that_cannot_be_scored_comes_last_and_the_others_are_there(
 def test_strict_stops_at_the_first(m0kit: Callable[..., Done], artifact: Path, documents: list[Path]) -> None:
     done = m0kit("rerank", artifact, "--query", "q", documents[0], "missing.png", "--strict")
     assert (done.code, done.out) == (1, "")
-    assert done.err == "error: pair 1: document: missing.png: No such file or directory.\n"
+    assert done.err == "error: missing.png: No such file or directory.\n"
+    (documents[0].parent / "broken.png").write_bytes(documents[3].read_bytes()[:200])
+    done = m0kit("rerank", artifact, "--query", "q", documents[0], documents[0].parent / "broken.png", "--strict")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"error: {documents[0].parent / 'broken.png'}: the PNG file")
 
 
 def test_what_is_cut_is_noted_on_stderr(m0kit: Callable[..., Done], artifact: Path, tmp_path: Path) -> None:
@@ -195,8 +202,131 @@ def test_an_empty_query_is_empty_and_not_missing(
     m0kit: Callable[..., Done], artifact: Path, documents: list[Path]
 ) -> None:
     done = m0kit("rerank", artifact, "--query", "", documents[0])
-    assert done.code == 1
-    assert "query is empty" in done.err
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "--query is empty" in done.err
+
+
+# --- documents -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xef\xbb\xbfone\ntwo", b"one\ntwo\n", b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\r\ntwo\r\n"]
+)
+def test_an_editor_changes_no_score(
+    m0kit: Callable[..., Done], artifact: Path, reranker: Reranker, tmp_path: Path, raw: bytes
+) -> None:
+    (tmp_path / "x.txt").write_bytes(raw)
+    done = m0kit("rerank", artifact, "--query", "q", tmp_path / "x.txt", "--json")
+    assert done.rows[0]["score"] == pytest.approx(reranker.score([("q", "one\ntwo")])[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["page.png", "scan.JPG", "paper.pdf", "a.docx"])
+def test_what_a_name_promises_and_the_content_denies_is_an_error(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], name: str
+) -> None:
+    path = documents[0].with_name(name)
+    for text, words in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        ("<html>404</html>", "web page"),
+        ("slm markdown", "holds text"),
+    ):
+        path.write_text(text)
+        done = m0kit("rerank", artifact, "--query", "slm markdown", documents[0], path)
+        assert done.code == 3
+        assert [line.split()[1] for line in done.lines] == [str(documents[0]), str(path)]
+        assert done.err.startswith(f"error: {path}: ")
+        assert words in done.err
+
+
+def test_a_folder_stands_for_its_files_and_says_which_it_passes_over(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], expected: list[float]
+) -> None:
+    folder = documents[0].parent
+    below = folder / "below"
+    below.mkdir()
+    (below / "paper.pdf").write_bytes(b"%PDF-1.7\n\xff")
+    (below / ".hidden.txt").write_text("hidden")
+    (below / "broken.png").write_text("no image")
+    (below / "again").symlink_to(folder)  # a circle
+    done = m0kit("rerank", artifact, "--query", "slm markdown", folder, "--json")
+    assert done.code == 3
+    scores = {row["document"]: row["score"] for row in done.rows if "score" in row}
+    assert scores == {str(path): pytest.approx(s, abs=1e-5) for path, s in zip(documents, expected, strict=True)}
+    note, error = done.err.splitlines()
+    assert note.startswith(f"note: {below / 'paper.pdf'}: is a PDF.")
+    assert error.startswith(f"error: {below / 'broken.png'}: ")
+    (below / "broken.png").unlink()
+    assert m0kit("rerank", artifact, "--query", "slm markdown", folder).code == 0
+    assert m0kit("rerank", artifact, "--query", "q", below / "paper.pdf").code == 1
+
+
+def test_a_pattern_that_the_shell_left_is_matched(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(documents[0].parent)
+    Path("[1].txt").write_text("a name that looks like a pattern")
+    Path("deep/er").mkdir(parents=True)
+    Path("deep/er/page.png").write_bytes(documents[3].read_bytes())
+    args = ("rerank", artifact, "--query", "q", "--json")
+    assert {row["document"] for row in m0kit(*args, "*.[jp][pn]g").rows} == {"page.png", "scan.jpg"}
+    assert {row["document"] for row in m0kit(*args, "**/page.png").rows} == {"page.png", "deep/er/page.png"}
+    assert [row["document"] for row in m0kit(*args, "[1].txt").rows] == ["[1].txt"]
+    none = m0kit(*args, "*.tiff", "notes.txt")
+    assert (none.code, none.err) == (3, "error: *.tiff: no file matches.\n")
+    empty = m0kit(*args, "", "notes.txt")
+    assert empty.code == 3
+    assert "an empty name" in empty.err
+
+
+def test_a_dash_is_one_document_from_stdin(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], expected: list[float]
+) -> None:
+    for i in (1, 3):
+        raw = documents[i].read_bytes()
+        done = m0kit("rerank", artifact, "--query", "slm markdown", "-", "--json", stdin=raw)
+        assert done.rows == [{"rank": 1, "index": 0, "document": "-", "score": pytest.approx(expected[i], abs=1e-5)}]
+    done = m0kit("rerank", artifact, "--query", "slm markdown", "-", stdin=b"%PDF-1.7")
+    assert (done.code, done.err[:21]) == (1, "error: -: is a PDF. m")
+
+
+def test_json_lines_hold_documents(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], reranker: Reranker
+) -> None:
+    for name in ("chunks.jsonl", "chunks.NDJSON"):
+        file = documents[0].with_name(name)
+        rows = [{"id": "c1", "text": "chunk"}, {"id": 2, "image": "page.png"}, {"text": "x"}, {"id": "c4"}]
+        file.write_text(jsonl(*rows) + "no json\n")
+        done = m0kit("rerank", artifact, "--query", "q", file, "--json")
+        assert done.code == 3
+        scores = reranker.score([("q", "chunk"), ("q", documents[3]), ("q", "x")])
+        assert {row["document"]: row["score"] for row in done.rows[:3]} == {
+            name: pytest.approx(score, abs=1e-5) for name, score in zip(("c1", "2", f"{file}:3"), scores, strict=True)
+        }
+        assert [row["document"] for row in done.rows[3:]] == ["c4", f"{file}:5"]
+        first, second = done.err.splitlines()
+        assert first.startswith(f"error: {file}:4: c4: document: expected")
+        assert second.startswith(f"error: {file}:5: the line is not JSON")
+
+
+def test_every_line_under_json_is_json(m0kit: Callable[..., Done], artifact: Path, documents: list[Path]) -> None:
+    bad = documents[0].with_name("nonsense.png")
+    bad.write_text("text")
+    done = m0kit("rerank", artifact, "--query", "q", *documents, bad, "no.txt", "--json")
+
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    rows = [json.loads(line, parse_constant=refused) for line in done.lines]
+    assert [("score" in row, "error" in row) for row in rows] == [(True, False)] * 5 + [(False, True)] * 2
+
+
+def test_a_query_that_is_no_image_is_said_once_before_anything_is_loaded(
+    m0kit: Callable[..., Done], documents: list[Path]
+) -> None:
+    done = m0kit("rerank", "no artifact", "--query-image", "gone.png", *documents)
+    assert (done.code, done.err) == (1, "error: gone.png: No such file or directory.\n")
+    done = m0kit("rerank", "no artifact", "--query-image", documents[0], *documents)
+    assert (done.code, done.err) == (1, f"error: --query-image: {documents[0]}: holds text. Give that with --query.\n")
 
 
 @pytest.mark.parametrize(
@@ -336,19 +466,95 @@ def test_score_marks_lines_by_their_number_in_the_file(m0kit: Callable[..., Done
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("line", "said"),
     [
-        ('{"query": "q", "document": "d"}\n\nno json\n', "error: line 3: not JSON. Write one pair per line.\n"),
-        ("[" * 100_000, "error: line 1: not JSON."),
-        (b'{"query": "caf\xe9", "document": "d"}', "error: <stdin>: not UTF-8 text."),
+        (b"no json", "line 3: the line is not JSON (character 1)"),
+        (b"[" * 100_000, "line 3: the line is not JSON that can be read: it is nested too deeply."),
+        (b'{"query": "caf\xe9", "document": "d"}', "line 3: the line is not UTF-8 text (byte 15 is 0xE9)."),
+        (b'{"query": "q", "document": NaN}', "line 3: the line is not JSON: it holds NaN."),
+        (b'{"query": "q", "query": "r", "document": "d"}', "line 3: the line has the key 'query' twice."),
+        (b'["q", "d"]', 'line 3: expected {"query": \u2026, "document": \u2026}, got list.'),
     ],
 )
-def test_what_is_not_json_lines_is_refused_as_a_whole(
-    m0kit: Callable[..., Done], artifact: Path, text: str | bytes, said: str
+def test_a_line_that_is_not_json_costs_that_line(
+    m0kit: Callable[..., Done], artifact: Path, tmp_path: Path, line: bytes, said: str
 ) -> None:
-    done = m0kit("score", artifact, stdin=text)
+    good = b'{"query": "q", "document": "a\xe2\x80\xa8b"}'
+    raw = b"\xef\xbb\xbf" + good + b"\r\n\r\n" + line + b"\n" + good
+    done = m0kit("score", artifact, stdin=raw)
+    assert done.code == 3
+    assert [set(row) for row in done.rows] == [{"score"}, {"error"}, {"score"}]
+    assert done.rows[1]["error"].startswith(said)
+    assert done.err.startswith(f"error: {said}")
+    assert done.err.count("\n") == 1
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes(raw)
+    named = m0kit("score", artifact, file)
+    assert named.rows[1]["error"].startswith(f"{file}: {said}")
+    assert named.err.startswith(f"error: {file}: {said}")
+    assert named.rows[0] == pytest.approx(done.rows[0], abs=1e-5)
+    strict = m0kit("score", artifact, file, "--strict")
+    assert (strict.code, strict.out, strict.err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_pairs_in_another_encoding_are_named_as_a_whole(
+    m0kit: Callable[..., Done], artifact: Path, encoding: str
+) -> None:
+    done = m0kit("score", artifact, stdin='{"query": "q", "document": "d"}\n'.encode(encoding) * 2)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith(said)
+    assert done.err == f"error: <stdin>: is {encoding[:6].upper()}. Save it as UTF-8.\n"
+
+
+def test_both_ways_to_score_read_the_same_in_a_line(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path]
+) -> None:
+    raw = documents[3].read_bytes()
+    content = base64.b64encode(raw).decode()
+    lines = [
+        {"id": 7, "query": "q", "document": "d", "label": 1},
+        {"id": None, "query": "q", "document": {"text": "d", "image": None}},
+        {"id": ["a", 1], "query": "q", "document": {"image": "page.png"}},
+        {"id": "b", "query": "q", "document": {"image": content}},
+        {"id": "c", "query": "q", "document": {"bytes": content, "path": None}},
+        {"id": "d", "query": "q", "document": {"image": {"bytes": None, "path": "page.png"}}},
+        {"id": "e", "query": "q", "document": None},
+        {"id": "f", "query": "q", "documents": ["d"]},
+        {"id": "g", "query": "q", "document": {"image": "https://example.org/a.png"}},
+        {"id": "h", "query": "q", "document": {"image": "no.png"}},
+        {"id": "i", "query": "q", "document": {"image": content[:-9] + "!" + content[-9:]}},
+        {"id": 1e999, "query": "q", "document": "d"},
+    ]
+    file, output = documents[0].with_name("pairs.jsonl"), documents[0].with_name("out.jsonl")
+    file.write_text("\ufeff" + jsonl(*lines).replace("Infinity", "1e999"), "utf-8")
+    printed = m0kit("score", artifact, file)
+    assert printed.code == m0kit("score", artifact, file, "-o", output).code == 3
+    written = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    for number, (one, other) in enumerate(zip(printed.rows, written, strict=True), 1):
+        assert one.get("id") == other["id"]
+        if other["error"]:
+            assert one["error"] == f"{file}: {other['error']}"
+            assert other["error"].startswith(f"line {number}: ")
+            assert len(other["error"]) < 300
+        else:
+            assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+    assert [row["error"] is None for row in written] == [True] * 6 + [False] * 5 + [True]
+    assert len({row["score"] for row in written[2:6]}) == 1
+    assert "has no 'document', got 'id', 'query', 'documents'." in written[7]["error"]
+
+
+def test_an_error_that_many_lines_share_is_told_once(m0kit: Callable[..., Done], artifact: Path) -> None:
+    lines = jsonl(*[{"query": "q", "passage": f"d{i}"} for i in range(1000)])
+    done = m0kit("score", artifact, stdin=lines)
+    assert len(done.rows) == 1000
+    assert done.err == (
+        'error: line 1, line 2, line 3 and 997 more: expected "query" and "document"; has no \'document\', '
+        "got 'query', 'passage'.\nerror: nothing could be scored\n"
+    )
+    different = jsonl(*[{"query": "q", "document": {"image": f"{i}.png"}} for i in range(50)])
+    done = m0kit("score", artifact, stdin=different)
+    assert (len(done.rows), done.err.count("\n")) == (50, 21)
+    assert done.err.endswith("error: and 30 more\n")
 
 
 def test_a_missing_file_of_pairs_is_wrong_usage(m0kit: Callable[..., Done], artifact: Path) -> None:

@@ -269,7 +269,8 @@ def test_a_ratio_of_200_passes_and_201_is_refused(form: str) -> None:
 
 
 REFUSALS = (
-    r"not an image that can be read \(\d+ bytes\)\. Accepted: PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, AVIF\.",
+    r"not an image that can be read \(\d+ bytes\)\.( They are [^.]+\.)? "
+    r"Accepted: PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, AVIF\.",
     r"the (PNG|JPEG|MPO|WEBP|GIF|BMP|TIFF|PPM|AVIF) file \(\d+×\d+\) is damaged or cut off\. Save it again\.",
     rf"the image has more than the limit of {MAX_DECODED_PIXELS} pixels\. Shrink it\.",
     rf"an image of \d+×\d+ pixels is over the limit of {MAX_DECODED_PIXELS}\. Shrink it\.",

@@ -44,7 +44,7 @@ def test_a_file_that_changes_meanwhile_costs_its_own_pairs_only(
     monkeypatch.setattr(Reranker, "_work", meanwhile)
     results = reranker.evaluate(pairs)
     assert [result.error is None for result in results] == [True, False, False, False, True]
-    assert "1.png was changed while it was being scored" in str(results[1].error)
+    assert "1.png: was changed while it was being scored" in str(results[1].error)
     assert "pair 1" in str(results[1].error)
     assert "2.png: No such file" in str(results[2].error)
     np.testing.assert_array_equal(np.float32([results[0].score, results[4].score]), expected[[0, 4]])

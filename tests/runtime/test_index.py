@@ -16,8 +16,9 @@ from PIL import Image
 
 from m0kit import Reranker
 from m0kit.cli import cli
+from m0kit.documents import Given
 from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
-from m0kit.index import Given, add, open_index
+from m0kit.index import add, open_index
 from m0kit.store import Store
 from m0kit_export.export import export_artifact
 from m0kit_quant.recipe import Recipe
@@ -387,6 +388,116 @@ def test_where_nothing_at_all_can_be_read_the_exit_code_is_that_of_an_error(tmp_
     assert (done.exit_code, done.stderr.endswith("error: nothing could be read\n")) == (1, True)
     (tmp_path / "docs.jsonl").write_text("")
     assert run("index", "add", artifact, tmp_path / "library", tmp_path / "docs.jsonl").exit_code == 0
+
+
+def test_no_document_is_lost_or_merged_without_a_word(
+    tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines: list[Any] = [
+        {"id": None, "text": "one"},
+        {"text": "two"},
+        {"id": "a", "text": "three"},
+        {"id": "a", "text": "four"},
+        {"id": "a", "text": "three"},
+        {"id": 1, "text": "five"},
+        {"id": "1", "text": "six"},
+        {"id": "1", "text": "five"},
+        {"id": 1.0, "text": "seven"},
+        {"id": True, "text": "eight"},
+        {"id": "", "text": "nine"},
+        {"id": "x\ny", "text": "ten"},
+        {"id": ["a"], "text": "eleven"},
+        {"id": "b", "text": "one"},
+        {"id": "\ud800", "text": "twelve"},
+    ]
+    for name in ("all.ndjson", "all.JSONL"):
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        library = f"library-{name}"
+        result = run("index", "add", artifact, library, name, "--json")
+        assert result.exit_code == 3
+        done = json.loads(result.stdout)
+        with Store.open(Path(library)) as store:
+            assert sorted(store.ids()) == ["1", "a", f"{name}:1", f"{name}:2", "b"]
+            assert done["read"] + done["known"] == len(store.ids())
+        assert (done["read"], done["known"], done["repeated"], done["replaced"]) == (4, 1, 2, 0)
+        assert done["read"] + done["known"] + done["repeated"] + len(done["failed"]) == len(lines)
+        said = dict.fromkeys(message.split(": ")[0] for _, message in done["failed"])
+        assert list(said) == [f"{name}:{n}" for n in (4, 7, 9, 10, 11, 12, 13, 15)]
+        assert f"its id stands for another document already ({name}:3)" in done["failed"][0][1]
+    again = run("index", "add", artifact, library, name)
+    assert "0 read (0 tokens), 5 known already, 2 given twice, 8 failed" in again.stdout
+    Path(name).write_text('{"id": "a", "text": "changed"}\n{"id": "b", "text": "one"}\n', "utf-8")
+    changed = run("index", "add", artifact, library, name)
+    assert (changed.exit_code, "1 read" in changed.stdout) == (0, True)
+    assert "1 known already, 1 of them in the place of another content" in changed.stdout
+
+
+def test_files_of_one_name_in_two_folders_are_two_documents(
+    tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b/c"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "x.txt").write_text(f"of {folder}\n")
+        Path(folder, "x.jsonl").write_text('{"text": "line of %s"}\n' % folder)  # noqa: UP031 - braces
+    Path("b/paper.pdf").write_bytes(b"%PDF-1.7\xff")
+    page(1).save("b/page.png")
+    done = run("index", "add", artifact, "library", "a", "b", "a/x.txt", "b/**/*.txt")
+    assert done.exit_code == 0
+    assert "5 read" in done.stdout
+    assert "2 given twice" in done.stdout
+    assert done.stderr.startswith("note: b/paper.pdf: is a PDF.")
+    with Store.open(Path("library")) as store:
+        assert store.ids() == ["a/x.jsonl:1", "a/x.txt", "b/c/x.jsonl:1", "b/c/x.txt", "b/page.png"]
+        kept = store.document("a/x.txt")
+        assert kept is not None
+        assert kept.data == b"of a"
+
+
+def test_what_is_no_document_is_named_and_costs_the_others_nothing(
+    tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    Path("utf16.jsonl").write_text('{"text": "a"}\n', "utf-16")
+    Path("latin.txt").write_text("größe", "latin-1")
+    Path("chunks.jsonl").write_text('{"id": "c1", "image": "pointer.png"}\n{"id": "c2", "image": "gone.png"}\n')
+    Path("good.txt").write_text("good")
+    result = run("index", "add", artifact, "library", *sorted(map(str, Path().iterdir())), "*.tiff", "--json")
+    assert result.exit_code == 3
+    done = json.loads(result.stdout)
+    assert (done["read"], len(done["failed"])) == (1, 6)
+    assert [message.split(": ")[0] for _, message in done["failed"]] == [
+        "chunks.jsonl:1", "chunks.jsonl:2", "latin.txt", "pointer.png", "utf16.jsonl", "*.tiff",
+    ]  # fmt: skip
+    told = result.stderr
+    for words in ("c1: pointer.png: not an image that can be read", "run `git lfs pull`", "c2: gone.png: No such file",
+                  "latin.txt: is not UTF-8", "utf16.jsonl: is UTF-16", "*.tiff: no file matches"):  # fmt: skip
+        assert words in told
+
+
+def test_files_of_ids_are_read_like_all_others(
+    library: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_index(library, Reranker.load(artifact, threads=1, kv="fp16")) as store:
+        add(Reranker.load(artifact, threads=1, kv="fp16"), store, [("a\u2028b", "odd id", "")])
+    Path("ids.txt").write_bytes("\ufefftext\r\n\r\na\u2028b\r\n".encode() + b"caf\xe9\r\ntail")
+    args = ("rerank", artifact, "--index", library, "--query", "what", "--candidates", "ids.txt", "--json")
+    result = run(*args)
+    assert result.exit_code == 3
+    ranked = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {line["document"] for line in ranked[:3]} == {"text", "a\u2028b", "tail"}
+    assert ranked[3]["error"].startswith("ids.txt:4: the line is not UTF-8 text")
+    Path("ids.txt").write_text("text\n", "utf-16")
+    result = run(*args)
+    assert (result.exit_code, str(result.exception)) == (1, "ids.txt: is UTF-16. Save it as UTF-8.")
+    Path("gone.txt").write_bytes(b"\xef\xbb\xbftext\r\ncaf\xe9\r\n")
+    pruned = run("index", "prune", library, "--remove", "gone.txt")
+    assert (pruned.exit_code, pruned.stderr.startswith("error: gone.txt:2: the line is not UTF-8")) == (3, True)
+    with Store.open(library) as store:
+        assert "text" not in store.ids()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit.errors import ImageError, InputError
-from m0kit.inputs import Pair, Picture, Text, parse_content, parse_pair
+from m0kit.inputs import Pair, Picture, Text, from_file, group_from_file, parse_content, parse_pair, shown
 
 RAW = b"any bytes: decoding is not done here"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 URI = "data:image/png;base64," + base64.b64encode(RAW).decode()
 
 
@@ -101,12 +102,13 @@ REFUSED_CONTENT: list[tuple[Any, str]] = [
 REFUSED_IMAGES: list[tuple[Any, str]] = [
     (
         {"image": "page.png"},
-        'here: a string under "image" must be a data URI (data:image/png;base64,…). Pass a file as',
+        'here: a string under "image" must be a data URI (data:image/png;base64,…) or an image in base64. Pass a file',
     ),
     ({"image": "https://example.org/a.png"}, "fetch a URL yourself and pass its bytes."),
-    ({"image": "data:text/plain;base64,aGk="}, "must be a data URI"),
-    ({"image": "data:image/png,raw"}, "must be a data URI"),
-    ({"image": "data:image/png;base64"}, "must be a data URI"),
+    ({"image": "aGk="}, "must be a data URI (data:image/png;base64,…) or an image in base64."),
+    ({"image": "data:image/png,raw"}, "here: a data URI must be in base64 (data:image/png;base64,…), got 'data:image"),
+    ({"image": "data:image/png;base64"}, "here: a data URI must be in base64"),
+    ({"image": "data:image/png;base64;charset=x,aGk="}, "here: a data URI must be in base64"),
     ({"image": "data:image/png;base64,a"}, "here: the data URI is not valid base64."),
     ({"image": "data:image/png;base64,aGk=é"}, "here: the data URI is not valid base64."),
     (Path("/nowhere/page.png"), f"here: {Path('/nowhere/page.png')}: No such file or directory."),
@@ -189,6 +191,24 @@ anything = st.recursive(
 )
 
 
+json_values = st.recursive(
+    st.one_of(st.none(), st.integers(), st.text(max_size=5), st.sampled_from([URI, "a.png", "aGk=", "\0"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
+        st.sampled_from(["text", "image", "bytes", "path", "id", "documents"]), inner, max_size=3)),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(["query", "document", "documents", "other"]), json_values, max_size=4))
+def test_whatever_a_file_holds_only_input_errors_come_out(record: Any) -> None:
+    try:
+        _, documents = group_from_file(record, Path("/nowhere"))
+    except InputError:
+        return
+    assert documents
+
+
 @settings(max_examples=500)
 @given(anything)
 def test_whatever_is_passed_only_input_errors_come_out(value: Any) -> None:
@@ -203,6 +223,107 @@ def test_whatever_is_passed_only_input_errors_come_out(value: Any) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_valid_text_is_kept_letter_by_letter(text: str) -> None:
     assert parse_content(text, "here") == parse_content({"text": text}, "here") == Text(text)
+
+
+def wrapped(text: str, width: int = 76) -> str:
+    return "\r\n".join(text[i : i + width] for i in range(0, len(text), width))
+
+
+BASE64 = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    "string",
+    [
+        f"data:image/png;base64,{BASE64}",
+        f"data:image/png;base64,{wrapped(BASE64)}\n",
+        f" data:image/png;base64, {BASE64}",
+        f"data:application/octet-stream;base64,{BASE64}",
+        f"data:;base64,{BASE64}",
+        f"data:image/png;name=a.png;charset=utf-8;base64,{BASE64}",
+        f"DATA:image/png;BASE64,{BASE64}",
+        f"data:text/plain;base64,{BASE64}",
+        f"data:image/png;base64,{BASE64.rstrip('=')}",
+        f"data:image/png;base64,{base64.urlsafe_b64encode(PNG).decode()}",
+        f"data:image/png;base64,{BASE64.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
+        BASE64,
+        wrapped(BASE64),
+        base64.encodebytes(PNG).decode(),
+        base64.urlsafe_b64encode(PNG).decode().rstrip("="),
+    ],
+)
+def test_base64_of_an_image_is_taken_as_people_write_it(string: str) -> None:
+    assert parse_content({"image": string}, "here") == parse_content(PNG, "here")
+
+
+def test_a_string_of_a_file_is_a_data_uri_a_path_or_base64_and_a_path_wins(tmp_path: Path) -> None:
+    (tmp_path / "page.png").write_bytes(PNG)
+    assert from_file({"image": "page.png"}, tmp_path) == {"image": tmp_path / "page.png"}
+    assert from_file({"image": URI}, tmp_path) == {"image": URI}
+    assert from_file({"image": BASE64}, tmp_path) == {"image": PNG}
+    short = base64.b64encode(PNG[:40]).decode().replace("/", "_").rstrip("=")
+    assert from_file({"image": short}, tmp_path) == {"image": PNG[:40]}
+    (tmp_path / short).write_bytes(PNG)
+    assert from_file({"image": short}, tmp_path) == {"image": tmp_path / short}
+    assert from_file({"image": "aGk="}, tmp_path) == {"image": tmp_path / "aGk="}
+    with pytest.raises(ImageError, match="is a URL, and m0kit fetches nothing"):
+        from_file({"image": "https://example.org/a.png"}, tmp_path)
+
+
+def test_null_is_absent_and_images_come_as_datasets_write_them(tmp_path: Path) -> None:
+    for value, meant in (
+        ({"text": "a", "image": None}, {"text": "a"}),
+        ({"text": None, "image": "a.png"}, {"image": tmp_path / "a.png"}),
+        ({"bytes": PNG, "path": "a.png"}, {"image": PNG}),
+        ({"bytes": None, "path": "a.png"}, {"image": tmp_path / "a.png"}),
+        ({"image": {"bytes": BASE64, "path": None}}, {"image": BASE64}),
+        ("a.png", "a.png"),
+        ([1], [1]),
+    ):
+        assert from_file(value, tmp_path) == meant
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"query": "q"}, 'expected "query" with "document" or "documents", got \'query\'.'),
+        ({"document": "d", "query": None}, "got 'document'."),
+        ({"query": "q", "document": "d", "documents": ["d"]}, "got 'query', 'document', 'documents'."),
+        ({"query": "q", "documents": "many"}, "\"documents\" must be a list with something in it, got 'many'."),
+        ({"query": "q", "documents": []}, "got []."),
+        ({"query": "q", "documents": ["a", ""]}, "document 2 is empty."),
+        ({"query": "q", "documents": ["a", {"image": "no.png"}]}, "no.png: No such file or directory."),
+        ({"query": "q", "document": {"image": "ftp://x/a.png"}}, "document: 'ftp://x/a.png' is a URL"),
+        ({"query": "q", "document": {"id": "c1"}}, "document: names a document of an index, and there is none here."),
+    ],
+)
+def test_a_record_that_is_no_query_with_documents_is_named(record: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        group_from_file(record, tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_record_holds_one_document_or_several(tmp_path: Path) -> None:
+    assert group_from_file({"query": "q", "document": "d", "label": 1}, tmp_path) == ("q", ["d"])
+    assert group_from_file({"query": {"text": "q"}, "documents": ["d", "e"]}, tmp_path) == ({"text": "q"}, ["d", "e"])
+
+
+def test_messages_never_hold_a_long_value(tmp_path: Path) -> None:
+    long = "A" * 700_000
+    for act in (
+        lambda: parse_content(from_file({"image": long}, tmp_path), "here"),
+        lambda: parse_content({"image": long}, "here"),
+        lambda: parse_content({"image": f"data:{long}"}, "here"),
+        lambda: parse_content({"image": {long: 1}}, "here"),
+        lambda: parse_content({long: 1}, "here"),
+        lambda: group_from_file({"query": "q", "documents": {"a b " * 1000: long}}, tmp_path),
+        lambda: group_from_file({long: 1, "query": "q"}, tmp_path),
+    ):
+        with pytest.raises(InputError) as caught:
+            act()
+        assert len(str(caught.value)) < 500
+    assert shown("x" * 100) == "'" + "x" * 59 + "…"
+    assert shown(b"x") == "b'x'"
 
 
 @given(st.binary())

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m0kit import Reranker, jobs, rows
+from m0kit import Reranker, jobs, lines
 from m0kit.artifact import MANIFEST, read_manifest
 from m0kit.errors import DependencyError, InputError, M0kitError, OutputError
 from m0kit.index import add, open_index
@@ -235,9 +235,11 @@ def test_a_bad_row_costs_only_itself_and_is_listed(
         b"[1, 2]": "got list",
         b'"caf\xe9"': "not UTF-8",
         b"[" * 100_000: "not JSON",
-        b'{"id": "i", "document": "d"}': "got only 'document'",
-        b'{"query": "q", "document": null}': "got only 'query'",
-        b"{}": "got only nothing",
+        b'{"query": "a", "query": "b", "document": "d"}': "twice",
+        b'{"query": "q", "document": "d", "id": NaN}': "holds NaN",
+        b'{"id": "i", "document": "d"}': "has no 'query', got 'id', 'document'",
+        b'{"query": "q", "document": null}': "has no 'document', got 'query'",
+        b"{}": "has no 'query' and no 'document', got nothing",
         b'{"query": "", "document": "d"}': "query is empty",
         b'{"query": 5, "document": "d"}': "query: expected text",
         b'{"query": "q", "document": {"text": "a", "image": "b"}}': "one of them",
@@ -253,13 +255,14 @@ def test_a_bad_row_costs_only_itself_and_is_listed(
     rows = read(output)
     (score,) = reranker.score([("q", "d")])
     assert [rows[0]["score"], rows[-1]["score"]] == pytest.approx([score] * 2, abs=SAME)
-    for row, said in zip(rows[1:-1], bad.values(), strict=True):
+    for number, (row, said) in enumerate(zip(rows[1:-1], bad.values(), strict=True), 2):
         assert (row["score"], row["logit"]) == (None, None)
+        assert row["error"].startswith(f"line {number}: ")
         assert said in row["error"]
         assert not re.search(r"pair \d", row["error"])  # a position in some call
     assert done.error_file == tmp_path / f"out.{kind_out}.errors.jsonl"
     assert read(done.error_file) == [{"row": row["row"], "id": row["id"], "error": row["error"]} for row in rows[1:-1]]
-    assert rows[5]["id"] == "i"
+    assert rows[7]["id"] == "i"
     # A stale list does not outlive the output that it belongs to.
     source.write_bytes(good)
     assert score_file(artifact, source, output, load=ONE, overwrite=True).error_file is None
@@ -293,7 +296,7 @@ def test_an_empty_input_has_an_empty_output(artifact: Path, tmp_path: Path, kind
 def test_a_line_too_long_for_memory_is_a_bad_row(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines, "_MAX_LINE_BYTES", 100)
     good = {"query": "q", "document": "d"}
     source = write(tmp_path / "in.jsonl", [good, {"query": "q", "document": "d" * 1000}, good])
     score_file(artifact, source, tmp_path / "out.jsonl", engine=pretended)
@@ -631,7 +634,7 @@ def test_rows_that_an_engine_leaves_out_are_noticed_and_rows_that_come_twice_ign
 def test_strict_stops_at_a_bad_row_and_keeps_the_others(artifact: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [*texts(5), {"query": "q", "document": {"image": "page.png"}}])
     output = tmp_path / "out.jsonl"
-    with pytest.raises(InputError, match=r"row 5: document: .*page.png: No such file"):
+    with pytest.raises(InputError, match=r"in\.jsonl: line 6: document: .*page.png: No such file"):
         score_file(artifact, source, output, load=ONE, strict=True)
     assert not output.exists()
     # A run that is not strict keeps the error, a strict one tries again: by then the image may be there.

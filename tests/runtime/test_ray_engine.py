@@ -249,6 +249,6 @@ def test_blocks_are_bounded_by_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine_file, "_BLOCK_BYTES", 250)
     large, other = b"x" * 200, b"y" * 200
     sources = [large, large, other, b"", b"", b"", b"z" * 1000, b""]
-    rows = [Row(i, None, {"query": "q", "document": {"image": raw}}) for i, raw in enumerate(sources)]
+    rows = [Row(i, f"line {i + 1}", None, {"query": "q", "document": {"image": raw}}) for i, raw in enumerate(sources)]
     found = list(blocks(rows))
     assert [[row.number for row in block] for block in found] == [[0, 1], [2, 3, 4], [5], [6], [7]]

@@ -118,6 +118,15 @@ def test_reading_ahead_changes_nothing_and_needs_nothing(folder: Path) -> None:
         refuses(RecordDamagedError, "not what was written", lambda: store.get(key_of("b")))
 
 
+def test_the_hash_of_a_document_is_told_without_reading_it(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        store.add([Document("a", "text", b"data", key_of("a"))], {key_of("a"): []})
+        for path in segments(folder):
+            path.write_bytes(b"")
+        assert store.content("a") == hashlib.sha256(b"data").digest()
+        assert store.content("b") is None
+
+
 def test_what_was_added_is_read(folder: Path) -> None:
     array = np.arange(24, dtype=np.float16).reshape(4, 6)
     scalar = np.array(1.5, np.float32)
