@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from m0kit.errors import InputError
-from m0kit.files import read_text
+from m0kit.formats import read_text
 from m0kit.inputs import Picture, Text, at, group_from_file, parse_content, shown
 from m0kit.lines import records
 
@@ -176,7 +176,7 @@ class Published:
 def published_groups(inputs: Path, path: Path = CASES / "published" / "model_card.toml") -> tuple[Published, ...]:
     """The published examples with the inputs that the user put into the folder `inputs`.
 
-    Texts are read as `m0kit.files` reads them, images in any of the endings .png, .jpg, .jpeg, .webp, .gif. Raises
+    Texts are read as `m0kit.formats` reads them, images in any of the endings .png, .jpg, .jpeg, .webp, .gif. Raises
     InputError that lists every missing file and says where the inputs come from.
     """
     raw = tomllib.loads(path.read_text(encoding="utf-8"))

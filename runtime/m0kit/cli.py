@@ -23,7 +23,7 @@ from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import doctor
 from m0kit.documents import find, read
 from m0kit.errors import InputError, M0kitError
-from m0kit.files import read as read_file
+from m0kit.formats import read as read_file
 from m0kit.index import index, read_ids
 from m0kit.inputs import parse_content, unplaced
 from m0kit.reranker import Reranker, Result

@@ -4,7 +4,7 @@
 
 A folder stands for all files below it, in the order of their paths, hidden ones left out; a pattern that the shell
 left as it is, for the files it matches; `-` for one document from stdin. A file of JSON lines (.jsonl, .ndjson) holds
-a document a line, {"id": …, "text": …} or {"id": …, "image": …}; any other file is one, see `m0kit.files`. A file's
+a document a line, {"id": …, "text": …} or {"id": …, "image": …}; any other file is one, see `m0kit.formats`. A file's
 id is its path as given; that of a line its `id`, or `file:line` where that is null or missing.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import click
 
-from m0kit import files
+from m0kit import formats
 from m0kit.errors import FormatError, InputError
 from m0kit.inputs import from_file, refuse_url, shown
 from m0kit.lines import is_json_lines, lines, records
@@ -109,8 +109,8 @@ def _none(argument: str, why: str) -> Found:
 def _content(path: Path | None) -> Any:
     try:
         if path is not None:
-            return files.read(path)
-        return files.parse(sys.stdin.buffer.read(), STDIN)
+            return formats.read(path)
+        return formats.parse(sys.stdin.buffer.read(), STDIN)
     except InputError as error:
         return error
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 
 from m0kit.config import ImageConfig
 from m0kit.errors import ImageError
-from m0kit.files import FORMATS, described
+from m0kit.formats import FORMATS, described
 from m0kit.inputs import Picture, at
 
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's smart_resize

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from PIL import Image
 
 from m0kit.errors import ImageError, InputError
-from m0kit.files import image_format
+from m0kit.formats import image_format
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_PATH: Final = 4096  # characters; Linux's limit, and more than others have

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from m0kit.errors import InputError
-from m0kit.files import MARK, no_text
+from m0kit.formats import MARK, no_text
 
 JSON_NAMES: Final = (".jsonl", ".ndjson")
 _MAX_LINE_BYTES = 256 << 20  # more is a file without line ends, and not for memory

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit.errors import FormatError, ImageError, InputError
-from m0kit.files import FORMATS, image_format, parse, read, read_text, text_of
+from m0kit.formats import FORMATS, image_format, parse, read, read_text, text_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 PAGE = "<!DOCTYPE html><html><body>404 not found</body></html>"
