@@ -31,6 +31,11 @@ class AdapterSpec:
         """Of the adapter, for messages and the manifest."""
         return self.hub_id or self.path.resolve().name
 
+    def check(self) -> None:
+        """Raises AdapterError when the folder does not look like an adapter at all."""
+        if not os.path.exists(self.path / "adapter_config.json"):
+            raise AdapterError(f"{self.name} has no adapter_config.json. Give the folder that holds it")
+
     @classmethod
     def parse(cls, text: str) -> "AdapterSpec":
         """From PATH, PATH:WEIGHT, or a hub id in the place of the path, which is fetched.

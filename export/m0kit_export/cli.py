@@ -154,11 +154,16 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
     if dropped := manifest.provenance["dropped_tensors"]:
         click.echo(f"left out, scoring does not use it: {', '.join(dropped)}", err=True)
     for adapter in manifest.provenance["adapters"]:
-        if left_out := adapter["left_out"]:
+        if left_out := adapter.get("left_out"):  # not in artifacts of earlier versions
             click.echo(f"left out of adapter {adapter['name']}: {', '.join(left_out)}", err=True)
-    for name, wider in manifest.provenance["stored_wider"].items():
-        lost = f"{wider['lost']:.1%} of a part of it" if wider["lost"] is not None else "values beyond its range"
-        click.echo(f"{name}: stored in {wider['scheme']}, float16 would lose {lost}", err=True)
+    if wider := manifest.provenance["stored_wider"]:
+        shown = [f"{name} ({each['scheme']}, {_loss(each['lost'])})" for name, each in list(wider.items())[:5]]
+        more = f", and {len(wider) - 5} more, which the manifest names" if len(wider) > 5 else ""
+        click.echo(f"stored wider, for what float16 would lose of a row or column: {', '.join(shown)}{more}", err=True)
+
+
+def _loss(lost: float | None) -> str:
+    return "values beyond its range" if lost is None else f"{lost:.2%}"
 
 
 def _leave(manifest: Manifest) -> None:

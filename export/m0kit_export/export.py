@@ -77,6 +77,8 @@ def export_artifact(
     with _named_errors(output):
         _check_place(output, overwrite)
     find_folder(checkpoint, revision, cache_dir)
+    for adapter in adapters:
+        adapter.check()
     if qlora is not None:
         nf4.require_bitsandbytes()
     if calibration is not None:

@@ -539,6 +539,11 @@ def _place_of(key: str, nested: bool, places: Mapping[str, Any]) -> str | None:
     return None
 
 
+def peft_name(key: str, shape: Sequence[int]) -> str | None:
+    """What PEFT would have called a tensor of an adapter's file; None for one that is left out."""
+    return None if _is_lm_head(key) or 0 in shape else _PREFIX + _bare(key)
+
+
 def _is_lm_head(key: str) -> bool:
     return _bare(key).startswith("lm_head.")
 

@@ -13,7 +13,9 @@ One intended difference from the published code: text of a user never becomes a 
 
 import base64
 import io
+import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
@@ -38,6 +41,7 @@ from m0kit.config import ModelConfig
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.trace import Trace
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
+from m0kit_export.merge import peft_name
 
 PAD_ID = 0  # masked in every batch, so any token will do
 
@@ -304,6 +308,24 @@ def _set(root: nn.Module, name: str, values: torch.Tensor) -> None:
 
 def _apply(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merge: bool) -> nn.Module:
     """Let PEFT put an adapter into the model's modules; returns the head, which it may have replaced."""
+    with tempfile.TemporaryDirectory(prefix="m0kit-adapter-") as plain:
+        return _apply_plain(core, score, _as_peft_saves(path, Path(plain)), weight, merge)
+
+
+def _as_peft_saves(path: Path, folder: Path) -> Path:
+    """The adapter if PEFT would have saved it so, else a copy in `folder` under PEFT's names."""
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
+        names = {key: peft_name(key, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        raw = read_json_object(path / "adapter_config.json", AdapterError)
+        if raw.get("peft_type") and all(key == name for key, name in names.items()):
+            return path
+        tensors = {name: file.get_tensor(key) for key, name in names.items() if name is not None}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({**raw, "peft_type": "LORA"}), "utf-8")
+    return folder
+
+
+def _apply_plain(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merge: bool) -> nn.Module:
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
         keys = set(file.keys())
     bare = [key.removeprefix("base_model.model.") for key in keys]

@@ -464,6 +464,11 @@ CHEAP = {
     "no checkpoint": (["export", "{root}/gone", "-o", "{root}/out"], 1, "there is no folder '{root}/gone'"),
     "an empty folder": (["export", "{root}/empty", "-o", "{root}/out"], 1, "empty has no config.json"),
     "no adapter": (["export", "{tiny}", "--adapter", "{root}/gone", "-o", "{root}/out"], 1, "no adapter folder"),
+    "no adapter config": (
+        ["export", "{tiny}", "--adapter", "{root}/empty", "-o", "{root}/out"],
+        1,
+        "empty has no adapter_config.json",
+    ),
     "output exists": (["export", "{tiny}", "-o", "{tiny}"], 1, "{tiny}: exists and is not empty"),
     "no device": (["export", "{tiny}", "-o", "{root}/out", "--precision", "int8", "--device", "cuda"], 1, "no kernels"),
     "no recipe": (["export", "{tiny}", "-o", "{root}/out", "--recipe", "{root}/gone"], 1, "gone: cannot be read"),

@@ -130,7 +130,7 @@ def test_every_option_reaches_the_exporter(
     ("options", "message"),
     [
         (["-m", "/nowhere"], "error: there is no folder '/nowhere'"),
-        (["-m", "BASE", "--adapter", "/nowhere:0.5"], "error: there is no adapter folder 'nowhere'"),
+        (["-m", "BASE", "--adapter", "/nowhere:0.5"], "error: there is no adapter folder '/nowhere:0.5'"),
         (["-m", "BASE", "--adapter", ""], "error: an adapter is given as PATH or PATH:WEIGHT"),
     ],
 )

@@ -200,6 +200,24 @@ def test_an_adapters_weight_scales_its_update_and_nought_leaves_the_base(
     assert np.abs(small).max() > 1e-3
 
 
+@pytest.mark.parametrize("spelled", ["without PEFT's prefix", "with an LM head", "by ms-swift"])
+def test_what_export_takes_of_an_adapter_the_reference_takes_too(spelled: str, tiny: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", tiny, "plain")
+    meant = Reference.load(tiny, adapters=[(tmp_path / "a", 1.0)]).score(PAIRS, raw=True)
+    file, config = (tmp_path / "a" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(file)
+    if spelled == "without PEFT's prefix":
+        tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    elif spelled == "with an LM head":
+        tensors |= {"base_model.model.lm_head.weight": torch.ones(384, 64), "base_model.model.x.weight": torch.zeros(0)}
+    else:
+        raw = json.loads(config.read_text())
+        config.write_text(json.dumps({**raw, "peft_type": None, "swift_type": "LORA", "lorap_emb_lr": 1e-6}))
+    save_file(tensors, file)
+    found = Reference.load(tiny, adapters=[(tmp_path / "a", 1.0)]).score(PAIRS, raw=True)
+    assert found.tobytes() == meant.tobytes()
+
+
 def test_two_adapters_are_applied_one_after_the_other(tiny: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", tiny, "score", seed=1)
     write_adapter(tmp_path / "b", tiny, "dora", seed=2)

@@ -253,4 +253,4 @@ def test_the_command_names_what_is_stored_wider(small: Path, tmp_path: Path) -> 
     odd = scaled(small, tmp_path / "odd", {"score.2.weight": 2.0**-18, "score.2.bias": 1e9})
     result = CliRunner().invoke(export, [str(odd), "-o", str(tmp_path / "out"), "--precision", "fp16"])
     assert result.exit_code == 0, result.output
-    assert "score.2.weight: stored in fp32, float16 would lose values beyond its range" in result.stderr
+    assert "float16 would lose of a row or column: score.2.weight (fp32, values beyond its range)\n" in result.stderr
