@@ -6,7 +6,6 @@ Every option is also read from the environment: `m0kit rerank --device` from M0K
 """
 
 import json
-import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from m0kit.doctor import doctor
 from m0kit.errors import InputError, M0kitError
 from m0kit.index import index, read_ids
 from m0kit.inputs import beside
-from m0kit.reranker import Reranker, Result
+from m0kit.reranker import Reranker, Result, best_first
 
 
 class _Commands(click.Group):
@@ -138,13 +137,12 @@ def rerank(
     contents = [*(text_or_path(path) for path in documents), *({"id": name} for name in ids)]
     results = _evaluate(reranker, [(asked, content) for content in contents], names, strict)
     values = [result.logit if raw else result.score for result in results]
-    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))
-    for rank, i in enumerate(order[:top_n]):
+    for rank, i in enumerate(best_first([result.logit for result in results])[:top_n]):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
             line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": plain[i]}
             line |= {"error": str(error)} if error else {"score": values[i]}
-            click.echo(json.dumps(line))
+            click.echo(json.dumps(line, allow_nan=False))
         else:
             click.echo(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
     ctx.exit(PARTLY if any(result.error for result in results) else 0)
@@ -214,7 +212,8 @@ def score(
     results = _evaluate(reranker, list(values.values()), [f"line {number}" for number in values], strict)
     for result in results:
         value = result.logit if raw else result.score
-        click.echo(json.dumps({"error": str(result.error)} if result.error else {"score": value}))
+        line = {"error": str(result.error)} if result.error else {"score": value}
+        click.echo(json.dumps(line, allow_nan=False))
     ctx.exit(PARTLY if any(result.error for result in results) else 0)
 
 
@@ -285,7 +284,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
             "provenance": dict(manifest.provenance),
             "graphs": dict(manifest.graphs),
         }
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
     adapters = ", ".join(_adapter(a) for a in manifest.provenance.get("adapters", [])) or "none"

@@ -2,7 +2,8 @@
 
     M0kitError
     ├── InputError (ValueError)            a query, document or pair that cannot be scored
-    │   └── ImageError                     … because of its image
+    │   ├── ImageError                     … because of its image
+    │   └── ScoreError                     … because the model's answer to it is not a finite number
     ├── ArtifactError (ValueError)         a folder that is not a usable artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactDamagedError           a file changed, missing or not as the manifest says
@@ -35,6 +36,10 @@ class InputError(M0kitError, ValueError):
 
 class ImageError(InputError):
     """An image that cannot be decoded, or whose size the model cannot take."""
+
+
+class ScoreError(InputError):
+    """A pair to which the model gives no finite number, or a document whose state would hold such a one."""
 
 
 class ArtifactError(M0kitError, ValueError):

@@ -135,7 +135,7 @@ class Images:
         ends = np.cumsum([self._seen[key].num_tokens for key in keys])
         for key, rows in zip(keys, np.split(out, ends[:-1]), strict=True):
             self._embeds[key] = own = rows.copy() if len(keys) > 1 else rows
-            if self._cache is not None:
+            if self._cache is not None and np.isfinite(own).all():
                 self._cache.put(self._cache_key(key), own, num_bytes=own.nbytes, cost=ENCODING_COST * len(own))
             self._drop_pixels(key)
 

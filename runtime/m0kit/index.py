@@ -23,9 +23,17 @@ from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SI
 from m0kit.errors import InputError, RecordDamagedError, StoreError
 from m0kit.image import to_png
 from m0kit.images import Images
-from m0kit.inputs import Known, Picture, Text, beside, parse_content
+from m0kit.inputs import Known, Picture, Text, beside, check_many, parse_content
 from m0kit.planner import TOKEN_BUDGET, pack
-from m0kit.reranker import LOW_MEMORY_VISUAL_TOKENS, Document, Reranker, check_identity, content_of
+from m0kit.reranker import (
+    LOW_MEMORY_VISUAL_TOKENS,
+    Document,
+    Documents,
+    Reranker,
+    check_identity,
+    content_of,
+    state_not_finite,
+)
 from m0kit.rows import count, json_object, lines
 from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
@@ -78,7 +86,9 @@ def add(
     """Read documents and keep them; what is there already is not computed `again`. `tick` is told how many are done.
 
     A document that cannot be read costs the others nothing. Each run of the decoder is durable once it is done.
+    Raises InputError for `documents` that are no list, StoreError, OutputError.
     """
+    check_many(documents, "documents", "a list of (id, content, source)")
     done = Added()
     for batch in _batches(reranker, documents, done, tick):
         _read(reranker, store, batch, done, tick, again)
@@ -106,7 +116,7 @@ class _Batch:
     """Documents that are read together."""
 
     images: Images
-    entries: dict[Any, Document] = field(default_factory=dict)  # as `Reranker.document` fills it
+    entries: Documents = field(default_factory=dict)  # as `Reranker.document` fills it
     stored: list[tuple[Document, StoredDocument]] = field(default_factory=list)
     tokens: int = 0
 
@@ -120,13 +130,13 @@ def _batches(
     for name, value, source in documents:
         try:
             content = _parsed(value, name)
-            entry = reranker.document(content, name, batch.entries, batch.images, keyed=True)
+            entry, prompt = reranker.document(content, name, batch.entries, batch.images, keyed=True)
             stored = stored_form(name, content, entry.key, batch.images, source)
         except InputError as error:
             done.failed.append((name, str(error)))
             tick(1)
             continue
-        if entry.prompt.truncated:
+        if prompt.truncated:
             done.truncated.append(name)
         batch.stored.append((entry, stored))
         batch.tokens += entry.length
@@ -153,14 +163,17 @@ def _read(
     if reranker.low_memory:
         batch.images.embeds([key for entry in new for key in entry.images])
     for run in pack(((entry, [entry.length]) for entry in new), [TOKEN_BUDGET]):
-        states = reranker.compute(run, batch.images)
-        some = [stored for entry in run for stored in owners[entry]]
-        records = {entry.key: state.buffers for entry, state in zip(run, states, strict=True)}
-        done.dropped += store.add(some, records)
-        done.read += len(run)
-        done.known += len(some) - len(run)  # given more than once
-        done.tokens += sum(entry.length for entry in run)
-        tick(len(some))
+        states = dict(zip(run, reranker.compute(run, batch.images), strict=True))
+        for entry in run:
+            if not states[entry].is_finite:
+                del states[entry]
+                done.failed += [(s.id, str(state_not_finite(s.id, reranker.kv))) for s in owners[entry]]
+        some = [stored for entry in states for stored in owners[entry]]
+        done.dropped += store.add(some, {entry.key: state.buffers for entry, state in states.items()})
+        done.read += len(states)
+        done.known += len(some) - len(states)  # given more than once
+        done.tokens += sum(entry.length for entry in states)
+        tick(sum(len(owners[entry]) for entry in run))
 
 
 # --- commands ------------------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ def add_command(
     for _, error in done.failed:
         click.echo(f"error: {error}", err=True)
     if as_json:
-        click.echo(json.dumps(asdict(done)))
+        click.echo(json.dumps(asdict(done), allow_nan=False))
     else:
         told = f"{index_folder}: {done.read} read ({done.tokens} tokens), {done.known} known already"
         told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
@@ -243,7 +256,7 @@ def stats(index_folder: Path, as_json: bool) -> None:
     with Store.open(index_folder) as store:
         found = store.stats()
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(found), allow_nan=False))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.documents.items())) or "none"
     limit = "no limit" if found.max_bytes is None else f"limit {found.max_bytes / 2**20:.1f} MiB"
@@ -271,7 +284,8 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
     damaged = sorted({name for names in found.damaged.values() for name in names})
     if as_json:
         facts = {"states": found.records, "damaged": damaged, "damaged_contents": list(found.contents)}
-        click.echo(json.dumps(facts | {"segments": list(found.segments), "without_state": list(found.pending)}))
+        facts |= {"segments": list(found.segments), "without_state": list(found.pending)}
+        click.echo(json.dumps(facts, allow_nan=False))
     else:
         click.echo(f"{index_folder}: {found.records} states read, {len(found.damaged)} damaged")
         for name in damaged:

@@ -430,6 +430,8 @@ class Store:
     def remove(self, ids: Iterable[str]) -> list[str]:
         """Remove documents, and records that no other document needs; return the ids that were not there."""
         self._must_write()
+        if isinstance(ids, str | bytes | Mapping):
+            raise InputError(f"ids: expected a list of ids, got {type(ids).__name__}. Put a single one into a list.")
         absent: list[str] = []
         with self._writing, self._transaction() as db:
             gone: list[tuple[bytes, bytes]] = []
