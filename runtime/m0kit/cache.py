@@ -14,6 +14,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from m0kit import forks
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -35,14 +37,19 @@ class Cache:
         self._heap: list[tuple[float, int, Any]] = []  # of ranks, some outdated
         self._age = 0.0  # the rank of what went last: newcomers start above it
         self._serial = 0
-        self._lock = threading.Lock()
+        self.fork_lock = threading.Lock()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """The values stay: the child shares their memory."""
+        self.fork_lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, key: Any) -> Any:
         """The value, or None."""
-        with self._lock:
+        with self.fork_lock:
             entry = self._entries.get(key)
             if entry is None:
                 self.misses += 1
@@ -54,7 +61,7 @@ class Cache:
 
     def put(self, key: Any, value: Any, *, num_bytes: int, cost: float) -> None:
         """Keep a value that takes `num_bytes` and would cost `cost`, in any unit, to compute again."""
-        with self._lock:
+        with self.fork_lock:
             if key in self._entries or num_bytes > self.max_bytes:
                 return
             entry = _Entry(value, num_bytes, cost, 1, 0.0)

@@ -13,24 +13,34 @@ import importlib
 import json
 import math
 import os
+import pickle
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit import sessions
+from m0kit import forks, sessions
 from m0kit.artifact import KV, TOKENIZER, Kept, Manifest, decoder_name, read_manifest, verify_files
 from m0kit.cache import Cache
 from m0kit.config import ModelConfig
-from m0kit.errors import ArtifactError, DependencyError, InputError, RecordDamagedError, ScoreError, StoreError
+from m0kit.errors import (
+    ArtifactError,
+    DependencyError,
+    InputError,
+    M0kitError,
+    RecordDamagedError,
+    ScoreError,
+    StoreError,
+)
 from m0kit.image import patchify
 from m0kit.images import ENCODING_COST, Images
 from m0kit.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
@@ -117,7 +127,11 @@ class _Part:
 
 
 class Reranker:
-    """An opened artifact. Thread-safe: every call keeps its state to itself."""
+    """An opened artifact. Thread-safe: every call keeps its state to itself. A context manager.
+
+    A forked child opens the graphs again on first use; a pickled one is loaded again from the same places. A copy
+    shares the graphs.
+    """
 
     tile = TILE  # to which runs are filled up; 1 for those who count what a run sees
 
@@ -152,6 +166,7 @@ class Reranker:
             self._decoder.open()
         self.cache = Cache(cache_bytes) if cache_bytes else None
         self.store = store
+        self._loaded: dict[str, Any] | None = None  # arguments of `load`
         self._salt = _salt(manifest, config, kv)
         decoder = config.decoder
         # Artifacts from before documents could be kept: pasts (T_past, K·C), pieces without the number of their past.
@@ -175,7 +190,7 @@ class Reranker:
         kv: Kept | None = None,
         index: str | os.PathLike[str] | None = None,
         open_graph: sessions.GraphOpener | None = None,
-    ) -> "Reranker":
+    ) -> Self:
         """Open an artifact on a device ("cpu", "cuda", "cuda:1", or an execution provider's name).
 
         `memory`: "fast" keeps quantised weights packed for this CPU in memory; "low" leaves int8 weights mapped
@@ -206,6 +221,7 @@ class Reranker:
             config = replace(config, image=replace(config.image, max_pixels=max_pixels))
         if max_length is not None:
             config = replace(config, prompt=replace(config.prompt, max_length=max_length))
+        engine = open_graph
         if open_graph is None:
             check_device(device, manifest.schemes, str(folder))
             # 4-bit products are three times slower unpacked, int8 a little; packed floats gain nothing worth 9 GB.
@@ -218,7 +234,52 @@ class Reranker:
         )
         if store:
             check_identity(store, reranker)
+        reranker._loaded = {
+            "path": folder.absolute(),
+            "device": device,
+            "threads": threads,
+            "memory": memory,
+            "max_pixels": max_pixels,
+            "max_length": max_length,
+            "cache_bytes": cache_bytes,
+            "kv": kv,
+            "index": None if index is None else Path(index).absolute(),
+            "open_graph": engine,
+        }
         return reranker
+
+    def close(self) -> None:
+        """Let the graphs, what is kept in memory and the index go. A run in another thread ends first."""
+        for graph in (self._vision, self._decoder, self._head):
+            graph.close()
+        self.cache = None
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the arguments of `load`. Raises TypeError where these cannot be."""
+        if self._loaded is None:
+            raise TypeError("cannot pickle a Reranker that Reranker.load did not open. Load one in each process.")
+        engine = self._loaded["open_graph"]
+        try:
+            pickle.dumps(engine)
+        except Exception as error:  # whatever its parts raise
+            raise TypeError(
+                f"cannot pickle a Reranker with open_graph={engine!r:.80}, which cannot be pickled itself. "
+                "Give a function of a module, or load one in each process."
+            ) from error
+        return _loaded_again, (type(self), self._loaded)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -256,7 +317,8 @@ class Reranker:
         """As `evaluate`, but gives (position in `pairs`, Result) as soon as it is done, in the order of the work."""
         pairs = as_list(pairs, "pairs", "a list of pairs (query, document)")
         images = self.open_images()
-        with tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
+        # tqdm takes a lock of all processes even where it shows nothing; one that is held at a fork stays so.
+        with tqdm(total=len(pairs), unit="pair") if progress else nullcontext() as bar:
             documents: Documents = {}
             for position, pair in enumerate(pairs):
                 try:
@@ -264,12 +326,14 @@ class Reranker:
                 except InputError as error:
                     if on_error == "raise":
                         raise
-                    bar.update()
+                    if bar is not None:
+                        bar.update()
                     yield position, Result(math.nan, math.nan, error)
             work = dict.fromkeys(document for document, _ in documents.values() if document.pairs)
             for done, logits in self._work(list(work), images):
                 for pair, logit in zip(done, logits, strict=True):
-                    bar.update()
+                    if bar is not None:
+                        bar.update()
                     if isinstance(logit, InputError):
                         if on_error == "raise":
                             raise logit
@@ -316,7 +380,9 @@ class Reranker:
     # --- its steps ---------------------------------------------------------------------------------
 
     def open_images(self) -> Images:
-        """For the images of one call."""
+        """For the images of one call. Raises M0kitError after `close`."""
+        if self._head.is_closed:
+            raise M0kitError(f"{self._folder}: this reranker was closed. Load the artifact again.")
         return Images(self.config.image, self._vision, self.cache, self._salt, half=self.kv != "fp32")
 
     def _prepare(self, position: int, pair: Any, documents: Documents, images: Images) -> None:
@@ -733,7 +799,7 @@ class _Opened:
     """A graph that is opened when it is needed, and takes the place of its rival where it has one.
 
     Who scores texts alone never pays for the vision encoder. A rival that another thread is running lives until
-    that run ends.
+    that run ends. A forked child opens it again: an engine's threads do not come along.
     """
 
     def __init__(self, opener: Callable[[], sessions.Graph]) -> None:
@@ -741,9 +807,23 @@ class _Opened:
         self._opener = opener
         self._lock = threading.Lock()
         self._graph: sessions.Graph | None = None
+        self.is_closed = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        forks.abandon(self._graph)
+        self._graph = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            self.is_closed = True
+            self._graph = None
 
     def open(self) -> sessions.Graph:
         with self._lock:
+            if self.is_closed:
+                raise M0kitError("this reranker was closed meanwhile. Load the artifact again.")
             graph = self._graph
             if graph is None:
                 if self.rival is not None:
@@ -786,6 +866,11 @@ def _salt(manifest: Manifest, config: ModelConfig, kv: str) -> bytes:
     """What every kept value depends on, besides tokens and pixels."""
     facts = {"artifact": manifest.fingerprint, "kv": kv, "model": config.to_dict() | {"prompt": None}, "format": 1}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+
+
+def _loaded_again(kind: type[Reranker], arguments: Mapping[str, Any]) -> Reranker:
+    """A pickled one."""
+    return kind.load(**arguments)
 
 
 def _listed(argument: Any) -> tuple[list[Any], bool]:
