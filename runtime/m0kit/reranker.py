@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from m0kit import forks, sessions
 from m0kit.artifact import KV, TOKENIZER, Kept, Manifest, decoder_name, read_manifest, verify_files
-from m0kit.cache import Cache
+from m0kit.cache import Cache, Once
 from m0kit.config import ModelConfig
 from m0kit.errors import (
     ArtifactError,
@@ -165,6 +165,7 @@ class Reranker:
         else:
             self._decoder.open()
         self.cache = Cache(cache_bytes) if cache_bytes else None
+        self._once = Once()
         self.store = store
         self._loaded: dict[str, Any] | None = None  # arguments of `load`
         self._salt = _salt(manifest, config, kv)
@@ -383,7 +384,7 @@ class Reranker:
         """For the images of one call. Raises M0kitError after `close`."""
         if self._head.is_closed:
             raise M0kitError(f"{self._folder}: this reranker was closed. Load the artifact again.")
-        return Images(self.config.image, self._vision, self.cache, self._salt, half=self.kv != "fp32")
+        return Images(self.config.image, self._vision, self.cache, self._once, self._salt, half=self.kv != "fp32")
 
     def _prepare(self, position: int, pair: Any, documents: Documents, images: Images) -> None:
         """Parse a pair, look at its images, build its prompt, add it to its document. Raises InputError."""
@@ -449,12 +450,12 @@ class Reranker:
         wanted = {document: self._wanted(document) for document in documents}
         sized = ((d, [sum(images.num_tokens(key) for key in wanted[d])]) for d in documents)
         for some in pack(sized, [LOW_MEMORY_VISUAL_TOKENS]):
-            images.embeds([key for document in some for key in wanted[document]])
+            images.embeds(images.there([key for document in some for key in wanted[document]]))
             yield from self._runs(some, images)
 
     def _wanted(self, document: Document) -> list[str]:
         """The images that must be encoded for a document's pairs."""
-        own = () if self.state(document.key) else document.images
+        own = () if self._has(document.key) else document.images
         return [*own, *(key for pair in document.pairs for key in pair.images)]
 
     def _runs(
@@ -492,7 +493,7 @@ class Reranker:
             return True
 
         def computed(some: Sequence[Document]) -> Iterator[_Part]:
-            for document, state in zip(some, self.compute(some, images), strict=True):
+            for document, state in zip(some, self._states(some, images), strict=True):
                 if state.is_finite:
                     yield from _split(document, state)
                 else:
@@ -539,6 +540,18 @@ class Reranker:
             else:
                 state = None if raw is None else State.from_bytes(raw, self.config.decoder, self.kv)
         return state
+
+    def _has(self, key: bytes) -> bool:
+        """Whether there is a state, without fetching it: one that turns out damaged, or goes, is computed then."""
+        return (self.cache is not None and key in self.cache) or (
+            self.store is not None and bool(self.store.has([key]))
+        )
+
+    def _states(self, documents: Sequence[Document], images: Images) -> list[State]:
+        """States of documents that were not there, computed here or by another thread that has them in hand."""
+        by_key = {document.key: document for document in documents}
+        known = self.cache.peek if self.cache is not None else lambda _: None
+        return self._once.get(list(by_key), known, lambda keys: self.compute([by_key[key] for key in keys], images))
 
     def compute(self, documents: Sequence[Document], images: Images) -> list[State]:
         """States of new documents, in one run; those that are finite go into the cache."""

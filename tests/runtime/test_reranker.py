@@ -28,6 +28,7 @@ from PIL import Image
 
 from m0kit import Reranker, Result, sessions
 from m0kit.artifact import KV
+from m0kit.cache import Cache
 from m0kit.errors import DependencyError, ImageError, InputError, M0kitError, ScoreError
 from m0kit.reranker import best_first, sigmoid
 from m0kit_parity.reference import Reference
@@ -286,6 +287,89 @@ def test_a_document_is_read_once_for_its_queries(counting: tuple[Reranker, Count
     reranker.score([("zebra", document)] * 5)
     assert graphs.rows("decoder", "token_ids") < one + 5 * 20
     assert len([name for name, _ in graphs.runs if name == "decoder"]) == 1
+
+
+class Gathering:
+    """Opens graphs whose decoder computes no state before so many threads have asked the cache for one."""
+
+    def __init__(self, count: int, failing: bool = False) -> None:
+        self.count, self.failing = count, failing
+        self.asked = threading.Semaphore(0)
+        self.states: list[int] = []  # rows of each run that makes states
+
+    def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        inner, gathering = sessions.open_graph(folder, name, threads=1, also=also), self
+
+        class Graph:
+            def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+                if "present.0.key" in outputs:
+                    for _ in range(gathering.count):
+                        gathering.asked.acquire()
+                    gathering.asked.release(gathering.count)
+                    gathering.states.append(len(feeds["token_ids"]))
+                    if gathering.failing and len(gathering.states) == 1:
+                        raise M0kitError("no memory")
+                return inner.run(feeds, outputs)
+
+        return Graph()
+
+    def cache(self) -> Cache:
+        asked = self.asked
+
+        class Asked(Cache):
+            def get(self, key: Any) -> Any:
+                value = super().get(key)
+                asked.release()
+                return value
+
+        return Asked(1 << 26)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_new_document_that_several_threads_ask_about_is_computed_once(artifact: Path, memory: Any) -> None:
+    gathering = Gathering(4)
+    reranker = Reranker.load(artifact, cache_bytes=1 << 26, memory=memory, open_graph=gathering)
+    reranker.cache = gathering.cache()
+    document = "the tide comes in and goes out again " * 10
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda i: reranker.score([(f"query {i}", document)])[0], range(4)))
+    assert len(gathering.states) == 1
+    expected = Reranker.load(artifact, threads=1).score([(f"query {i}", document) for i in range(4)])
+    np.testing.assert_allclose(scores, expected, atol=SAME, rtol=0)
+
+
+def test_a_thread_that_fails_leaves_the_others_their_document(artifact: Path) -> None:
+    gathering = Gathering(4, failing=True)
+    reranker = Reranker.load(artifact, cache_bytes=1 << 26, open_graph=gathering)
+    reranker.cache = gathering.cache()
+
+    def work(number: int) -> Any:
+        try:
+            return float(reranker.score([(f"query {number}", "the tide")])[0])
+        except M0kitError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(work, range(4)))
+    assert outcomes.count("no memory") == 1
+    assert len(gathering.states) == 2
+    assert all(0 < outcome < 1 for outcome in outcomes if isinstance(outcome, float))
+
+
+def test_low_memory_fetches_a_kept_state_once(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = Reranker.load(artifact, threads=1, memory="low", cache_bytes=1 << 26)
+    pairs = [(f"query {i}", f"document {i % 3}") for i in range(6)]
+    expected = reranker.score(pairs)
+    fetched: Counter[bytes] = Counter()
+    state = Reranker.state
+
+    def counted(self: Reranker, key: bytes) -> Any:
+        fetched[key] += 1
+        return state(self, key)
+
+    monkeypatch.setattr(Reranker, "state", counted)
+    np.testing.assert_array_equal(reranker.score(pairs), expected)
+    assert sorted(fetched.values()) == [1, 1, 1]
 
 
 def test_images_made_on_the_fly_are_not_mistaken_for_each_other(reranker: Reranker, picture: Make) -> None:
