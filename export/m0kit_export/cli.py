@@ -147,7 +147,7 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
             "fingerprint": manifest.fingerprint,
             "provenance": dict(manifest.provenance),
         }
-        click.echo(json.dumps(summary, ensure_ascii=False))
+        click.echo(json.dumps(summary, ensure_ascii=False, allow_nan=False))
         return
     click.echo(f"{output}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}")
     click.echo(f"licence of the weights: {manifest.licence}", err=True)

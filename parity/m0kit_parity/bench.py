@@ -243,7 +243,9 @@ def pairs(
             results += compare(name, take_turns(sides, repeats), _TORCH)
     about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
     if as_json:
-        click.echo(json.dumps({"about": about, "results": [asdict(r) for r in results]}, ensure_ascii=False))
+        click.echo(
+            json.dumps({"about": about, "results": [asdict(r) for r in results]}, ensure_ascii=False, allow_nan=False)
+        )
         return
     rows = [["whole pairs", "seconds", f"against {_TORCH}", "range"]]
     for name in loads:
@@ -293,7 +295,7 @@ def growth(
         write_plot(plot_file, [plot.lines({kind: list(p.items())}, kind, "seconds") for kind, p in measured.items()])
     about = {**machine(), "threads": threads, "artifact": str(artifact), "repeats": repeats}
     if as_json:
-        click.echo(json.dumps({"about": about, "seconds": measured}, ensure_ascii=False))
+        click.echo(json.dumps({"about": about, "seconds": measured}, ensure_ascii=False, allow_nan=False))
         return
     for kind, seconds in measured.items():
         rows = [[kind, "seconds", "per thousand"]]
@@ -342,7 +344,7 @@ def memory(
         write_plot(plot_file, charts)
     about = {**machine(), "threads": threads, "memory": mode, "artifact": str(artifact)}
     if as_json:
-        click.echo(json.dumps({"about": about, "mebibytes": measured}, ensure_ascii=False))
+        click.echo(json.dumps({"about": about, "mebibytes": measured}, ensure_ascii=False, allow_nan=False))
         return
     for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
         rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
@@ -368,13 +370,13 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
         items = evaluate.read_set(SMALL / "eval", kind)
         values: dict[str, list[float]] = {"m0kit": [], "bm25": [], "chance": []}
         for item in items:
-            scores = reranker.score([(item.query, document) for document in item.documents])
-            values["m0kit"].append(evaluate.ndcg_at_k(scores.tolist(), item.relevance))
+            logits = reranker.score([(item.query, document) for document in item.documents], raw=True)
+            values["m0kit"].append(evaluate.ndcg_at_k(logits.tolist(), item.relevance))
             values["bm25"].append(evaluate.ndcg_at_k(evaluate.bm25_text(item.query, item.documents), item.relevance))
             values["chance"].append(evaluate.chance_ndcg(item.relevance))
         results[kind] = {"queries": len(items), **{name: statistics.fmean(v) for name, v in values.items()}}
     if as_json:
-        click.echo(json.dumps(results))
+        click.echo(json.dumps(results, allow_nan=False))
         return
     rows = [["nDCG@10", "queries", "m0kit", "BM25", "chance"]]
     for kind, r in results.items():

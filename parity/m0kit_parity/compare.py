@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit.reranker import best_first
 from m0kit.trace import Trace
 from m0kit_parity.tolerances import RELATIVE_FLOOR, STAGES, Table, Tolerance
 
@@ -86,7 +87,7 @@ def compare_ranking(reference: Sequence[float], scores: Sequence[float], table: 
         return _judge("ranking", tolerance, math.inf, f"{len(scores)} scores, expected {len(reference)}")
     if not all(map(math.isfinite, (*reference, *scores))):
         return _judge("ranking", tolerance, math.inf, "a score is not a finite number")
-    expected, place = order(reference), {d: p for p, d in enumerate(order(scores))}
+    expected, place = best_first(reference), {d: p for p, d in enumerate(best_first(scores))}
     swaps = [
         (reference[better] - reference[worse], better, worse)
         for i, better in enumerate(expected)
@@ -129,11 +130,6 @@ def layer_profile(reference: Trace, trace: Trace) -> tuple[float, ...]:
 def failed_stage(stage: str, measure: str, what: str) -> StageResult:
     """A stage that could not be measured at all, for instance because the artifact refused the pair."""
     return StageResult(stage, measure, math.inf, 0.0, math.inf, Verdict.FAIL, what)
-
-
-def order(scores: Sequence[float]) -> list[int]:
-    """Document numbers by falling score; equal scores keep the order of the documents."""
-    return sorted(range(len(scores)), key=lambda d: (-scores[d], d))
 
 
 def _judge(stage: str, tolerance: Tolerance, value: float, worst: str) -> StageResult:

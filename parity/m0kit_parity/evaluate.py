@@ -17,13 +17,14 @@ weights out, and reading them back would be counted as scoring. So each process 
 Exit codes: 0 all well, 3 some lines or measurements failed and the others are reported; others as for every command.
 """
 
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -36,11 +37,11 @@ from tqdm import tqdm
 
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
 from m0kit.cli_options import PARTLY
-from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
+from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
 from m0kit.prompt import PromptBuilder
-from m0kit.reranker import Reranker
+from m0kit.reranker import Reranker, sigmoid
 from m0kit_parity import bench, plot, report
 from m0kit_parity.measure import Memory, Pair, measure_memory, measure_seconds
 from m0kit_parity.small import evaluate as ranking
@@ -202,21 +203,28 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def quality_of(
-    queries: Sequence[Query], scores: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None
+    queries: Sequence[Query],
+    logits: Sequence[Sequence[float]],
+    baseline: Sequence[Sequence[float]] | None,
+    score: Callable[[float], float] = lambda logit: logit,
 ) -> Quality:
-    """Quality of `scores` (for each query one per document) against the baseline's; None for the baseline itself."""
-    ndcg = _mean_ndcg(queries, scores)
+    """Quality of `logits` (for each query one per document) against the baseline's; None for the baseline itself.
+
+    Documents are ranked by them, since scores near 0 and 1 are equal to rounding; `score` makes one's score.
+    """
+    ndcg = _mean_ndcg(queries, logits)
     if baseline is None:
         return Quality(ndcg, None, None, None, None, None)
     before = _mean_ndcg(queries, baseline)
-    deltas = np.abs(np.concatenate([np.subtract(s, b) for s, b in zip(scores, baseline, strict=True)]))
+    both = zip(itertools.chain(*logits), itertools.chain(*baseline), strict=True)
+    deltas = np.abs([score(logit) - score(before) for logit, before in both])
     return Quality(
         ndcg,
         None if ndcg is None or before is None else 100 * (before - ndcg),
         float(deltas.max()),
         float(deltas.mean()),
-        statistics.fmean(spearman(s, b) for s, b in zip(scores, baseline, strict=True)),
-        statistics.fmean(float(np.argmax(s) == np.argmax(b)) for s, b in zip(scores, baseline, strict=True)),
+        statistics.fmean(spearman(a, b) for a, b in zip(logits, baseline, strict=True)),
+        statistics.fmean(float(np.argmax(a) == np.argmax(b)) for a, b in zip(logits, baseline, strict=True)),
     )
 
 
@@ -229,9 +237,9 @@ def _score(
     artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, bar: Any, strict: bool,
     errors: dict[Key, str], notes: dict[str, None],
 ) -> dict[Key, list[float]]:  # fmt: skip
-    """Scores of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return."""
+    """Logits of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return."""
     reranker = Reranker.load(artifact, threads=threads, kv=kv)
-    scores: dict[Key, list[float]] = {}
+    logits: dict[Key, list[float]] = {}
     for name, queries in sets.items():
         for number, query in enumerate(queries):
             bar.update()
@@ -241,15 +249,15 @@ def _score(
             for i, result in enumerate(results):
                 where = f"{query.where}, document {i + 1}"
                 if result.error:
-                    errors.setdefault((name, number), f"{where}: {unplaced(result.error)[1]}")
-                elif not math.isfinite(result.score):
-                    overflow = f"{artifact} gives no finite score. Leave this artifact or this line out."
-                    errors.setdefault((name, number), f"{where}: {overflow}")
+                    message = unplaced(result.error)[1]
+                    if isinstance(result.error, ScoreError):
+                        message = f"{artifact}: {message}"
+                    errors.setdefault((name, number), f"{where}: {message}")
                 notes |= dict.fromkeys(f"{where}: the {what} was too long and was cut" for what in result.truncated)
             if strict and (name, number) in errors:
                 raise InputError(errors[name, number])
-            scores[name, number] = [result.score for result in results]
-    return scores
+            logits[name, number] = [result.logit for result in results]
+    return logits
 
 
 # --- cost ----------------------------------------------------------------------------------------------
@@ -311,11 +319,11 @@ def compare(
     plain: list[tuple[int, Kept]] = [(i, "fp32") for i in range(len(artifacts))]
     sides = [*plain, *((i, kv) for i in range(len(artifacts)) for kv in kvs)]
     errors: dict[Key, str] = {}
-    scores: list[dict[Key, list[float]]] = []
+    logits: list[dict[Key, list[float]]] = []
     notes: dict[str, None] = {}
     with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as bar:
         for i, kv in sides:
-            scores.append(_score(artifacts[i], kv, sets, threads, bar, strict, errors, notes))
+            logits.append(_score(artifacts[i], kv, sets, threads, bar, strict, errors, notes))
     every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
     every = [(key, query) for key, query in every if key not in errors]
     if not every:
@@ -334,13 +342,15 @@ def compare(
             mine = {label: seconds[load, i] for i, label in enumerate(labels) if (load, i) in seconds}
             timings += bench.compare(load, mine, labels[0])
     measured = []
+    bias = manifests[0].model.prompt.logit_bias
     for side, (i, kv) in enumerate(sides):
         path, manifest, kept = artifacts[i], manifests[i], side >= len(artifacts)
         quality = {
             name: quality_of(
                 [query for _, query in rows],
-                [scores[side][key] for key, _ in rows],
-                [scores[0][key] for key, _ in rows] if side else None,
+                [logits[side][key] for key, _ in rows],
+                [logits[0][key] for key, _ in rows] if side else None,
+                lambda logit: sigmoid(logit - bias),
             )
             for name, rows in groups.items()
         }

@@ -113,7 +113,7 @@ def record(
             "cases": described,
             "files": files,
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (aside / "manifest.json").write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)

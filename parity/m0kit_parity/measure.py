@@ -75,7 +75,7 @@ def seconds():
         counted.append(run())
     return statistics.median(counted)
 
-print(json.dumps({"memory": memory, "seconds": seconds}[job["measure"]]()))
+print(json.dumps({"memory": memory, "seconds": seconds}[job["measure"]](), allow_nan=False))
 """
 
 

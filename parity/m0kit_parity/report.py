@@ -15,6 +15,7 @@ from html import escape
 from typing import Any, Final, Protocol
 
 from m0kit.errors import InputError
+from m0kit.reranker import best_first
 from m0kit_parity import plot
 from m0kit_parity.cases import Published
 from m0kit_parity.compare import (
@@ -26,7 +27,6 @@ from m0kit_parity.compare import (
     compare_scores,
     failed_stage,
     layer_profile,
-    order,
     overall,
 )
 from m0kit_parity.golden import Golden, GoldenCase, GoldenPair, Tracer
@@ -187,7 +187,7 @@ def _check_pair(pair: GoldenPair, tracer: Tracer, table: Table, layers: bool) ->
 
 def _ranking(group: int, reference: Sequence[float], scores: Sequence[float], table: Table) -> RankingReport:
     return RankingReport(
-        group, tuple(order(reference)), tuple(order(scores)), compare_ranking(reference, scores, table)
+        group, tuple(best_first(reference)), tuple(best_first(scores)), compare_ranking(reference, scores, table)
     )
 
 
@@ -355,7 +355,7 @@ def _about_rows(about: Mapping[str, Any], prefix: str = "") -> str:
         if isinstance(value, Mapping):
             rows += _about_rows(value, f"{label} · ")
         elif value not in (None, [], ()):
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
             rows += f'<tr><th scope="row">{escape(label)}</th><td><code>{escape(text)}</code></td></tr>'
     return rows
 

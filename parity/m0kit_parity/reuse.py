@@ -193,7 +193,8 @@ def stretched(state: State, length: int) -> State:
 
 def _entry(reranker: Reranker, document: Any) -> tuple[Content, Document, Images]:
     content, images = parse_content(document, "document"), reranker.open_images()
-    return content, reranker.document(content, "document", {}, images, keyed=True), images
+    entry, _ = reranker.document(content, "document", {}, images, keyed=True)
+    return content, entry, images
 
 
 def read_one(reranker: Reranker, content: Any) -> State:
@@ -709,7 +710,7 @@ def reuse(
         plain = {
             part: [asdict(r) for r in found] if part == "cached" else asdict(found) for part, found in results.items()
         }
-        click.echo(json.dumps({"about": about, **plain}, ensure_ascii=False))
+        click.echo(json.dumps({"about": about, **plain}, ensure_ascii=False, allow_nan=False))
         return
     click.echo("\n\n".join(tables(results)) + "\n")
     click.echo(_about(about), err=True)

@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers import Regex as TokenizerRegex
 
 from m0kit.errors import DependencyError
-from m0kit_parity.small.tokenizer import PATTERN, SPECIAL_TOKENS
+from m0kit.tokens import PATTERN
+from m0kit_parity.small.tokenizer import SPECIAL_TOKENS
 
 QWEN2_VOCAB_SIZE = 151_643  # ordinary tokens; the special tokens follow
 

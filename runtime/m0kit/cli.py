@@ -26,7 +26,7 @@ from m0kit.errors import InputError, M0kitError
 from m0kit.formats import read as read_file
 from m0kit.index import index, read_ids
 from m0kit.inputs import parse_content, unplaced
-from m0kit.reranker import Reranker, Result
+from m0kit.reranker import Reranker, Result, best_first
 from m0kit.rows import is_parquet, read_lines
 
 
@@ -154,8 +154,7 @@ def rerank(
     pairs = [content if isinstance(content, InputError) else (asked, content) for _, content, _ in given]
     results = _evaluate(reranker, pairs, [click.format_filename(place) for place in places], strict)
     values = [result.logit if raw else result.score for result in results]
-    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))
-    for rank, i in enumerate(order[:top_n]):
+    for rank, i in enumerate(best_first([result.logit for result in results])[:top_n]):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
             line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": given[i][0]}
@@ -307,7 +306,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
             "provenance": dict(manifest.provenance),
             "graphs": dict(manifest.graphs),
         }
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
     adapters = ", ".join(_adapter(a) for a in manifest.provenance.get("adapters", [])) or "none"

@@ -530,7 +530,7 @@ def doctor(ctx: click.Context, artifact: Path | None, as_json: bool) -> None:
         if manifest and suited:
             facts["artifact"] = {"path": str(artifact), "scheme": manifest.scheme, "bytes": manifest.num_bytes}
             facts["artifact"] |= asdict(suited)
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
     else:
         for name, value in _rows(machine):
             click.echo(f"{name:12} {value}")

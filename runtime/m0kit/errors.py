@@ -3,7 +3,8 @@
     M0kitError
     ├── InputError (ValueError)            a query, document or pair that cannot be scored
     │   ├── ImageError                     … because of its image
-    │   └── FormatError                    … because its file is neither text nor an image
+    │   ├── FormatError                    … because its file is neither text nor an image
+    │   └── ScoreError                     … because the model's answer to it is not a finite number
     ├── ArtifactError (ValueError)         a folder that is not a usable artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactDamagedError           a file changed, missing or not as the manifest says
@@ -54,6 +55,10 @@ class ImageError(InputError):
 
 class FormatError(InputError):
     """A file that is neither text nor an image."""
+
+
+class ScoreError(InputError):
+    """A pair to which the model gives no finite number, or a document whose state would hold such a one."""
 
 
 class ArtifactError(M0kitError, ValueError):

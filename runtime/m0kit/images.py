@@ -7,20 +7,24 @@ not; embeddings go through the cache, when there is one.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m0kit import sessions
-from m0kit.cache import Cache
+from m0kit.cache import Cache, Once
 from m0kit.config import ImageConfig
+from m0kit.errors import ImageError
 from m0kit.image import Pixels, patchify, ready_grid, resize
 from m0kit.inputs import Picture
 from m0kit.planner import PATCH_BUDGET, image_rows, pack
 from m0kit.positions import vision_positions
 
 Float32 = NDArray[np.float32]
+Array = NDArray[Any]
 
 # Bytes of resized pixels that wait for their turn: 140 pages of the published size.
 PIXEL_BYTES = 256 << 20
@@ -43,11 +47,17 @@ class _Seen:
 class Images:
     """Pictures by their keys (`Picture.key`). For one call, and one thread."""
 
-    def __init__(self, config: ImageConfig, vision: sessions.Graph, cache: Cache | None, salt: bytes, half: bool):
-        """`salt` tells the embeddings of one artifact from another's in the cache; with `half` they are float16."""
+    def __init__(
+        self, config: ImageConfig, vision: sessions.Graph, cache: Cache | None, once: Once, salt: bytes, half: bool
+    ):
+        """With a cache an image that other calls encode too is encoded `once`.
+
+        `salt` tells the embeddings of one artifact from another's in the cache; with `half` they are float16.
+        """
         self._config, self._vision, self._cache, self._salt, self._half = config, vision, cache, salt, half
+        self._once = once
         self._seen: dict[str, _Seen] = {}
-        self._embeds: dict[str, Float32] = {}
+        self._embeds: dict[str, Array] = {}
         self._uses: Counter[str] = Counter()
         self._pixel_bytes = 0
 
@@ -95,6 +105,15 @@ class Images:
             if key not in self._embeds:
                 self.pixels(key)
 
+    def there(self, keys: Sequence[str]) -> list[str]:
+        """Those that can be encoded; why others cannot, `fetch` says."""
+        found = []
+        for key in keys:
+            with suppress(ImageError):
+                self.fetch([key])
+                found.append(key)
+        return found
+
     def claim(self, keys: Sequence[str]) -> None:
         """Note that one more pair needs these."""
         self._uses.update(keys)
@@ -119,10 +138,29 @@ class Images:
                     self._embeds[key] = known
         sized = ((key, [int(self.grid(key).prod())]) for key in new)
         for packed in pack(sized, [PATCH_BUDGET]):
-            self._encode(packed)
+            self._embeds |= zip(packed, self._encoded(packed), strict=True)
+            for key in packed:
+                self._drop_pixels(key)
         return [np.asarray(self._embeds[key], np.float32) for key in keys]
 
-    def _encode(self, keys: Sequence[str]) -> None:
+    def _encoded(self, keys: Sequence[str]) -> list[Array]:
+        """Embeddings by this thread, or by another that has the same pixels in hand."""
+        cache = self._cache
+        if cache is None:
+            return self._encode(keys)
+        shared = [self._cache_key(key) for key in keys]
+        by_pixels = dict(zip(shared, keys, strict=True))
+
+        def encode(some: list[bytes]) -> list[Array]:
+            embeds = self._encode([by_pixels[key] for key in some])
+            for key, own in zip(some, embeds, strict=True):
+                if np.isfinite(own).all():
+                    cache.put(key, own, num_bytes=own.nbytes, cost=ENCODING_COST * len(own))
+            return embeds
+
+        return self._once.get(shared, cache.peek, encode)
+
+    def _encode(self, keys: Sequence[str]) -> list[Array]:
         patches = [patchify(self.pixels(key), self._config) for key in keys]
         feeds = {
             "patches": np.concatenate([p.values for p in patches]),
@@ -133,11 +171,7 @@ class Images:
         if self._half:
             out = out.astype(np.float16)
         ends = np.cumsum([self._seen[key].num_tokens for key in keys])
-        for key, rows in zip(keys, np.split(out, ends[:-1]), strict=True):
-            self._embeds[key] = own = rows.copy() if len(keys) > 1 else rows
-            if self._cache is not None:
-                self._cache.put(self._cache_key(key), own, num_bytes=own.nbytes, cost=ENCODING_COST * len(own))
-            self._drop_pixels(key)
+        return [rows.copy() if len(keys) > 1 else rows for rows in np.split(out, ends[:-1])]
 
     def _cache_key(self, key: str) -> bytes:
         return hashlib.sha256(b"image" + self._salt + self.digest(key)).digest()

@@ -37,10 +37,18 @@ from m0kit.documents import Given, count, find, read
 from m0kit.errors import InputError, RecordDamagedError, StoreError
 from m0kit.image import to_png
 from m0kit.images import Images
-from m0kit.inputs import Known, Picture, Text, parse_content
+from m0kit.inputs import Known, Picture, Text, check_many, parse_content
 from m0kit.lines import strings
 from m0kit.planner import TOKEN_BUDGET, pack
-from m0kit.reranker import LOW_MEMORY_VISUAL_TOKENS, Document, Reranker, check_identity, content_of
+from m0kit.reranker import (
+    LOW_MEMORY_VISUAL_TOKENS,
+    Document,
+    Documents,
+    Reranker,
+    check_identity,
+    content_of,
+    state_not_finite,
+)
 from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
 
@@ -93,7 +101,9 @@ def add(
     A document that cannot be read costs the others nothing; nor does one whose id was given before in this call with
     another content, which is an error. A document that the store has under the same id is replaced, and counted. Each
     run of the decoder is durable once it is done.
+    Raises InputError for `documents` that are no list, StoreError, OutputError.
     """
+    check_many(documents, "documents", "a list of (id, content, source)")
     done = Added()
     for batch in _batches(reranker, store, documents, done, tick):
         _read(reranker, store, batch, done, tick, again)
@@ -121,7 +131,7 @@ class _Batch:
     """Documents that are read together."""
 
     images: Images
-    entries: dict[Any, Document] = field(default_factory=dict)  # as `Reranker.document` fills it
+    entries: Documents = field(default_factory=dict)  # as `Reranker.document` fills it
     stored: list[tuple[Document, StoredDocument]] = field(default_factory=list)
     tokens: int = 0
 
@@ -137,7 +147,7 @@ def _batches(
         where = name if source in ("", name) else f"{source}: {name}"
         try:
             content = _parsed(value, where)
-            entry = reranker.document(content, where, batch.entries, batch.images, keyed=True)
+            entry, prompt = reranker.document(content, where, batch.entries, batch.images, keyed=True)
             stored = stored_form(name, content, entry.key, batch.images, source)
             digest = hashlib.sha256(stored.data).digest()
             is_new = _is_new(name, digest, where, source, given)
@@ -150,7 +160,7 @@ def _batches(
             tick(1)
             continue
         done.replaced += store.content(name) not in (None, digest)
-        if entry.prompt.truncated:
+        if prompt.truncated:
             done.truncated.append(name)
         batch.stored.append((entry, stored))
         batch.tokens += entry.length
@@ -186,14 +196,17 @@ def _read(
     if reranker.low_memory:
         batch.images.embeds([key for entry in new for key in entry.images])
     for run in pack(((entry, [entry.length]) for entry in new), [TOKEN_BUDGET]):
-        states = reranker.compute(run, batch.images)
-        some = [stored for entry in run for stored in owners[entry]]
-        records = {entry.key: state.buffers for entry, state in zip(run, states, strict=True)}
-        done.dropped += store.add(some, records)
-        done.read += len(run)
-        done.known += len(some) - len(run)  # given more than once
-        done.tokens += sum(entry.length for entry in run)
-        tick(len(some))
+        states = dict(zip(run, reranker.compute(run, batch.images), strict=True))
+        for entry in run:
+            if not states[entry].is_finite:
+                del states[entry]
+                done.failed += [(s.id, str(state_not_finite(s.id, reranker.kv))) for s in owners[entry]]
+        some = [stored for entry in states for stored in owners[entry]]
+        done.dropped += store.add(some, {entry.key: state.buffers for entry, state in states.items()})
+        done.read += len(states)
+        done.known += len(some) - len(states)  # given more than once
+        done.tokens += sum(entry.length for entry in states)
+        tick(sum(len(owners[entry]) for entry in run))
 
 
 # --- commands ------------------------------------------------------------------------------------------
@@ -254,22 +267,26 @@ def add_command(
     reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
     with open_index(index_folder, reranker, max_bytes) as store:
         files, passed = find(documents), list[str]()
-        given = _named(read(files, passed.append)) if documents else _pending(store)
+        these = _named(read(files, passed.append)) if documents else _pending(store)
         bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=count(files) or None)
         with bar:
-            done = add(reranker, store, given, bar.update, again=not documents)
+            done = add(reranker, store, these, bar.update, again=not documents)
     tell("note", (("", f"{said} It was passed over.") for said in passed))
     tell("note", ((name, "was too long and was cut") for name in done.truncated))
     tell("error", (_place_and_reason(name, error) for name, error in done.failed))
     if as_json:
-        click.echo(json.dumps(asdict(done)))
+        click.echo(json.dumps(asdict(done), allow_nan=False))
     else:
         told = f"{index_folder}: {done.read} read ({done.tokens} tokens), {done.known} known already"
         told += f", {done.repeated} given twice" if done.repeated else ""
         told += f", {done.replaced} of them in the place of another content" if done.replaced else ""
         told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
         click.echo(told + (f", {len(done.failed)} failed" if done.failed else ""))
-    ctx.exit(exit_code(len(done.failed), len(done.failed) + done.read + done.known, "read") if done.failed else 0)
+    ctx.exit(
+        exit_code(len(done.failed), len(done.failed) + done.read + done.known + done.repeated, "read")
+        if done.failed
+        else 0
+    )
 
 
 @index.command()
@@ -280,7 +297,7 @@ def stats(index_folder: Path, as_json: bool) -> None:
     with Store.open(index_folder) as store:
         found = store.stats()
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(found), allow_nan=False))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.documents.items())) or "none"
     limit = "no limit" if found.max_bytes is None else f"limit {found.max_bytes / 2**20:.1f} MiB"
@@ -308,7 +325,8 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
     damaged = sorted({name for names in found.damaged.values() for name in names})
     if as_json:
         facts = {"states": found.records, "damaged": damaged, "damaged_contents": list(found.contents)}
-        click.echo(json.dumps(facts | {"segments": list(found.segments), "without_state": list(found.pending)}))
+        facts |= {"segments": list(found.segments), "without_state": list(found.pending)}
+        click.echo(json.dumps(facts, allow_nan=False))
     else:
         click.echo(f"{index_folder}: {found.records} states read, {len(found.damaged)} damaged")
         for name in damaged:

@@ -13,12 +13,13 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
+import numpy as np
 from PIL import Image
 
 from m0kit.errors import ImageError, InputError
@@ -64,6 +65,28 @@ class Pair:
     document: Content
 
 
+def is_many(value: Any) -> bool:
+    """Whether its items can be meant, and not itself."""
+    single = (str, bytes, bytearray, memoryview, Mapping, os.PathLike, Image.Image)
+    return isinstance(value, Iterable) and not isinstance(value, single)
+
+
+def check_many(value: Any, what: str, expected: str) -> None:
+    """Raises InputError where `value` is one thing and not, as it should be, `expected`: a string is no list."""
+    if not is_many(value):
+        one = what.removesuffix("s")
+        raise InputError(
+            f"{what}: expected {expected}, got {type(value).__name__}. "
+            f"To pass one {one}, pass a list that holds it: [{one}]."
+        )
+
+
+def as_list(value: Any, what: str, expected: str) -> list[Any]:
+    """The items of `value`. Raises InputError as `check_many` does."""
+    check_many(value, what, expected)
+    return list(value)
+
+
 def parse_pair(value: Any, where: str) -> Pair:
     """(query, document) or {"query": …, "document": …}. Raises InputError naming `where`."""
     if isinstance(value, Mapping):
@@ -71,10 +94,10 @@ def parse_pair(value: Any, where: str) -> Pair:
         if len(value) < 2:
             raise InputError(f'{where}: expected both "query" and "document", got only {_names(value)}.')
         query, document = value["query"], value["document"]
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
         if len(value) != 2:
             raise InputError(f"{where}: expected (query, document), got {len(value)} items.")
-        query, document = value
+        query, document = value.tolist() if isinstance(value, np.ndarray) else value  # a row of a table
     else:
         raise InputError(
             f"{where}: expected (query, document), got {type(value).__name__}. "

@@ -491,7 +491,7 @@ def _finish(journal: _Journal, source: Path, output: Path, resumed: int) -> Summ
         with _written_aside(listed) as file:
             for result in journal.results("error IS NOT NULL"):
                 line = {"row": result.number, "id": json.loads(result.id or "null"), "error": result.error}
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
     else:
         listed.unlink(missing_ok=True)
     has_id = journal.count("id IS NOT NULL") > 0
@@ -546,7 +546,7 @@ def _write_json(file: Any, results: Iterable[Scored], has_id: bool) -> None:
             "truncated": result.truncated,
             "error": result.error,
         }
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def _float32(value: float | None) -> float | None:

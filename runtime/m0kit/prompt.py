@@ -7,8 +7,9 @@ never become one (the published tokenizer would take `<|image_pad|>` in a text f
 """
 
 import copy
+import hashlib
+import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -16,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from m0kit.cache import Cache
 from m0kit.config import PromptConfig
 from m0kit.errors import ArtifactDamagedError, InputError
+from m0kit.tokens import Encoder
 
-# Documents that are remembered in tokens, for the next query: tokenising one of 768 tokens takes longer than a
-# hundredth of scoring a query on it.
-_DOCUMENTS: Final = 512
+# Bytes of documents that are remembered in tokens, for the next query: 3,000 of 768 tokens. Tokenising one takes longer
+# than a hundredth of scoring a query on it.
+_REMEMBERED: Final = 32 << 20
 # A token is a byte of the normalised text at least, and Unicode's NFC makes at most three bytes of one.
 _MOST_TOKENS_PER_BYTE: Final = 3
 
@@ -78,14 +81,15 @@ class PromptBuilder:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # as text
         self._tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer)
         self._config = config
-        self.document = lru_cache(maxsize=_DOCUMENTS)(self._build_document)
+        self._documents = Cache(_REMEMBERED)
 
     def with_limits(self, config: PromptConfig) -> "PromptBuilder":
         """The same tokenizer under another configuration."""
         other = copy.copy(self)
         other._config = config
-        other.document = lru_cache(maxsize=_DOCUMENTS)(other._build_document)
+        other._documents = Cache(_REMEMBERED)
         return other
 
     def build(self, query: str | ImageTokens, document: "str | ImageTokens | PromptDocument") -> Prompt:
@@ -98,15 +102,16 @@ class PromptBuilder:
         config = self._config
         if not isinstance(document, PromptDocument):
             document = self.document(document)
-        prefix = document.prefix
+        prefix, kept = document.prefix, config.max_length - 1
         if isinstance(query, ImageTokens):
             used, rest = len(prefix), self._image(query)
         else:
-            whole = np.asarray(self._encode(document.text + query), np.int64)
             start = document.before_text
+            # One more than are kept tells that some are lost.
+            whole = np.asarray(self._encoder.start(document.text + query, kept - start + 1), np.int64)
             used = start + _common_length(whole, prefix[start:])
             rest = whole[used - start :].tolist()
-        kept, pad = config.max_length - 1, config.image_pad_id
+        pad = config.image_pad_id
         truncated = used + len(rest) > kept
         used, own = min(used, kept), rest[: max(kept - used, 0)]
         expected = int((prefix == pad).sum()) + (query.num_tokens if isinstance(query, ImageTokens) else 0)
@@ -124,30 +129,35 @@ class PromptBuilder:
             query_truncated=truncated,
         )
 
+    def document(self, document: str | ImageTokens) -> PromptDocument:
+        """What a document fixes, whatever the query will be; remembered for the next query."""
+        key = hashlib.sha256(document.encode()).digest() if isinstance(document, str) else document
+        known: PromptDocument | None = self._documents.get(key)
+        if known is None:
+            known = self._build_document(document)
+            num_bytes = known.prefix.nbytes + sys.getsizeof(known.text)
+            self._documents.put(key, known, num_bytes=num_bytes, cost=len(known.prefix))
+        return known
+
     def _build_document(self, document: str | ImageTokens) -> PromptDocument:
-        """What a document fixes, whatever the query will be; `document` remembers it for the next query."""
         config = self._config
         if isinstance(document, ImageTokens):
-            before = self._encode(config.document_header) + self._image(document)
+            before = self._encoder.all(config.document_header) + self._image(document)
             text, truncated = config.query_header, False
         else:
             limit, before, truncated = config.max_document_length, [], False
             if _MOST_TOKENS_PER_BYTE * len(document.encode()) >= limit:
-                own = self._encode(document)
+                own = self._encoder.start(document, limit + 1)
                 truncated = len(own) > limit
                 if len(own) >= limit:  # decoded back even when nothing is lost, as published
                     document = self._tokenizer.decode(own[:limit], skip_special_tokens=False)
             text = config.document_header + document + config.query_header
-        prefix = np.asarray([*before, *self._encode(text)], np.int64)
+        prefix = np.asarray([*before, *self._encoder.all(text)], np.int64)
         return PromptDocument(prefix, text, len(before), truncated)
 
     def _image(self, image: ImageTokens) -> list[int]:
         config = self._config
         return [config.vision_start_id, *[config.image_pad_id] * image.num_tokens, config.vision_end_id]
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
 
 def _common_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

@@ -9,29 +9,41 @@ the names that users of other rerankers know. A score never depends on what else
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
+import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit import sessions
+from m0kit import forks, sessions
 from m0kit.artifact import KV, TOKENIZER, Kept, Manifest, decoder_name, read_manifest, verify_files
-from m0kit.cache import Cache
+from m0kit.cache import Cache, Once
 from m0kit.config import ModelConfig
-from m0kit.errors import ArtifactError, InputError, RecordDamagedError, StoreError
+from m0kit.errors import (
+    ArtifactError,
+    DependencyError,
+    InputError,
+    M0kitError,
+    RecordDamagedError,
+    ScoreError,
+    StoreError,
+)
 from m0kit.image import patchify
 from m0kit.images import ENCODING_COST, Images
-from m0kit.inputs import Content, Known, Picture, Text, parse_pair
+from m0kit.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
 from m0kit.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
 from m0kit.positions import mrope_positions
 from m0kit.precision import check_device
@@ -43,6 +55,7 @@ from m0kit.trace import Trace
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+OnError = Literal["raise", "mark"]
 
 # Bytes of pasts in one run: a query on 18 pages at a time in float16, enough rows for products at full speed.
 PAST_BYTES: Final = 384 << 20
@@ -74,16 +87,23 @@ class _Pair:
 
 @dataclass(slots=True, eq=False)
 class Document:
-    """A document of the call and the pairs that ask about it."""
+    """What documents of equal tokens and pixels share in a call: one state, and the pairs that ask about it.
 
-    prompt: PromptDocument
+    Each keeps its own `PromptDocument`: a whole document may begin as one that was cut.
+    """
+
+    prefix: Int64
     images: tuple[str, ...]  # keys
     key: bytes  # of its state
     pairs: list[_Pair] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        return len(self.prompt.prefix)
+        return len(self.prefix)
+
+
+# A call's documents by what they were given as, and by key: what those of one key share, and each one's own prompt.
+Documents = dict[Any, tuple[Document, PromptDocument]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +127,11 @@ class _Part:
 
 
 class Reranker:
-    """An opened artifact. Thread-safe: every call keeps its state to itself."""
+    """An opened artifact. Thread-safe: every call keeps its state to itself. A context manager.
+
+    A forked child opens the graphs again on first use; a pickled one is loaded again from the same places. A copy
+    shares the graphs.
+    """
 
     tile = TILE  # to which runs are filled up; 1 for those who count what a run sees
 
@@ -122,6 +146,7 @@ class Reranker:
         cache_bytes: int = 0,
         kv: str = "fp32",
         store: Store | None = None,
+        device: str = "cpu",
     ):
         self.manifest = manifest
         self.config = config
@@ -130,6 +155,7 @@ class Reranker:
         self._prompts = PromptBuilder(folder / TOKENIZER, config.prompt)
         self.low_memory = low_memory
         self.kv = kv
+        self.device = device
         self._vision, self._decoder, self._head = (
             _Opened(partial(opener, folder, name)) for name in ("vision", decoder_name(kv), "head")
         )
@@ -139,7 +165,9 @@ class Reranker:
         else:
             self._decoder.open()
         self.cache = Cache(cache_bytes) if cache_bytes else None
+        self._once = Once()
         self.store = store
+        self._loaded: dict[str, Any] | None = None  # arguments of `load`
         self._salt = _salt(manifest, config, kv)
         decoder = config.decoder
         # Artifacts from before documents could be kept: pasts (T_past, K·C), pieces without the number of their past.
@@ -163,7 +191,7 @@ class Reranker:
         kv: Kept | None = None,
         index: str | os.PathLike[str] | None = None,
         open_graph: sessions.GraphOpener | None = None,
-    ) -> "Reranker":
+    ) -> Self:
         """Open an artifact on a device ("cpu", "cuda", "cuda:1", or an execution provider's name).
 
         `memory`: "fast" keeps quantised weights packed for this CPU in memory; "low" leaves int8 weights mapped
@@ -194,6 +222,7 @@ class Reranker:
             config = replace(config, image=replace(config.image, max_pixels=max_pixels))
         if max_length is not None:
             config = replace(config, prompt=replace(config.prompt, max_length=max_length))
+        engine = open_graph
         if open_graph is None:
             check_device(device, manifest.schemes, str(folder))
             # 4-bit products are three times slower unpacked, int8 a little; packed floats gain nothing worth 9 GB.
@@ -201,10 +230,57 @@ class Reranker:
             open_graph = partial(sessions.open_graph, device=device, threads=threads, prepack=prepack)
         verify_files(folder, manifest)
         low = memory == "low"
-        reranker = cls(folder, manifest, config, open_graph, low, cache_bytes=cache_bytes, kv=kv, store=store)
+        reranker = cls(
+            folder, manifest, config, open_graph, low, cache_bytes=cache_bytes, kv=kv, store=store, device=device
+        )
         if store:
             check_identity(store, reranker)
+        reranker._loaded = {
+            "path": folder.absolute(),
+            "device": device,
+            "threads": threads,
+            "memory": memory,
+            "max_pixels": max_pixels,
+            "max_length": max_length,
+            "cache_bytes": cache_bytes,
+            "kv": kv,
+            "index": None if index is None else Path(index).absolute(),
+            "open_graph": engine,
+        }
         return reranker
+
+    def close(self) -> None:
+        """Let the graphs, what is kept in memory and the index go. A run in another thread ends first."""
+        for graph in (self._vision, self._decoder, self._head):
+            graph.close()
+        self.cache = None
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the arguments of `load`. Raises TypeError where these cannot be."""
+        if self._loaded is None:
+            raise TypeError("cannot pickle a Reranker that Reranker.load did not open. Load one in each process.")
+        engine = self._loaded["open_graph"]
+        try:
+            pickle.dumps(engine)
+        except Exception as error:  # whatever its parts raise
+            raise TypeError(
+                f"cannot pickle a Reranker with open_graph={engine!r:.80}, which cannot be pickled itself. "
+                "Give a function of a module, or load one in each process."
+            ) from error
+        return _loaded_again, (type(self), self._loaded)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -218,57 +294,64 @@ class Reranker:
 
     # --- the one method ----------------------------------------------------------------------------
 
-    def evaluate(
-        self, pairs: Iterable[Any], *, on_error: Literal["raise", "mark"] = "mark", progress: bool = False
-    ) -> list[Result]:
+    def evaluate(self, pairs: Iterable[Any], *, on_error: OnError = "mark", progress: bool = False) -> list[Result]:
         """Score (query, document) pairs; one Result each, in input order.
 
         Query and document are text (str), an image (PIL image, path, bytes), or {"text": …} / {"image": …};
         {"id": …} is a document of the index.
         A pair that cannot be scored is marked with its error and costs the others nothing, or, with
-        on_error="raise", raises before anything is run.
+        on_error="raise", raises, before anything is run where that can be known. Raises InputError for `pairs` that
+        are no list.
         """
-        pairs = list(pairs)
+        pairs = as_list(pairs, "pairs", "a list of pairs (query, document)")
         results: list[Result | None] = [None] * len(pairs)
         for position, result in self.stream(pairs, on_error=on_error, progress=progress):
+            assert results[position] is None
             results[position] = result
-        return [result for result in results if result is not None]
+        done = [result for result in results if result is not None]
+        assert len(done) == len(pairs)  # a missing one would shift all that follow
+        return done
 
     def stream(
-        self, pairs: Iterable[Any], *, on_error: Literal["raise", "mark"] = "mark", progress: bool = False
+        self, pairs: Iterable[Any], *, on_error: OnError = "mark", progress: bool = False
     ) -> Iterator[tuple[int, Result]]:
         """As `evaluate`, but gives (position in `pairs`, Result) as soon as it is done, in the order of the work."""
-        pairs = list(pairs)
+        pairs = as_list(pairs, "pairs", "a list of pairs (query, document)")
         images = self.open_images()
-        with tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
-            documents: dict[Any, Document] = {}
+        # tqdm takes a lock of all processes even where it shows nothing; one that is held at a fork stays so.
+        with tqdm(total=len(pairs), unit="pair") if progress else nullcontext() as bar:
+            documents: Documents = {}
             for position, pair in enumerate(pairs):
                 try:
                     self._prepare(position, pair, documents, images)
                 except InputError as error:
                     if on_error == "raise":
                         raise
-                    bar.update()
+                    if bar is not None:
+                        bar.update()
                     yield position, Result(math.nan, math.nan, error)
-            for done, logits in self._work([d for d in dict.fromkeys(documents.values()) if d.pairs], images):
+            work = dict.fromkeys(document for document, _ in documents.values() if document.pairs)
+            for done, logits in self._work(list(work), images):
                 for pair, logit in zip(done, logits, strict=True):
-                    bar.update()
+                    if bar is not None:
+                        bar.update()
                     if isinstance(logit, InputError):
                         if on_error == "raise":
                             raise logit
                         yield pair.position, Result(math.nan, math.nan, logit)
                     else:
-                        yield pair.position, self._result(pair.prompt, float(logit))
+                        yield pair.position, self._result(pair.prompt, logit)
 
     def trace(self, pair: Any, layers: bool = False) -> Trace:
         """Everything one pair produces on its way to the score, for comparison with the reference.
 
-        With `layers` also the last token after each decoder layer, which opens the decoder a second time.
+        With `layers` also the last token after each decoder layer, which opens the decoder a second time. A logit that
+        is not finite is the trace's `error`; its stages tell where that began.
         """
         images = self.open_images()
-        documents: dict[Any, Document] = {}
+        documents: Documents = {}
         self._prepare(0, pair, documents, images)
-        document = next(iter(documents.values()))
+        document, _ = next(iter(documents.values()))
         (ready,) = document.pairs
         keys = document.images + ready.images
         patches = [patchify(images.pixels(key), self.config.image) for key in keys]
@@ -278,8 +361,9 @@ class Reranker:
         part = _Part(document, [ready])
         out = self._decode([part], images, ["hidden", *names], decoder=decoder)
         logit = float(self._logits(out["hidden"])[0])
+        is_finite = math.isfinite(logit)
         # The last layer has the wanted rows alone, the others have all of the run, which may be filled up.
-        last = len(document.prompt.prefix) + len(ready.prompt.suffix) - 1
+        last = document.length + len(ready.prompt.suffix) - 1
         rows = [last] * (len(names) - 1) + [0]
         return Trace(
             token_ids=ready.prompt.token_ids,
@@ -289,35 +373,38 @@ class Reranker:
             image_embeds=tuple(embeds),
             hidden=out["hidden"][0],
             logit=logit,
-            score=self._result(ready.prompt, logit).score,
+            score=self._result(ready.prompt, logit).score if is_finite else math.nan,
             layers=np.stack([out[name][row] for name, row in zip(names, rows, strict=True)]) if layers else None,
+            error=None if is_finite else _not_finite("pair 0: the model's answer"),
         )
 
     # --- its steps ---------------------------------------------------------------------------------
 
     def open_images(self) -> Images:
-        """For the images of one call."""
-        return Images(self.config.image, self._vision, self.cache, self._salt, half=self.kv != "fp32")
+        """For the images of one call. Raises M0kitError after `close`."""
+        if self._head.is_closed:
+            raise M0kitError(f"{self._folder}: this reranker was closed. Load the artifact again.")
+        return Images(self.config.image, self._vision, self.cache, self._once, self._salt, half=self.kv != "fp32")
 
-    def _prepare(self, position: int, pair: Any, documents: dict[Any, Document], images: Images) -> None:
+    def _prepare(self, position: int, pair: Any, documents: Documents, images: Images) -> None:
         """Parse a pair, look at its images, build its prompt, add it to its document. Raises InputError."""
         where = f"pair {position}"
         parsed = parse_pair(pair, where)
-        document = self.document(parsed.document, f"{where}: document", documents, images)
+        document, begun = self.document(parsed.document, f"{where}: document", documents, images)
         query, keys = self._part(parsed.query, f"{where}: query", images)
         try:
-            prompt = self._prompts.build(query, document.prompt)
+            prompt = self._prompts.build(query, begun)
         except InputError as error:
             raise type(error)(f"{where}: {error}") from None
         images.claim(document.images + keys)
         document.pairs.append(_Pair(position, prompt, keys))
 
     def document(
-        self, content: Content, where: str, documents: dict[Any, Document], images: Images, *, keyed: bool = False
-    ) -> Document:
+        self, content: Content, where: str, documents: Documents, images: Images, *, keyed: bool = False
+    ) -> tuple[Document, PromptDocument]:
         """The entry of a document in `documents`, made when it is new, with a key where asked or where states are kept.
 
-        Raises InputError.
+        Documents of one key share the first part of the entry. Raises InputError.
         """
         name = content.key if isinstance(content, Picture) else content
         if name not in documents:
@@ -329,8 +416,9 @@ class Reranker:
             elif keyed or self.keeps:
                 payload = [prompt.prefix.tobytes(), *(images.digest(image) for image in images_of_it)]
                 key = hashlib.sha256(b"document" + self._salt + b"".join(payload)).digest()
-            fresh = Document(prompt, images_of_it, key)
-            documents[name] = documents.setdefault(key, fresh) if key else fresh
+            entry = Document(prompt.prefix, images_of_it, key), prompt
+            shared, _ = documents.setdefault(key, entry) if key else entry
+            documents[name] = shared, prompt
         return documents[name]
 
     def _part(self, content: Content, where: str, images: Images) -> tuple[str | ImageTokens, tuple[str, ...]]:
@@ -362,12 +450,12 @@ class Reranker:
         wanted = {document: self._wanted(document) for document in documents}
         sized = ((d, [sum(images.num_tokens(key) for key in wanted[d])]) for d in documents)
         for some in pack(sized, [LOW_MEMORY_VISUAL_TOKENS]):
-            images.embeds([key for document in some for key in wanted[document]])
+            images.embeds(images.there([key for document in some for key in wanted[document]]))
             yield from self._runs(some, images)
 
     def _wanted(self, document: Document) -> list[str]:
         """The images that must be encoded for a document's pairs."""
-        own = () if self.state(document.key) else document.images
+        own = () if self._has(document.key) else document.images
         return [*own, *(key for pair in document.pairs for key in pair.images)]
 
     def _runs(
@@ -382,7 +470,7 @@ class Reranker:
             for part in run:
                 for pair in part.pairs:
                     images.release(part.document.images + pair.images)
-            yield pairs, logits[: len(pairs)].tolist()
+            yield pairs, [self._answer(*answer) for answer in zip(pairs, logits[: len(pairs)].tolist(), strict=True)]
         if self.store is not None:
             self.store.touch({document.key for document in documents})
         if failed:
@@ -404,6 +492,13 @@ class Reranker:
                 return False
             return True
 
+        def computed(some: Sequence[Document]) -> Iterator[_Part]:
+            for document, state in zip(some, self._states(some, images), strict=True):
+                if state.is_finite:
+                    yield from _split(document, state)
+                else:
+                    failed.extend((pair, state_not_finite(f"pair {pair.position}", self.kv)) for pair in document.pairs)
+
         new: list[Document] = []
         for document in self._ahead(documents):
             document.pairs = [pair for pair in document.pairs if fetched(pair.images, [pair])]
@@ -414,12 +509,10 @@ class Reranker:
                 yield from _split(document, state)
                 continue
             if new and sum(d.length for d in new) + document.length > TOKEN_BUDGET:
-                for known, computed in zip(new, self.compute(new, images), strict=True):
-                    yield from _split(known, computed)
+                yield from computed(new)
                 new = []
             new.append(document)
-        for known, computed in zip(new, self.compute(new, images), strict=True):
-            yield from _split(known, computed)
+        yield from computed(new)
 
     def _ahead(self, documents: Sequence[Document]) -> Iterator[Document]:
         """The documents, while the disk reads the states of those that follow."""
@@ -448,8 +541,20 @@ class Reranker:
                 state = None if raw is None else State.from_bytes(raw, self.config.decoder, self.kv)
         return state
 
+    def _has(self, key: bytes) -> bool:
+        """Whether there is a state, without fetching it: one that turns out damaged, or goes, is computed then."""
+        return (self.cache is not None and key in self.cache) or (
+            self.store is not None and bool(self.store.has([key]))
+        )
+
+    def _states(self, documents: Sequence[Document], images: Images) -> list[State]:
+        """States of documents that were not there, computed here or by another thread that has them in hand."""
+        by_key = {document.key: document for document in documents}
+        known = self.cache.peek if self.cache is not None else lambda _: None
+        return self._once.get(list(by_key), known, lambda keys: self.compute([by_key[key] for key in keys], images))
+
     def compute(self, documents: Sequence[Document], images: Images) -> list[State]:
-        """States of new documents, in one run; they go into the cache."""
+        """States of new documents, in one run; those that are finite go into the cache."""
         if not documents:
             return []
         names = [f"present.{i}.{name}" for i in range(self.config.decoder.num_layers) for name in ("key", "value")]
@@ -459,7 +564,7 @@ class Reranker:
             rows = slice(row, row + document.length)
             state = State.from_presents(out, rows, self.config.decoder, self.kv)
             row = rows.stop
-            if self.cache is not None:
+            if self.cache is not None and state.is_finite:
                 cost = document.length + ENCODING_COST * sum(images.num_tokens(key) for key in document.images)
                 self.cache.put(document.key, state, num_bytes=state.num_bytes, cost=cost)
             states.append(state)
@@ -487,8 +592,8 @@ class Reranker:
         for part in parts:
             document = part.document
             if part.state is None:
-                token_ids.append(document.prompt.prefix)
-                positions.append(self._positions(document.prompt.prefix, document.images, images))
+                token_ids.append(document.prefix)
+                positions.append(self._positions(document.prefix, document.images, images))
                 keys += document.images
             for pair in part.pairs:
                 whole = self._positions(pair.prompt.token_ids, document.images + pair.images, images)
@@ -519,67 +624,148 @@ class Reranker:
         """hidden (B, D) → (B,)"""
         return self._head.run({"hidden": hidden}, ["logit"])["logit"]
 
+    @staticmethod
+    def _answer(pair: _Pair, logit: float) -> float | InputError:
+        """The logit, or why it is none."""
+        return logit if math.isfinite(logit) else _not_finite(f"pair {pair.position}: the model's answer")
+
     def _result(self, prompt: Prompt, logit: float) -> Result:
-        shifted = logit - self.config.prompt.logit_bias
-        # Two forms of the sigmoid, so that neither overflows.
-        score = 1 / (1 + math.exp(-shifted)) if shifted >= 0 else 1 - 1 / (1 + math.exp(shifted))
         cut = (("document", prompt.document_truncated), ("query", prompt.query_truncated))
+        score = sigmoid(logit - self.config.prompt.logit_bias)
         return Result(score, logit, None, tuple(name for name, is_cut in cut if is_cut))
 
     # --- its faces ---------------------------------------------------------------------------------
 
     def score(
-        self, pairs: Iterable[Any], *, raw: bool = False, on_error: Literal["raise", "mark"] = "raise",
+        self, pairs: Iterable[Any], *, raw: bool = False, on_error: OnError = "raise",
         progress: bool = False,
     ) -> Float32:  # fmt: skip
         """Scores between 0 and 1 (with `raw` logits) in input order, float32; NaN for a marked pair.
 
-        Warns of pairs that were cut to the model's length, and of marked ones.
+        A float32 is 1 from a logit of some 20 on, and 0 below −101: the logits still tell such pairs apart, and all
+        rankings here go by them. Warns of pairs that were cut to the model's length, and of marked ones.
         """
+        results = self._scored(pairs, on_error=on_error, progress=progress)
+        return np.asarray([r.logit if raw else r.score for r in results], np.float32)
+
+    def _scored(self, pairs: Iterable[Any], *, on_error: OnError = "raise", progress: bool) -> list[Result]:
+        """The results of `evaluate`, for the faces that have nowhere to say what was cut or left out: they warn."""
         results = self.evaluate(pairs, on_error=on_error, progress=progress)
         for position, result in enumerate(results):
             if result.error:
-                warnings.warn(f"not scored: {result.error}", stacklevel=2)
+                warnings.warn(f"not scored: {result.error}", stacklevel=3)
             for what in result.truncated:
-                warnings.warn(f"pair {position}: the {what} was too long and was cut", stacklevel=2)
-        return np.asarray([r.logit if raw else r.score for r in results], np.float32)
+                warnings.warn(f"pair {position}: the {what} was too long and was cut", stacklevel=3)
+        return results
 
     def predict(
-        self, sentences: Sequence[Any], batch_size: int = 32, show_progress_bar: bool | None = None
-    ) -> Float32 | np.float32:
-        """CrossEncoder's name for `score`: an array for a list of pairs, one number for a single pair.
+        self,
+        inputs: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Any], Any] | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
+        **older: Any,
+    ) -> Any:
+        """CrossEncoder's name for `score`: float32 (B,) for several pairs, one number for a single pair.
 
-        `batch_size` is accepted and has no effect: runs are filled by a token budget.
+        `inputs` (once `sentences`): a list or another iterable of pairs, an array (B, 2), or one pair.
+        `activation_fn` (once `activation_fct`) is applied to logits (B, 1) in place of sigmoid(logit − bias): to a
+        torch tensor where PyTorch is imported, as CrossEncoder does, else to an array. `convert_to_tensor` gives a
+        torch tensor, `convert_to_numpy=False` a list of them. `batch_size`, `chunk_size`, `num_workers` and
+        `apply_softmax` are accepted and have no effect: runs are filled by a token budget, and there is one label.
+        Raises InputError; ValueError for a prompt, a pool or another device than the one of `load`; TypeError for an
+        unknown name; DependencyError where there is no PyTorch for a tensor.
         """
-        del batch_size
-        pairs, single = _listed(sentences)
-        scores = self.score(pairs, progress=bool(show_progress_bar))
-        return np.float32(scores[0]) if single else scores
+        del batch_size, apply_softmax, chunk_size
+        inputs = older.pop("sentences", inputs)
+        activation_fn = older.pop("activation_fct", activation_fn)
+        self._check_options("predict", older, prompt_name=prompt_name, prompt=prompt, device=device, pool=pool)
+        as_tensor = convert_to_tensor or not convert_to_numpy
+        torch = _torch() if as_tensor else None  # before anything is run
+        pairs, single = _listed(inputs)
+        results = self._scored(pairs, progress=bool(show_progress_bar))
+        scores = _activated(results, activation_fn)
+        if torch is None:
+            return np.float32(scores[0]) if single else scores
+        tensor = torch.from_numpy(scores)
+        if single:
+            return tensor[0]
+        return tensor if convert_to_tensor else list(tensor)
 
     def rank(
-        self, query: Any, documents: Sequence[Any], top_k: int | None = None, return_documents: bool = False,
-        batch_size: int = 32, show_progress_bar: bool | None = None,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """CrossEncoder's ranking: [{"corpus_id", "score", "text"?}], best first."""
-        pairs = [(query, document) for document in documents]
-        scores: Any = self.predict(pairs, batch_size, show_progress_bar) if pairs else []
+        self,
+        query: Any,
+        documents: Iterable[Any],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Any], Any] | None = None,
+        device: Any = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
+        **older: Any,
+    ) -> list[dict[str, Any]]:
+        """CrossEncoder's ranking: [{"corpus_id", "score", "text"?}], best first, scores as float.
+
+        `top_k`: how many at most, all for None; ValueError where it is negative. The rest is as in `predict`. With an
+        `activation_fn` the order is that of its values.
+        """
+        del batch_size, chunk_size
+        for name in ("apply_softmax", "convert_to_numpy", "convert_to_tensor"):  # once taken, and without effect there
+            older.pop(name, None)
+        activation_fn = older.pop("activation_fct", activation_fn)
+        self._check_options("rank", older, prompt_name=prompt_name, prompt=prompt, device=device, pool=pool)
+        top_k = _top(top_k, "top_k")
+        documents = as_list(documents, "documents", "a list of documents")
+        results = self._scored([(query, document) for document in documents], progress=bool(show_progress_bar))
+        scores = _activated(results, activation_fn).tolist()
+        order = best_first([result.logit for result in results] if activation_fn is None else scores)
         return [
             {"corpus_id": i, "score": scores[i], **({"text": documents[i]} if return_documents else {})}
-            for i in _best_first(scores)[:top_k]
+            for i in order[:top_k]
         ]
 
+    def _check_options(self, method: str, unknown: dict[str, Any], *, device: Any, pool: Any, **prompts: Any) -> None:
+        """Raises for what CrossEncoder takes and m0kit cannot honour; num_workers has no effect there either."""
+        unknown.pop("num_workers", None)
+        if unknown:
+            raise TypeError(f"{method}() got an unexpected argument {next(iter(unknown))!r}")
+        for name, value in prompts.items():
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r:.40}; the prompt is the published one, part of the artifact.")
+        if pool is not None:
+            raise ValueError("pool: m0kit starts no processes of its own. Leave it out; load with more threads.")
+        if device is not None and str(device).removesuffix(":0") != self.device.removesuffix(":0"):
+            raise ValueError(f"device: got {device!r:.40}, but this one was loaded on {self.device!r}. Load it there.")
+
     def rerank(
-        self, query: Any, documents: Sequence[Any], top_n: int | None = None, return_documents: bool = True
+        self, query: Any, documents: Iterable[Any], top_n: int | None = None, return_documents: bool = True
     ) -> list[dict[str, Any]]:
-        """Jina's and Cohere's ranking: [{"index", "relevance_score", "document"?}], best first."""
-        scores = self.score([(query, document) for document in documents])
+        """Jina's and Cohere's ranking: [{"index", "relevance_score", "document"?}], best first.
+
+        Raises InputError for documents that are no list or cannot be scored, ValueError for a negative `top_n`.
+        """
+        top_n = _top(top_n, "top_n")
+        documents = as_list(documents, "documents", "a list of documents")
+        results = self._scored([(query, document) for document in documents], progress=False)
         return [
             {
                 "index": i,
-                "relevance_score": float(scores[i]),
+                "relevance_score": results[i].score,
                 **({"document": documents[i]} if return_documents else {}),
             }
-            for i in _best_first(scores)[:top_n]
+            for i in best_first([result.logit for result in results])[:top_n]
         ]
 
     def compute_score(
@@ -617,7 +803,8 @@ class Reranker:
                 return declared(pair[0], query_type), declared(pair[1], doc_type)
             return pair  # of another shape: `score` says so
 
-        scores = [float(score) for score in limited.score(map(typed, listed), progress=show_progress)]
+        results = limited._scored([typed(pair) for pair in listed], progress=show_progress)
+        scores = [float(np.float32(result.score)) for result in results]
         return scores[0] if single else scores
 
 
@@ -625,7 +812,7 @@ class _Opened:
     """A graph that is opened when it is needed, and takes the place of its rival where it has one.
 
     Who scores texts alone never pays for the vision encoder. A rival that another thread is running lives until
-    that run ends.
+    that run ends. A forked child opens it again: an engine's threads do not come along.
     """
 
     def __init__(self, opener: Callable[[], sessions.Graph]) -> None:
@@ -633,9 +820,23 @@ class _Opened:
         self._opener = opener
         self._lock = threading.Lock()
         self._graph: sessions.Graph | None = None
+        self.is_closed = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        forks.abandon(self._graph)
+        self._graph = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            self.is_closed = True
+            self._graph = None
 
     def open(self) -> sessions.Graph:
         with self._lock:
+            if self.is_closed:
+                raise M0kitError("this reranker was closed meanwhile. Load the artifact again.")
             graph = self._graph
             if graph is None:
                 if self.rival is not None:
@@ -680,15 +881,79 @@ def _salt(manifest: Manifest, config: ModelConfig, kv: str) -> bytes:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
-def _listed(argument: Any) -> tuple[Any, bool]:
-    """A list of pairs from one pair or a list of pairs, and which of the two it was."""
-    if isinstance(argument, Mapping):
-        return [argument], True
-    first = argument[0] if len(argument) else ()
-    is_list = isinstance(first, list | tuple) or (isinstance(first, Mapping) and "document" in first)
-    return (argument, False) if is_list else ([argument], True)
+def _loaded_again(kind: type[Reranker], arguments: Mapping[str, Any]) -> Reranker:
+    """A pickled one."""
+    return kind.load(**arguments)
 
 
-def _best_first(scores: Any) -> list[int]:
-    """Indices by falling score; equal scores keep their order, NaN comes last."""
-    return [int(i) for i in np.argsort(-np.asarray(scores, np.float64), kind="stable")]
+def _listed(argument: Any) -> tuple[list[Any], bool]:
+    """A list of pairs from one pair or any number of them, and whether it was one, told apart as CrossEncoder does."""
+    if isinstance(argument, np.ndarray):
+        argument = argument.tolist()
+    if isinstance(argument, list | tuple):
+        first = argument[0] if len(argument) else ()
+        many = isinstance(first, list | tuple | np.ndarray) or (isinstance(first, Mapping) and "document" in first)
+        return (list(argument), False) if many else ([argument], True)
+    # What else can be gone through holds pairs; what is one thing is no pair, and `evaluate` says so.
+    return (list(argument), False) if is_many(argument) else ([argument], True)
+
+
+def _top(value: int | None, name: str) -> int | None:
+    """How many of a ranking. Raises ValueError."""
+    if value is not None and value < 0:
+        raise ValueError(f"{name}: got {value}, expected None for all, or how many, 0 or more.")
+    return value
+
+
+def _activated(results: Sequence[Result], function: Callable[[Any], Any] | None) -> Float32:
+    """(B,) scores, or what `function` makes of the logits (B, 1). Raises ValueError where that is of another shape."""
+    if function is None or not results:
+        return np.asarray([result.score for result in results], np.float32)
+    logits = np.asarray([[result.logit] for result in results], np.float32)
+    if torch := sys.modules.get("torch"):
+        with torch.no_grad():
+            values = np.asarray(function(torch.from_numpy(logits)), np.float32)
+    else:
+        values = np.asarray(function(logits), np.float32)
+    if values.shape not in ((len(results), 1), (len(results),)):
+        raise ValueError(f"activation_fn: made shape {values.shape} of logits {logits.shape}; expected the same shape.")
+    return values.reshape(-1)
+
+
+def _torch() -> Any:
+    """PyTorch, which the runtime never needs and some callers want results in. Raises DependencyError."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise DependencyError(
+            "convert_to_tensor=True and convert_to_numpy=False need PyTorch. pip install torch, or leave them out for "
+            "NumPy arrays."
+        ) from None
+
+
+def best_first(logits: Sequence[float]) -> list[int]:
+    """Indices by falling logit; equal ones keep their order, NaN comes last.
+
+    A ranking goes by logits, not by scores: those of two very relevant documents are 1 and 1.
+    """
+    return [int(i) for i in np.argsort(-np.asarray(logits, np.float64), kind="stable")]
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + exp(−value)) in two forms, so that neither overflows nor loses what is near 0."""
+    if value >= 0:
+        return 1 / (1 + math.exp(-value))
+    small = math.exp(value)
+    return small / (1 + small)
+
+
+def _not_finite(what: str) -> ScoreError:
+    return ScoreError(
+        f"{what} is not a finite number. The artifact's precision may be too narrow for this input: check it with "
+        "`m0kit inspect --verify`, use one in fp32, or leave the input out."
+    )
+
+
+def state_not_finite(where: str, kv: str) -> ScoreError:
+    """What is wrong with a document whose `State` is not finite."""
+    return _not_finite(f"{where}: what is kept of the document (keys and values in {kv})")

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from m0kit import forks
 from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
 
 Array = NDArray[Any]
@@ -33,15 +34,23 @@ class GraphOpener(Protocol):
 
 
 class OnnxRuntimeGraph:
-    """One graph in an ONNX Runtime session. Thread-safe, as sessions are."""
+    """One graph in an ONNX Runtime session. Thread-safe, as sessions are; in a forked child it must be opened again."""
 
     def __init__(self, session: Any, name: str, run_options: Any) -> None:
         self._session = session
         self._name = name
         self._run_options = run_options
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """The session's threads are the parent's."""
+        forks.abandon(self._session)
+        self._session = None
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Raises M0kitError when the engine fails, out of memory above all."""
+        """Raises M0kitError when the engine fails, out of memory above all, and in a forked child."""
+        if self._session is None:
+            raise M0kitError(f"the {self._name} graph was opened before this process was forked. Open it again here.")
         try:
             results = self._session.run(list(outputs), dict(feeds), self._run_options)
         except Exception as error:

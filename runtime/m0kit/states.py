@@ -49,19 +49,25 @@ class State:
     def num_bytes(self) -> int:
         return sum(part.nbytes for part in self.buffers)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value is a number: not where a graph overflowed, nor where a value was too large for fp16."""
+        return all(part.dtype == np.uint8 or bool(np.isfinite(part).all()) for part in self.buffers)
+
     @classmethod
     def from_presents(cls, out: Mapping[str, Array], rows: slice, config: DecoderConfig, kv: str) -> "State":
         """Rows of a run's outputs present.{i}.key/.value (K, T, C), copied."""
         layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
         kept = np.empty((layers, 2, heads, rows.stop - rows.start, width), DTYPES[kv])
         table = np.empty((layers if kv == "int8" else 0, 2, 3, heads, width), np.float32)
-        for layer in range(layers):
-            for i, name in enumerate(("key", "value")):
-                values = out[f"present.{layer}.{name}"][:, rows]
-                if kv == "int8":
-                    kept[layer, i], table[layer, i] = _rounded(values)
-                else:
-                    kept[layer, i] = values
+        with np.errstate(over="ignore", invalid="ignore"):  # `is_finite` tells
+            for layer in range(layers):
+                for i, name in enumerate(("key", "value")):
+                    values = out[f"present.{layer}.{name}"][:, rows]
+                    if kv == "int8":
+                        kept[layer, i], table[layer, i] = _rounded(values)
+                    else:
+                        kept[layer, i] = values
         return cls(kept, table)
 
     @classmethod

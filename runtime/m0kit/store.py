@@ -26,7 +26,7 @@ is small.
     with Store.open(folder) as store:
         record = store.get(key)
 
-A store must not be carried over a fork; each process opens its own.
+In a forked child a store has a connection of its own, for reading only.
 """
 
 import errno
@@ -53,6 +53,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit import forks
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
 
 FORMAT_VERSION = 2  # raised when an older m0kit could no longer read the folder rightly
@@ -265,6 +266,7 @@ class Store:
         self._writing = threading.RLock()  # one writing operation at a time; reading goes on meanwhile
         self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # a map lives as long as its views
         self._whole: set[tuple[int, int, int]] = set()  # (segment, start, size) of pieces whose checksum was right
+        self._is_behind = False  # opened in a process of which this one is a forked child
         self._writer: sqlite3.Connection | None = None
         self._db: sqlite3.Connection | None = None
         try:
@@ -286,6 +288,7 @@ class Store:
         except BaseException:
             self.close()
             raise
+        forks.watch(self)
         limited = SEGMENT_BYTES if self.max_bytes is None else self.max_bytes // 32
         self._segment_bytes = min(SEGMENT_BYTES, limited)
 
@@ -341,9 +344,22 @@ class Store:
             raise StoreError(f"{path}: {what}. Give the folder of an index, or make one.")
         return cls(path, writable)
 
+    @property
+    def fork_lock(self) -> threading.RLock:
+        """Held over a fork, so that no thread is inside SQLite then."""
+        return self._lock
+
+    def after_fork(self) -> None:
+        """Leave the connections to the parent: SQLite's must not be used in a child, nor closed there."""
+        forks.abandon((self._db, self._writer))
+        self._lock, self._writing = threading.RLock(), threading.RLock()
+        self._is_behind |= self._db is not None
+        self._db = self._writer = None
+
     def close(self) -> None:
         """Let the files go. Views that `get` gave stay valid."""
         with self._lock:
+            self._is_behind = False
             for connection in (self._db, self._writer):
                 if connection is not None:
                     connection.close()
@@ -513,6 +529,8 @@ class Store:
     def remove(self, ids: Iterable[str]) -> list[str]:
         """Remove documents, and records that no other document needs; return the ids that were not there."""
         self._must_write()
+        if isinstance(ids, str | bytes | Mapping):
+            raise InputError(f"ids: expected a list of ids, got {type(ids).__name__}. Put a single one into a list.")
         absent: list[str] = []
         with self._writing, self._transaction() as db:
             gone: list[tuple[bytes, bytes]] = []
@@ -572,6 +590,9 @@ class Store:
     # The database
 
     def _connection(self) -> sqlite3.Connection:
+        if self._db is None and self._is_behind:
+            self.writable = False  # the lock for writing is the parent's
+            self._db = _connect(self.path / INDEX, "rw", _WAIT_S)
         if self._db is None:
             raise StoreError(f"{self.path}: this index has been closed. Open it again.")
         return self._db
@@ -729,6 +750,11 @@ class Store:
             return False
 
     def _must_write(self) -> None:
+        if self._is_behind:
+            raise StoreError(
+                f"{self.path}: was opened before this process was forked, and may only be read here. Open it again "
+                "once the parent has closed it."
+            )
         if not self.writable:
             raise StoreError(f"{self.path}: opened for reading. Open it with writable=True.")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit.errors import ScoreError
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -21,5 +23,6 @@ class Trace:
     image_embeds: tuple[NDArray[np.float32], ...]  # I × (V, D)
     hidden: NDArray[np.float32]  # (D,) last token, after the final norm
     logit: float
-    score: float  # sigmoid(logit − bias)
+    score: float  # sigmoid(logit − bias); NaN where the logit is not finite
     layers: NDArray[np.float32] | None = None  # (num_layers, D) last token after each decoder layer, on request
+    error: ScoreError | None = None  # of a logit that is not finite

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m0kit.errors import ArtifactError
+from m0kit.reranker import best_first
 from m0kit.trace import Trace
 from m0kit_parity.compare import (
     Verdict,
@@ -18,7 +19,6 @@ from m0kit_parity.compare import (
     compare_ranking,
     compare_scores,
     layer_profile,
-    order,
     overall,
 )
 from m0kit_parity.tolerances import PUBLISHED, STAGES, Tolerance, tolerances
@@ -202,7 +202,7 @@ def test_a_swap_at_exactly_the_ranking_limit_fails() -> None:
 
 
 def test_equal_scores_keep_the_order_of_the_documents() -> None:
-    assert order([0.5, 0.7, 0.5]) == [1, 0, 2]
+    assert best_first([0.5, 0.7, 0.5]) == [1, 0, 2]
     assert compare_ranking([0.5, 0.5], [0.5, 0.5], FP32).verdict is Verdict.PASS
     assert compare_ranking([0.5, 0.5], [0.5, 0.500001], FP32).verdict is Verdict.NEAR_TIE
 
@@ -221,7 +221,7 @@ def test_a_ranking_passes_exactly_when_the_orders_are_equal(reference: list[floa
     scores = reference.copy()
     random.shuffle(scores)
     passed = compare_ranking(reference, scores, FP32).verdict is Verdict.PASS
-    assert passed == (order(reference) == order(scores))
+    assert passed == (best_first(reference) == best_first(scores))
 
 
 def test_published_scores_are_held_to_their_own_noise() -> None:

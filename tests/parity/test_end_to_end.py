@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m0kit import Reranker
+from m0kit.reranker import best_first
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
 from m0kit_parity.adapters import FORMS, write_adapter
 from m0kit_parity.cases import KINDS, Case, builtin_cases
 from m0kit_parity.checkpoints import write_checkpoint
 from m0kit_parity.cli import SMALL
-from m0kit_parity.compare import Verdict, order
+from m0kit_parity.compare import Verdict
 from m0kit_parity.golden import record
 from m0kit_parity.reference import Reference
 from m0kit_parity.report import Report
@@ -152,8 +153,8 @@ def test_the_code_adapter_turns_rankings_round_on_both_sides_alike(small: Path, 
         ours = [reranker.score([(item.query, d) for d in item.documents]) for item in items]
         theirs = [reference.score([(item.query, d) for d in item.documents]) for item in items]
         np.testing.assert_allclose(np.concatenate(ours), np.concatenate(theirs), rtol=0, atol=1e-4)
-        orders[name] = [order(s.tolist()) for s in ours]
-        assert orders[name] == [order(s.tolist()) for s in theirs]
+        orders[name] = [best_first(s.tolist()) for s in ours]
+        assert orders[name] == [best_first(s.tolist()) for s in theirs]
         quality[name] = np.mean(
             [evaluate.ndcg_at_k(s.tolist(), item.relevance) for s, item in zip(ours, items, strict=True)]
         )

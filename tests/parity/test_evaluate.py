@@ -24,7 +24,7 @@ from PIL import Image
 
 from m0kit import Reranker
 from m0kit.artifact import MANIFEST, read_manifest
-from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
+from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
 from m0kit_parity import bench, evaluate
@@ -320,7 +320,7 @@ def test_scores_that_are_not_finite_are_not_ranked(
 ) -> None:
     def overflowing(self: Reranker, pairs: Sequence[Any]) -> list[Any]:
         return [
-            replace(r, score=math.nan) if "cats" in pair[1] else r
+            replace(r, score=math.nan, logit=math.nan, error=ScoreError("no finite number")) if "cats" in pair[1] else r
             for pair, r in zip(pairs, real(self, pairs), strict=True)
         ]
 
@@ -329,7 +329,7 @@ def test_scores_that_are_not_finite_are_not_ranked(
     good, bad = Query("line 1", "q", ("a", "b"), None), Query("line 2", "q", ("a", "cats"), None)
     evaluation, _ = evaluate.compare([base], {"set": [good, bad]}, threads=1, speed=False)
     assert evaluation.sets == {"set": 1}
-    assert re.fullmatch(r"line 2, document 2: .*base gives no finite score.*", evaluation.errors[0])
+    assert re.fullmatch(r"line 2, document 2: .*base: no finite number", evaluation.errors[0])
     with pytest.raises(InputError, match=r"no query could be scored.*line 2"):
         evaluate.compare([base], {"set": [bad]}, threads=1, speed=False)
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,28 @@ def test_text_that_spells_special_tokens_is_text(reranker: Reranker) -> None:
     assert all(len(reranker.trace((text, text)).patches) == 0 for text in texts)
 
 
-@pytest.mark.parametrize("argument", ["a string", {"query": "q", "document": "d"}, ["q", "d"]])
-def test_a_single_pair_where_a_list_belongs_is_explained(reranker: Reranker, argument: Any) -> None:
+def test_a_single_pair_where_a_list_belongs_is_explained(reranker: Reranker) -> None:
     with pytest.raises(InputError, match=r"^pair 0: .*To score one pair, pass a list that holds it"):
-        reranker.score(argument)
+        reranker.score(["q", "d"])
+
+
+SINGLE = ["one string", b"bytes", bytearray(b"b"), {"text": "a"}, {"query": "q", "document": "d"}, Path("a.png"),
+          Image.new("RGB", (60, 60)), 5, None]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", SINGLE, ids=lambda value: type(value).__name__)
+def test_one_thing_where_a_list_is_meant_is_never_taken_apart(reranker: Reranker, argument: Any) -> None:
+    said = rf"expected a list of .*, got {type(argument).__name__}\. To pass one (pair|document), pass a list"
+    for call in (reranker.score, reranker.evaluate, lambda pairs: list(reranker.stream(pairs))):
+        with pytest.raises(InputError, match=f"^pairs: {said}"):
+            call(argument)
+    for rank in (reranker.rank, reranker.rerank):
+        with pytest.raises(InputError, match=f"^documents: {said}"):
+            rank("q", argument)
+    if not isinstance(argument, Mapping) or "query" not in argument:  # one pair is one pair to these two
+        for face in (reranker.predict, reranker.compute_score):
+            with pytest.raises(InputError, match=r"^pair 0: "):
+                face(argument)
 
 
 # --- the artifact ------------------------------------------------------------------------------------

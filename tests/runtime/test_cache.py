@@ -1,15 +1,19 @@
 """The cache keeps what was put, stays under its limit, and lets go what saves the least work per byte."""
 
+import random
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from m0kit.cache import Cache
+from m0kit.cache import Cache, Once
 
 KEYS = [f"key {i}" for i in range(12)]
 LIMIT = 100
@@ -181,3 +185,87 @@ def test_threads_share_a_cache() -> None:
     assert cache.hits + cache.misses == 4 * num_gets
     assert cache.num_bytes == sum(10 + key.number % 7 for key in cache._entries) <= 400
     assert all(cache.get(key) == ("value of", key.number) for key in list(cache._entries))
+
+
+# --- computed once ---------------------------------------------------------------------------------------
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """What works in threads of their own return."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [done.result() for done in [pool.submit(work) for work in works]]
+
+
+class Wanting:
+    """Four threads that want the same values; the first to compute does not end before all have asked."""
+
+    def __init__(self, failure: BaseException | None = None) -> None:
+        self.once, self.failure = Once(), failure
+        self.kept: dict[str, str] = {}
+        self.computed: list[list[str]] = []
+        self._asked = threading.Semaphore(0)
+
+    def compute(self, keys: list[str]) -> list[str]:
+        self.computed.append(keys)
+        if len(self.computed) == 1:
+            for _ in range(4):
+                self._asked.acquire()
+            if self.failure:
+                raise self.failure
+        self.kept |= {key: key.upper() for key in keys}
+        return [self.kept[key] for key in keys]
+
+    def work(self) -> Any:
+        self._asked.release()
+        try:
+            return self.once.get(["a", "b", "a"], self.kept.get, self.compute)
+        except BaseException as error:
+            return error
+
+
+def test_what_several_threads_want_is_computed_by_one() -> None:
+    wanting = Wanting()
+    assert together(*[wanting.work] * 4) == [["A", "B", "A"]] * 4
+    assert wanting.computed == [["a", "b"]]
+    assert wanting.once._flights == {}
+
+
+@pytest.mark.parametrize("failure", [ValueError("mine"), KeyboardInterrupt("mine")], ids=repr)
+def test_what_fails_fails_for_its_own_thread_alone(failure: BaseException) -> None:
+    wanting = Wanting(failure)
+    outcomes = together(*[wanting.work] * 4)
+    assert outcomes.count(failure) == 1
+    assert outcomes.count(["A", "B", "A"]) == 3
+    assert wanting.computed == [["a", "b"]] * 2
+    assert wanting.once._flights == {}
+
+
+def test_what_landed_meanwhile_is_not_computed_again() -> None:
+    assert Once().get(["a"], lambda key: key.upper(), lambda _: pytest.fail("computed")) == ["A"]
+
+
+def test_threads_that_want_each_others_values_never_wait_in_a_ring() -> None:
+    once, cache = Once(), Cache(1 << 20)
+    keys = [f"k{i}" for i in range(12)]
+
+    def compute(some: list[str]) -> list[str]:
+        values = [key.upper() for key in some]
+        for key, value in zip(some, values, strict=True):
+            cache.put(key, value, num_bytes=1, cost=1)
+        return values
+
+    def work(seed: int) -> Callable[[], bool]:
+        def run() -> bool:
+            rng = random.Random(seed)
+            for _ in range(300):
+                some = rng.sample(keys, rng.randint(1, 12))
+                if rng.random() < 0.2:
+                    cache.__init__(1 << 20)  # type: ignore[misc]
+                if once.get(some, cache.peek, compute) != [key.upper() for key in some]:
+                    return False
+            return True
+
+        return run
+
+    assert together(*map(work, range(6))) == [True] * 6
+    assert once._flights == {}

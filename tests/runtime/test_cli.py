@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from m0kit import Reranker, __version__
+from m0kit import Reranker, __version__, sessions
 from m0kit.artifact import read_manifest
 from m0kit.cli import main
 
@@ -673,3 +674,59 @@ def test_interrupting_is_said(m0kit: Callable[..., Done], artifact: Path, monkey
     monkeypatch.setattr(Reranker, "load", interrupted)
     done = m0kit("score", artifact, stdin="")
     assert (done.code, done.out, done.err.strip()) == (130, "", "interrupted")
+
+
+# --- numbers that are none -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pair of every run gets a logit that is not finite."""
+    run = sessions.OnnxRuntimeGraph.run
+
+    def spoiled(self: sessions.OnnxRuntimeGraph, feeds: Any, outputs: Any) -> Any:
+        out = run(self, feeds, outputs)
+        if "logit" in out:
+            out["logit"] = np.array([np.nan, *out["logit"][1:]], np.float32)
+        return out
+
+    monkeypatch.setattr(sessions.OnnxRuntimeGraph, "run", spoiled)
+
+
+def strictly(text: str) -> list[dict[str, Any]]:
+    """JSON lines as parsers in other languages take them, without NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_a_logit_that_is_not_finite_is_an_error_of_its_pair_wherever_it_goes(
+    m0kit: Callable[..., Done], artifact: Path, tmp_path: Path
+) -> None:
+    said = "the model's answer is not a finite number"
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"query": "q", "document": d}) + "\n" for d in ("one", "two", "three")))
+    done = m0kit("score", artifact, pairs)
+    assert done.code == 3
+    assert [sorted(row) for row in strictly(done.out)] == [["error"], ["score"], ["score"]]
+    assert f"error: line 1: pair 0: {said}" in done.err
+    assert m0kit("score", artifact, pairs, "--strict").code == 1
+    output = tmp_path / "scores.jsonl"
+    done = m0kit("score", artifact, pairs, "-o", output)
+    assert (done.code, "1 could not be scored" in done.err) == (3, True)
+    first, *rest = strictly(output.read_text("utf-8"))
+    assert (first["score"], first["logit"]) == (None, None)
+    assert first["error"].startswith(said)
+    assert all(row["score"] is not None and row["error"] is None for row in rest)
+    (listed,) = strictly((tmp_path / "scores.jsonl.errors.jsonl").read_text("utf-8"))
+    assert listed["error"].startswith(said)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    done = m0kit("rerank", artifact, "--query", "q", "--json", tmp_path / "a.txt", tmp_path / "b.txt")
+    assert done.code == 3
+    assert [("error" in row, row["document"][-5:]) for row in strictly(done.out)] == [(False, "b.txt"), (True, "a.txt")]
+    done = m0kit("rerank", artifact, "--query", "q", tmp_path / "a.txt", tmp_path / "b.txt")
+    assert done.lines[1].split()[0] == "error"

@@ -1,6 +1,8 @@
 """Pixels and embeddings are there when they are wanted, whatever room there is, and never those of another file."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m0kit import Reranker, images
+from m0kit import Reranker, images, sessions
+from m0kit.cache import Cache
+from m0kit.inputs import Picture, parse_content
 
 
 @pytest.fixture
@@ -28,9 +32,11 @@ def test_pixels_without_room_are_made_again(
     np.testing.assert_array_equal(reranker.score(pairs), expected)
 
 
+@pytest.mark.parametrize("memory", ["fast", "low"])
 def test_a_file_that_changes_meanwhile_costs_its_own_pairs_only(
-    reranker: Reranker, pages: list[Path], monkeypatch: pytest.MonkeyPatch
+    artifact: Path, pages: list[Path], monkeypatch: pytest.MonkeyPatch, memory: Any
 ) -> None:
+    reranker = Reranker.load(artifact, threads=1, memory=memory)
     pairs: list[Any] = [("what", page) for page in pages] + [(pages[1], "a text"), ("what", "a text")]
     expected = reranker.score(pairs)
     monkeypatch.setattr(images, "PIXEL_BYTES", 0)
@@ -60,3 +66,42 @@ def test_an_image_that_comes_again_is_encoded_once(
     other, again = kept.score([(Image.open(pages[0]).convert("RGB"), "another text"), (pages[0], "a text")])
     assert again == first[0]
     assert np.isfinite(other)
+
+
+def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, pages: list[Path]) -> None:
+    encoded: list[int] = []
+    asked = threading.Semaphore(0)
+
+    def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        inner = sessions.open_graph(folder, name, threads=1, also=also)
+
+        class Graph:
+            def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+                if name == "vision":
+                    for _ in range(4):
+                        asked.acquire()
+                    encoded.append(len(feeds["images"]))
+                    asked.release(4)
+                return inner.run(feeds, outputs)
+
+        return Graph()
+
+    class Asked(Cache):
+        def get(self, key: Any) -> Any:
+            value = super().get(key)
+            if key in images_asked:
+                asked.release()
+            return value
+
+    kept = Reranker.load(artifact, cache_bytes=1 << 24, open_graph=opener)
+    seen = kept.open_images()
+    picture = parse_content(pages[0], "page")
+    assert isinstance(picture, Picture)
+    seen.see(picture, "page")
+    images_asked = {seen._cache_key(picture.key)}
+    kept.cache = Asked(1 << 24)
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda i: kept.score([(f"query {i}", pages[0])])[0], range(4)))
+    assert encoded == [1]
+    expected = Reranker.load(artifact, threads=1).score([(f"query {i}", pages[0]) for i in range(4)])
+    np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)

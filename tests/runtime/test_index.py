@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from m0kit import Reranker
+from m0kit import Reranker, sessions
 from m0kit.cli import cli
 from m0kit.documents import Given
 from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
@@ -583,3 +584,36 @@ def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, r
     subprocess.run(command, capture_output=True, check=True)
     scores = Reranker.load(artifact, threads=1, index=broken).score([("what", {"id": f"d{i}"}) for i in range(60)])
     np.testing.assert_array_equal(scores, expected)
+
+
+def test_a_document_whose_state_is_not_finite_is_an_error_and_not_kept(artifact: Path, tmp_path: Path) -> None:
+    def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        inner = sessions.open_graph(folder, name, threads=1, also=also)
+
+        class Graph:
+            def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+                out = inner.run(feeds, outputs)
+                if "present.1.value" in out:
+                    out["present.1.value"] = np.array(out["present.1.value"])
+                    out["present.1.value"][0, 2, 0] = np.inf  # of the first document of the run
+                return out
+
+        return Graph()
+
+    overflowing = Reranker.load(artifact, kv="fp16", open_graph=opener)
+    with open_index(tmp_path / "library", overflowing) as store:
+        done = add(overflowing, store, [("bad", "one", ""), ("bad too", "one", ""), ("good", "two", "")])
+        assert store.ids() == ["good"]
+    assert (done.read, done.known) == (1, 0)
+    assert [name for name, _ in done.failed] == ["bad", "bad too"]
+    assert "bad: what is kept of the document (keys and values in fp16) is not a finite number" in done.failed[0][1]
+
+
+def test_one_thing_is_no_list_of_documents(reranker_fp16: Reranker, library: Path) -> None:
+    with Store.open(library, writable=True) as store:
+        for one in ("text", b"bytes", {"id": "a", "text": "t"}):
+            with pytest.raises(InputError, match=r"^documents: expected a list of \(id, content, source\), got"):
+                add(reranker_fp16, store, one)  # type: ignore[arg-type]
+            with pytest.raises(InputError, match=r"^ids: expected a list of ids, got"):
+                store.remove(one)  # type: ignore[arg-type]
+        assert len(store) == 5

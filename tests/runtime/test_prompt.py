@@ -307,3 +307,47 @@ def test_with_the_real_vocabulary_prompts_are_the_published_ones(tmp_path: Path)
     )
     # A text may itself end in the score token; another is appended all the same.
     assert builder.build("\U000130a7", "d").token_ids[-2:].tolist() == [100, 100]
+
+
+@settings(max_examples=200)
+@given(parts, parts, st.sampled_from(LIMITS[1:]), st.integers(20, 60))
+def test_of_large_parts_the_prompt_is_the_published_one(
+    builders: Builders,
+    theirs: PreTrainedTokenizerFast,
+    query: Part,
+    document: Part,
+    limits: tuple[int, int],
+    times: int,
+) -> None:
+    """Of which no more is tokenised than is kept."""
+    query, document = (part * times if isinstance(part, str) else part for part in (query, document))
+    expected, image_is_cut = published(theirs, prompt_config(*limits), query, document)
+    if not image_is_cut:
+        prompt = builders[limits].build(query, document)
+        assert prompt.token_ids.tolist() == expected
+        whole, _ = published(theirs, prompt_config(1 << 20, limits[1]), query, document)
+        if not prompt.document_truncated:
+            assert prompt.query_truncated == (len(whole) > limits[0])
+
+
+def test_a_query_of_megabytes_is_cut_like_any_other(builders: Builders, theirs: PreTrainedTokenizerFast) -> None:
+    config = prompt_config()
+    long, longer = ("what is it " * n for n in (20_000, 2_000_000))
+    for query, document in ((longer, "d"), ("q", longer), (longer, longer)):
+        prompt = builders[10240, 512].build(query, document)
+        shorter = [long if part is longer else part for part in (query, document)]
+        expected, _ = published(theirs, config, *shorter)
+        assert prompt.token_ids.tolist() == expected
+        assert (prompt.query_truncated, prompt.document_truncated) == (query is longer, document is longer)
+
+
+def test_what_is_remembered_of_documents_is_bounded(tokenizer_file: Path) -> None:
+    builder = PromptBuilder(tokenizer_file, prompt_config())
+    for i in range(30):
+        builder.document(f"{i} " + "the tide " * 300_000)
+    assert len(builder._documents) == 30  # what was cut is not kept
+    assert builder._documents.num_bytes < 30 * 200_000
+    first = builder.document("a document")
+    assert builder.document("a document") is first
+    assert builder.document(ImageTokens(4)) is builder.document(ImageTokens(4))
+    assert builder._documents.max_bytes == 32 << 20

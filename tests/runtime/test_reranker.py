@@ -5,6 +5,8 @@ import gc
 import io
 import math
 import random
+import re
+import sys
 import threading
 import time
 import warnings
@@ -13,17 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit import Reranker, Result, sessions
-from m0kit.errors import ImageError, InputError, M0kitError
+from m0kit.artifact import KV
+from m0kit.cache import Cache
+from m0kit.errors import DependencyError, ImageError, InputError, M0kitError, ScoreError
+from m0kit.reranker import best_first, sigmoid
 from m0kit_parity.reference import Reference
 
 # fp32 noise of another batch; the tiny model's scores of different pairs lie 1e-2 to 1 apart.
@@ -282,6 +289,89 @@ def test_a_document_is_read_once_for_its_queries(counting: tuple[Reranker, Count
     assert len([name for name, _ in graphs.runs if name == "decoder"]) == 1
 
 
+class Gathering:
+    """Opens graphs whose decoder computes no state before so many threads have asked the cache for one."""
+
+    def __init__(self, count: int, failing: bool = False) -> None:
+        self.count, self.failing = count, failing
+        self.asked = threading.Semaphore(0)
+        self.states: list[int] = []  # rows of each run that makes states
+
+    def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        inner, gathering = sessions.open_graph(folder, name, threads=1, also=also), self
+
+        class Graph:
+            def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+                if "present.0.key" in outputs:
+                    for _ in range(gathering.count):
+                        gathering.asked.acquire()
+                    gathering.asked.release(gathering.count)
+                    gathering.states.append(len(feeds["token_ids"]))
+                    if gathering.failing and len(gathering.states) == 1:
+                        raise M0kitError("no memory")
+                return inner.run(feeds, outputs)
+
+        return Graph()
+
+    def cache(self) -> Cache:
+        asked = self.asked
+
+        class Asked(Cache):
+            def get(self, key: Any) -> Any:
+                value = super().get(key)
+                asked.release()
+                return value
+
+        return Asked(1 << 26)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_new_document_that_several_threads_ask_about_is_computed_once(artifact: Path, memory: Any) -> None:
+    gathering = Gathering(4)
+    reranker = Reranker.load(artifact, cache_bytes=1 << 26, memory=memory, open_graph=gathering)
+    reranker.cache = gathering.cache()
+    document = "the tide comes in and goes out again " * 10
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda i: reranker.score([(f"query {i}", document)])[0], range(4)))
+    assert len(gathering.states) == 1
+    expected = Reranker.load(artifact, threads=1).score([(f"query {i}", document) for i in range(4)])
+    np.testing.assert_allclose(scores, expected, atol=SAME, rtol=0)
+
+
+def test_a_thread_that_fails_leaves_the_others_their_document(artifact: Path) -> None:
+    gathering = Gathering(4, failing=True)
+    reranker = Reranker.load(artifact, cache_bytes=1 << 26, open_graph=gathering)
+    reranker.cache = gathering.cache()
+
+    def work(number: int) -> Any:
+        try:
+            return float(reranker.score([(f"query {number}", "the tide")])[0])
+        except M0kitError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(work, range(4)))
+    assert outcomes.count("no memory") == 1
+    assert len(gathering.states) == 2
+    assert all(0 < outcome < 1 for outcome in outcomes if isinstance(outcome, float))
+
+
+def test_low_memory_fetches_a_kept_state_once(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = Reranker.load(artifact, threads=1, memory="low", cache_bytes=1 << 26)
+    pairs = [(f"query {i}", f"document {i % 3}") for i in range(6)]
+    expected = reranker.score(pairs)
+    fetched: Counter[bytes] = Counter()
+    state = Reranker.state
+
+    def counted(self: Reranker, key: bytes) -> Any:
+        fetched[key] += 1
+        return state(self, key)
+
+    monkeypatch.setattr(Reranker, "state", counted)
+    np.testing.assert_array_equal(reranker.score(pairs), expected)
+    assert sorted(fetched.values()) == [1, 1, 1]
+
+
 def test_images_made_on_the_fly_are_not_mistaken_for_each_other(reranker: Reranker, picture: Make) -> None:
     """A lazy data set makes an image when it is asked for; once freed, its identity may be given to the next."""
     made: list[weakref.ref[Image.Image]] = []
@@ -436,11 +526,179 @@ def test_raw_scores_are_logits(reranker: Reranker, expected: list[float]) -> Non
     assert np.abs(logits - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("logit", [-1e4, -800.0, -5.0, 2.65, 7.0, 800.0, 1e4])
-def test_no_logit_is_too_large_for_a_score(reranker: Reranker, logit: float) -> None:
-    prompt = reranker._prompts.build("q", "d")
-    score = reranker._result(prompt, logit).score
-    assert score == pytest.approx(1 / (1 + np.exp(-np.longdouble(logit - 2.65))), abs=1e-12)
+@pytest.mark.parametrize("value", [-1e4, -740.0, -40.0, -36.5, -5.0, 0.0, 7.0, 36.0, 800.0, 1e4])
+def test_a_sigmoid_neither_overflows_nor_loses_its_tail(value: float) -> None:
+    wide = 1 / (1 + np.exp(-np.longdouble(value)))
+    assert sigmoid(value) == pytest.approx(float(wide), rel=1e-15, abs=0)  # four roundings of a double
+
+
+class Answering:
+    """Opens graphs whose head gives the logits in `queue`, and all else what it really gives."""
+
+    def __init__(self, logits: Sequence[float]) -> None:
+        self.queue = list(logits)
+
+    def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        inner, answering = sessions.open_graph(folder, name, threads=1, also=also), self
+
+        class Graph:
+            def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+                out = inner.run(feeds, outputs)
+                if name == "head":
+                    count = min(len(answering.queue), len(out["logit"]))
+                    out["logit"][:count] = [answering.queue.pop(0) for _ in range(count)]
+                return out
+
+        return Graph()
+
+
+def test_pairs_whose_scores_are_equal_to_rounding_are_ranked_by_their_logits(artifact: Path) -> None:
+    logits = [60.0, 70.0, -150.0, 65.0, -140.0, 5.0]
+    order = [1, 3, 0, 5, 4, 2]
+    documents = [f"document {i}" for i in range(6)]
+    for name, index in (("rank", "corpus_id"), ("rerank", "index")):
+        reranker = Reranker.load(artifact, open_graph=Answering(logits))
+        assert [hit[index] for hit in getattr(reranker, name)("q", documents)] == order
+    assert best_first([*logits, math.nan]) == [*order, 6]
+
+
+# --- numbers that are none ---------------------------------------------------------------------------
+
+
+class Overflowing:
+    """Opens graphs one of which gives `value` for a marked input: an image of so many patches, or that token."""
+
+    def __init__(self, graph: str, value: float, marked: int) -> None:
+        self.graph, self.value, self.marked = graph, value, marked
+
+    def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
+        inner, overflowing = sessions.open_graph(folder, name, threads=1, also=also), self
+
+        class Graph:
+            def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+                out = {key: np.array(value) for key, value in inner.run(feeds, outputs).items()}
+                if name.startswith(overflowing.graph):
+                    overflowing.spoil(feeds, out)
+                return out
+
+        return Graph()
+
+    def spoil(self, feeds: Mapping[str, Any], out: dict[str, Any]) -> None:
+        if self.graph == "vision":
+            for first, last in feeds["images"]:
+                if last - first == self.marked:
+                    out["image_embeds"][first // 4] = self.value
+            return
+        (rows,) = np.nonzero(feeds["token_ids"] == self.marked)
+        with np.errstate(over="ignore"):
+            for name, value in out.items():
+                if name == "hidden":
+                    value[np.isin(feeds["last_index"], rows + 1)] = self.value
+                else:  # present.0.key
+                    value[:, rows] = self.value
+
+
+@pytest.fixture(scope="module")
+def mark(reranker: Reranker) -> int:
+    """The token that "~" is."""
+    return int(reranker.trace(("~", "d")).token_ids[-2])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_logit_that_is_not_finite_is_an_error_of_its_pair(
+    artifact: Path, reranker: Reranker, mark: int, value: float, memory: Any
+) -> None:
+    pairs = [("good", "the tide"), ("bad ~", "the tide"), ("good", "another"), ("bad ~", "another")]
+    expected = reranker.score([pairs[0], pairs[2]])
+    overflowing = Reranker.load(artifact, memory=memory, open_graph=Overflowing("decoder", value, mark))
+    results = overflowing.evaluate(pairs)
+    for i in (1, 3):
+        assert type(results[i].error) is ScoreError
+        assert re.match(rf"^pair {i}: the model's answer is not a finite number\. .*fp32", str(results[i].error))
+        assert math.isnan(results[i].score)
+        assert math.isnan(results[i].logit)
+    np.testing.assert_allclose([results[0].score, results[2].score], expected, atol=SAME, rtol=0)
+    with pytest.warns(UserWarning, match="not scored: pair 1: the model's answer"):
+        scores = overflowing.score(pairs, on_error="mark")
+    assert np.isnan(scores).tolist() == [False, True, False, True]
+    for call in (
+        overflowing.score,
+        overflowing.predict,
+        overflowing.compute_score,
+        lambda pairs: list(overflowing.stream(pairs, on_error="raise")),
+        lambda _: overflowing.rank("bad ~", ["the tide"]),
+        lambda _: overflowing.rerank("bad ~", ["the tide"]),
+    ):
+        with pytest.raises(ScoreError, match="not a finite number"):
+            call(pairs)
+    trace = overflowing.trace(pairs[1])
+    assert type(trace.error) is ScoreError
+    assert not np.isfinite(trace.hidden).all()
+    assert math.isnan(trace.score)
+    assert overflowing.trace(pairs[0]).error is None
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_is_never_kept(artifact: Path, mark: int, kv: Any, value: float) -> None:
+    opener = Overflowing("decoder", value, mark)
+    kept = Reranker.load(artifact, kv=kv, cache_bytes=1 << 26, open_graph=opener)
+    expected = Reranker.load(artifact, kv=kv, threads=1).evaluate([("q", "a good one")])[0]
+    for _ in range(2):
+        bad, good = kept.evaluate([("q", "a bad one ~"), ("q", "a good one")])
+        assert type(bad.error) is ScoreError
+        assert re.match(rf"^pair 0: what is kept of the document \(keys and values in {kv}\) is not", str(bad.error))
+        assert good == expected
+        assert len(kept.cache) == 1  # type: ignore[arg-type]
+
+
+def test_what_fp16_cannot_hold_is_an_error_and_fp32_can(artifact: Path, mark: int) -> None:
+    pair, opener = ("q", "a document ~"), Overflowing("decoder", 1e5, mark)
+    (bad,) = Reranker.load(artifact, kv="fp16", open_graph=opener).evaluate([pair])
+    assert type(bad.error) is ScoreError
+    (good,) = Reranker.load(artifact, cache_bytes=1 << 26, open_graph=opener).evaluate([pair])
+    assert good.error is None
+
+
+def test_an_image_that_overflows_costs_itself_alone_and_is_not_kept(artifact: Path, picture: Make) -> None:
+    bad, good = picture(56, 84), picture(56, 56)
+    for options in ({}, {"cache_bytes": 1 << 26}):
+        reranker = Reranker.load(artifact, open_graph=Overflowing("vision", math.nan, 24), **options)  # type: ignore[arg-type]
+        results = reranker.evaluate([("q", bad), ("q", good), (good, bad), ("q", "a text")])
+        assert [type(result.error) for result in results] == [ScoreError, type(None), ScoreError, type(None)]
+        expected = Reranker.load(artifact, threads=1).score([("q", good), ("q", "a text")])
+        np.testing.assert_allclose([results[1].score, results[3].score], expected, atol=SAME, rtol=0)
+    assert reranker.cache is not None
+    assert len(reranker.cache) == 3  # two documents, one image
+
+
+# --- what was cut is said of the pair it was cut from -------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_bytes": 1 << 26}, {"kv": "fp16"}], ids=str)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_whole_document_is_not_called_cut_nor_a_cut_one_whole(
+    artifact: Path, options: dict[str, Any], turn: int
+) -> None:
+    """Their prefixes are equal, so they share a state."""
+    short = Reranker.load(artifact, threads=1, max_length=1024, **options)
+    whole, cut = "z" * 512, "z" * 513
+    pairs = [("q", whole), ("\nq", whole), ("q", cut), ("\nq", cut), ("q", "é"), ("q", "e\u0301")][::turn]
+    said = [(), (), ("document",), ("document",), (), ()][::turn]
+    for _ in range(2):
+        results = short.evaluate(pairs)
+        assert [result.truncated for result in results] == said
+        alone = [short.evaluate([pair])[0] for pair in pairs]
+        assert [result.truncated for result in alone] == said
+        np.testing.assert_allclose([r.score for r in results], [r.score for r in alone], atol=SAME, rtol=0)
+
+
+def test_a_result_that_is_missing_is_never_passed_over(reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Reranker.stream
+    monkeypatch.setattr(Reranker, "stream", lambda *args, **options: list(stream(*args, **options))[:-1])
+    with pytest.raises(AssertionError):
+        reranker.evaluate([("q", "d"), ("q", "e")])
 
 
 def test_predict_takes_a_list_or_a_single_pair(reranker: Reranker, expected: list[float], picture: Make) -> None:
@@ -462,11 +720,141 @@ def test_predict_takes_a_list_or_a_single_pair(reranker: Reranker, expected: lis
     assert isinstance(reranker.predict((image, "text")), np.float32)
 
 
+# sentence-transformers 6.2.0, CrossEncoder: names in order, with their defaults.
+PREDICT = {
+    "inputs": Parameter.empty, "prompt_name": None, "prompt": None, "batch_size": 32, "show_progress_bar": None,
+    "activation_fn": None, "apply_softmax": False, "convert_to_numpy": True, "convert_to_tensor": False,
+    "device": None, "pool": None, "chunk_size": None, "kwargs": Parameter.empty,
+}  # fmt: skip
+RANK = {
+    "query": Parameter.empty, "documents": Parameter.empty, "top_k": None, "return_documents": False,
+    "prompt_name": None, "prompt": None, "batch_size": 32, "show_progress_bar": None, "activation_fn": None,
+    "device": None, "pool": None, "chunk_size": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("predict", PREDICT), ("rank", RANK)])
+def test_the_arguments_are_cross_encoders(name: str, theirs: dict[str, Any]) -> None:
+    ours = dict(signature(getattr(Reranker, name)).parameters)
+    assert ours.pop("older").kind is Parameter.VAR_KEYWORD
+    del ours["self"]
+    named = {key: default for key, default in theirs.items() if key != "kwargs"}
+    assert list(ours) == list(named)
+    for key, default in named.items():
+        assert default is Parameter.empty or ours[key].default == default, key
+
+
+@pytest.mark.parametrize(("name", "written"), [("predict", PREDICT), ("rank", RANK)])
+def test_the_arguments_written_down_here_are_those_of_the_package(name: str, written: dict[str, Any]) -> None:
+    theirs = pytest.importorskip("sentence_transformers", minversion="6.2").CrossEncoder
+    found = dict(signature(getattr(theirs, name)).parameters)
+    del found["self"]
+    assert {key: parameter.default for key, parameter in found.items()} == written
+
+
+def test_arguments_without_an_effect_have_none(reranker: Reranker, expected: list[float], order: list[int]) -> None:
+    pairs = [("slm markdown", document) for document in DOCUMENTS]
+    common: dict[str, Any] = {"batch_size": 1, "chunk_size": 7, "num_workers": 2, "show_progress_bar": False}
+    for device in ("cpu", "cpu:0", torch.device("cpu")):
+        scores = reranker.predict(pairs, None, None, apply_softmax=True, pool=None, device=device, **common)
+        np.testing.assert_allclose(scores, expected, atol=SAME, rtol=0)
+    common |= dict.fromkeys(("apply_softmax", "convert_to_numpy", "convert_to_tensor"), True)
+    assert [hit["corpus_id"] for hit in reranker.rank("slm markdown", DOCUMENTS, **common)] == order
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"prompt": "Rank: "}, r"prompt: got 'Rank: '; the prompt is the published one"),
+        ({"prompt_name": "query"}, r"prompt_name: got 'query'"),
+        ({"pool": {"input": 1}}, r"pool: m0kit starts no processes"),
+        ({"device": "cuda:1"}, r"device: got 'cuda:1', but this one was loaded on 'cpu'"),
+        ({"device": ["cpu", "cpu"]}, r"device: got \['cpu', 'cpu'\]"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(reranker: Reranker, option: dict[str, Any], said: str) -> None:
+    for call in (partial(reranker.predict, [("q", "d")]), partial(reranker.rank, "q", ["d"])):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            call(**option)
+        with pytest.raises(TypeError, match=r"got an unexpected argument 'processing_kwargs'"):
+            call(processing_kwargs={})
+
+
+def test_predict_takes_arrays_generators_and_the_older_name(reranker: Reranker, expected: list[float]) -> None:
+    pairs = [("slm markdown", document) for document in DOCUMENTS]
+    objects = np.empty((4, 2), object)
+    objects[:] = pairs
+    for form in (np.array(pairs), objects, (pair for pair in pairs), map(list, pairs), [np.array(p) for p in pairs]):
+        scores = reranker.predict(form)
+        assert (scores.dtype, scores.shape) == (np.float32, (4,))
+        np.testing.assert_allclose(scores, expected, atol=SAME, rtol=0)
+    np.testing.assert_allclose(reranker.predict(sentences=pairs), expected, atol=SAME, rtol=0)
+    np.testing.assert_allclose(reranker.score(np.array(pairs)), expected, atol=SAME, rtol=0)
+    assert reranker.predict(np.array(pairs[0])) == pytest.approx(expected[0], abs=SAME)
+    assert [hit["corpus_id"] for hit in reranker.rank("slm markdown", np.array(DOCUMENTS))] == best_first(expected)
+    assert [hit["index"] for hit in reranker.rerank("slm markdown", iter(DOCUMENTS))] == best_first(expected)
+
+
+def test_an_activation_is_applied_to_the_logits(
+    reranker: Reranker, order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [("slm markdown", document) for document in DOCUMENTS]
+    logits = reranker.score(pairs, raw=True)
+    for name in ("activation_fn", "activation_fct"):
+        np.testing.assert_array_equal(reranker.predict(pairs, **{name: torch.nn.Identity()}), logits)
+    one = reranker.predict(pairs[0], activation_fn=torch.nn.Tanh())
+    assert one == pytest.approx(np.tanh(logits[0]), abs=1e-6)  # another shape of products and another tanh
+    weighted = reranker.predict(pairs, activation_fn=torch.nn.PReLU(init=2.0))  # has a gradient
+    np.testing.assert_allclose(weighted, np.where(logits < 0, 2 * logits, logits))
+    turned = reranker.rank("slm markdown", DOCUMENTS, activation_fn=lambda x: -x)
+    assert [hit["corpus_id"] for hit in turned] == order[::-1]
+    assert [hit["score"] for hit in turned] == [-logits[i] for i in order[::-1]]
+    with pytest.raises(ValueError, match=r"^activation_fn: made shape \(\) of logits \(4, 1\)"):
+        reranker.predict(pairs, activation_fn=lambda x: x.sum())
+    monkeypatch.delitem(sys.modules, "torch")
+    seen = reranker.predict(pairs, activation_fn=lambda x: x + 1 if type(x) is np.ndarray else x)
+    np.testing.assert_array_equal(seen, logits + 1)
+
+
+def test_tensors_are_given_where_asked_for_and_where_pytorch_is(
+    reranker: Reranker, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [("slm markdown", document) for document in DOCUMENTS]
+    tensor = reranker.predict(pairs, convert_to_tensor=True, convert_to_numpy=False)
+    assert (type(tensor), tensor.dtype, tuple(tensor.shape)) == (torch.Tensor, torch.float32, (4,))
+    np.testing.assert_allclose(tensor.numpy(), expected, atol=SAME, rtol=0)
+    many = reranker.predict(pairs, convert_to_numpy=False)
+    assert [type(one) for one in many] == [torch.Tensor] * 4
+    assert torch.equal(torch.stack(many), tensor)
+    one = reranker.predict(pairs[0], convert_to_tensor=True)
+    assert (type(one), one.dim()) == (torch.Tensor, 0)
+    assert tuple(reranker.predict([], convert_to_tensor=True).shape) == (0,)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for options in ({"convert_to_tensor": True}, {"convert_to_numpy": False}):
+        with pytest.raises(DependencyError, match=r"need PyTorch\. pip install torch, or leave them out"):
+            reranker.predict(pairs, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("top", "count"), [(None, 4), (0, 0), (1, 1), (4, 4), (9, 4), (np.int64(2), 2)])
+def test_a_ranking_is_as_long_as_asked_for(reranker: Reranker, order: list[int], top: Any, count: int) -> None:
+    assert [hit["corpus_id"] for hit in reranker.rank("slm markdown", DOCUMENTS, top)] == order[:count]
+    assert [hit["index"] for hit in reranker.rerank("slm markdown", DOCUMENTS, top)] == order[:count]
+
+
+def test_a_negative_length_is_refused(reranker: Reranker) -> None:
+    """Python's slices would leave out the worst one."""
+    with pytest.raises(ValueError, match=r"^top_k: got -1, expected None for all, or how many"):
+        reranker.rank("q", DOCUMENTS, top_k=-1)
+    with pytest.raises(ValueError, match=r"^top_n: got -1, expected None for all, or how many"):
+        reranker.rerank("q", DOCUMENTS, top_n=-1)
+
+
 def test_rank_has_cross_encoders_names(reranker: Reranker, expected: list[float], order: list[int]) -> None:
     ranked = reranker.rank("slm markdown", DOCUMENTS)
     assert [hit["corpus_id"] for hit in ranked] == order
     assert [set(hit) for hit in ranked] == [{"corpus_id", "score"}] * 4
     assert all(hit["score"] == pytest.approx(expected[hit["corpus_id"]], abs=SAME) for hit in ranked)
+    assert {type(hit["score"]) for hit in ranked} == {float}
     top = reranker.rank("slm markdown", DOCUMENTS, top_k=2, return_documents=True, batch_size=8)
     assert [(hit["corpus_id"], hit["text"]) for hit in top] == [(i, DOCUMENTS[i]) for i in order[:2]]
 

@@ -22,6 +22,7 @@ from typing import Final
 
 from PIL import Image
 
+from m0kit.reranker import best_first
 from m0kit_parity.small import corpus, pages
 
 KINDS: Final = ("text", "across", "code", "pages")
@@ -52,8 +53,7 @@ def ndcg_at_k(scores: Sequence[float], relevance: Sequence[int], k: int = 10) ->
     best = dcg(sorted(relevance, reverse=True), k)
     if best == 0:
         raise ValueError("nDCG needs at least one relevant document")
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    return dcg([relevance[i] for i in order], k) / best
+    return dcg([relevance[i] for i in best_first(scores)], k) / best
 
 
 def chance_ndcg(relevance: Sequence[int], k: int = 10) -> float:

@@ -1,0 +1,148 @@
+"""From text to token ids, and to the first so many of them in bounded time. Owns the tokenizer's rules.
+
+    Encoder(tokenizer).start(text, 9729)      # ids of all of a short text, the first 9,729 at least of one of 20 MB
+
+A tokenizer takes seconds and hundreds of megabytes for each megabyte of text, of which a prompt keeps some tens of
+kilobytes. `start` tokenises no more than it must, and gives exactly the ids of the whole. It rests on three facts:
+
+- NFC changes nothing across a place where a character follows that neither reorders nor composes with what is before.
+- Qwen2's pattern is matched from left to right without looking back, and each of its alternatives but those for blanks
+  looks one character beyond its end at most, those for blanks not beyond the blanks. So in a text that is cut, all
+  pieces are those of the whole but the last, or the blanks at the end.
+- Byte pair encoding of a piece never merges across a boundary between two tokens of its result, so up to a boundary the
+  result is that of the text up to there. Which boundary follows a place in the piece is not known before its end is
+  seen, but it can only be where some token ends that reaches across the place; what all of those agree on is certain.
+
+For another tokenizer than Qwen2's, and where all this finds nothing, the whole text is tokenised.
+"""
+
+import json
+import re
+from typing import Any, Final
+
+from tokenizers import Tokenizer, models, normalizers
+
+# Qwen2's pattern (transformers, models/qwen2/tokenization_qwen2.py): contractions, letters with one leading character,
+# single digits, punctuation, line breaks, blanks.
+PATTERN: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PIECES: Final = [
+    {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+]
+# Characters per token of a first try: most texts have fewer.
+_WIDTH: Final = 6
+_SEARCH: Final = 256  # characters from the end of a part, among which a place for NFC is looked for
+# The pattern's \s.
+BLANKS: Final = frozenset(
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+# Characters that NFC neither reorders nor composes with what is before them; not all, but some of each large script.
+STARTER: Final = re.compile(
+    "[\\0-\u02ff\u0370-\u0482\u048a-\u0590\u05d0-\u05ea\u0621-\u063a\u0904-\u0939\u0e01-\u0e30\u2000-\u205e\u2190-\u2bff"
+    "\u3000-\u3029\u3041-\u3096\u30a1-\u30fa\u3105-\u312d\u3400-\u9fff\uac00-\ud7a3\U0001f000-\U0001faff]"
+)
+
+
+class Encoder:
+    """A tokenizer's ids of texts. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, width: int = _WIDTH) -> None:
+        """`width`: characters per token of a first try in `start`."""
+        self._tokenizer = tokenizer
+        self._width = width
+        self._model: Any = tokenizer.model
+        self._vocabulary: tuple[dict[str, int], int] | None = None
+        self._is_known = self._has_known_rules()
+
+    def all(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def start(self, text: str, count: int) -> list[int]:
+        """The first ids of a text, exactly: `count` or more, or all that there are."""
+        size = max(count, 1) * self._width
+        while self._is_known and 2 * size < len(text):
+            ids = self._certain(text, size, count)
+            if len(ids) >= count:
+                return ids
+            size *= 4
+        return self.all(text)
+
+    def _has_known_rules(self) -> bool:
+        tokenizer, model = self._tokenizer, self._model
+        if not isinstance(tokenizer.normalizer, normalizers.NFC) or not isinstance(model, models.BPE):
+            return False
+        plain = (
+            "dropout",
+            "unk_token",
+            "continuing_subword_prefix",
+            "end_of_word_suffix",
+            "byte_fallback",
+            "ignore_merges",
+        )
+        if any(getattr(model, name) for name in plain) or tokenizer.pre_tokenizer is None:
+            return False
+        found = json.loads(tokenizer.pre_tokenizer.__getstate__())
+        pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in found.get("pretokenizers", [])]
+        added = tokenizer.get_added_tokens_decoder().values()  # special ones are not looked for: texts are data
+        return pieces == _PIECES and tokenizer.encode_special_tokens and all(token.special for token in added)
+
+    def _certain(self, text: str, size: int, count: int) -> list[int]:
+        """Ids that the text begins with, whatever follows its first `size` characters; no more than needed."""
+        places = (end for end in range(size, max(size - _SEARCH, 0), -1) if STARTER.match(text[end]))
+        end = next(places, None)
+        if end is None:
+            return []
+        part = self._tokenizer.normalizer.normalize_str(text[:end])
+        pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(part)
+        last = len(pieces)
+        while last and BLANKS.issuperset(part[slice(*pieces[last - 1][1])]):
+            last -= 1
+        open_blanks = last < len(pieces)
+        last = last if open_blanks else last - 1
+        ids: list[int] = []
+        for letters, _ in pieces[:last]:
+            ids += self._piece(letters)
+            if len(ids) >= count:
+                return ids
+        if not open_blanks:
+            return ids + self._certain_of_piece(pieces[last][0])
+        blanks = part[pieces[last][1][0] :]
+        if not set(blanks) & {"\r", "\n"}:
+            blanks = blanks[:-1]  # the last one may belong to what follows
+        elif set(blanks) - {"\r", "\n"}:
+            return ids  # what follows decides where the piece ends
+        letters = "".join(letters for letters, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(blanks))
+        return ids + self._certain_of_piece(letters)
+
+    def _certain_of_piece(self, letters: str) -> list[int]:
+        """Ids that a piece begins with, whatever follows these letters in it."""
+        vocabulary, longest = self._tokens()
+        place = len(letters) - longest
+        if place <= 0:
+            return []
+        ends = [place]
+        for end in range(place + 1, len(letters) + 1):
+            if any(letters[start:end] in vocabulary for start in range(max(end - longest, 0), place)):
+                ends.append(end)
+        common = self._piece(letters[:place])
+        for end in ends[1:]:
+            ids = self._piece(letters[:end])
+            length = next((i for i, (a, b) in enumerate(zip(common, ids, strict=False)) if a != b), len(common))
+            common = common[: min(length, len(ids))]
+        return common
+
+    def _piece(self, letters: str) -> list[int]:
+        return [token.id for token in self._model.tokenize(letters)]
+
+    def _tokens(self) -> tuple[dict[str, int], int]:
+        """The vocabulary, and how many letters, which are bytes, the longest token has."""
+        if self._vocabulary is None:  # rarely needed; a second thread would only make the same
+            found = self._tokenizer.get_vocab(with_added_tokens=False)
+            self._vocabulary = found, max(map(len, found))
+        return self._vocabulary
