@@ -404,4 +404,5 @@ def _about(about: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {value}" for key, value in about.items())
 
 
-import m0kit_parity.reuse  # noqa: E402, F401 — adds its command; last, because it uses what stands above
+import m0kit_parity.adding  # noqa: E402
+import m0kit_parity.reuse  # noqa: E402, F401 — each adds its command; last, because they use what stands above
