@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from tqdm import tqdm
 
 from m0kit.config import ModelConfig
 from m0kit.errors import InputError
 from m0kit.precision import SCHEMES
 from m0kit.prompt import PromptBuilder
+from m0kit.terminal import bar
 from m0kit_parity import plot
 from m0kit_parity.measure import Pair, measure_memory
 
@@ -233,7 +233,7 @@ def pairs(
         prompts = _prompts(root / precisions[0])
         loads = {n: load for n, load in workloads(prompts).items() if not only or any(text in n for text in only)}
         results: list[Timing] = []
-        for name, load in tqdm(loads.items(), unit="workload"):
+        for name, load in bar(loads.items(), unit="workload"):
             all_text = all(isinstance(part, str) for pair in load for part in pair)
             sides = {
                 side: partial(score, load)
@@ -282,13 +282,13 @@ def growth(
         "visual tokens of a page": {n: [(QUERY, page_of(n))] for n in _doubling(48, max_visual_tokens)},
     }
     measured: dict[str, dict[int, float]] = {}
-    with tqdm(total=sum(map(len, loads.values())), unit="point") as bar:
+    with bar(total=sum(map(len, loads.values())), unit="point") as shown:
         for kind, points in loads.items():
             measured[kind] = {}
             for amount, load in points.items():
                 times = take_turns({"m0kit": partial(reranker.score, load)}, repeats)
                 measured[kind][amount] = statistics.median(times["m0kit"])
-                bar.update()
+                shown.update()
     if plot_file:
         write_plot(plot_file, [plot.lines({kind: list(p.items())}, kind, "seconds") for kind, p in measured.items()])
     about = {**machine(), "threads": threads, "artifact": str(artifact), "repeats": repeats}
@@ -327,7 +327,7 @@ def memory(
     points = [("text", n) for n in _doubling(256, max_tokens)] + [
         ("page", n) for n in _doubling(192, max_visual_tokens)
     ]
-    for kind, amount in tqdm(points, unit="point"):
+    for kind, amount in bar(points, unit="point"):
         document: Any = text_of(prompts, amount) if kind == "text" else page_of(amount)
         measured[kind][amount] = asdict(measure_memory(artifact, [(QUERY, document)], threads, pixels, mode))
     if plot_file:
@@ -364,7 +364,7 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
 
     reranker = Reranker.load(artifact, threads=threads)
     results: dict[str, dict[str, float]] = {}
-    for kind in tqdm(evaluate.KINDS, unit="set"):
+    for kind in bar(evaluate.KINDS, unit="set"):
         items = evaluate.read_set(SMALL / "eval", kind)
         values: dict[str, list[float]] = {"m0kit": [], "bm25": [], "chance": []}
         for item in items:

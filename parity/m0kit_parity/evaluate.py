@@ -21,7 +21,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,6 @@ from typing import Any, Final
 import click
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
 from m0kit.cli_options import PARTLY
@@ -40,6 +38,7 @@ from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
 from m0kit.inputs import beside, parse_content
 from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker
+from m0kit.terminal import bar
 from m0kit_parity import bench, plot, report
 from m0kit_parity.measure import Memory, Pair, measure_memory, measure_seconds
 from m0kit_parity.small import evaluate as ranking
@@ -246,7 +245,7 @@ def _mean_ndcg(queries: Sequence[Query], scores: Sequence[Sequence[float]]) -> f
 
 
 def _score(
-    artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, bar: Any, strict: bool,
+    artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, shown: Any, strict: bool,
     errors: dict[Key, str], notes: dict[str, None],
 ) -> dict[Key, list[float]]:  # fmt: skip
     """Scores of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return."""
@@ -254,7 +253,7 @@ def _score(
     scores: dict[Key, list[float]] = {}
     for name, queries in sets.items():
         for number, query in enumerate(queries):
-            bar.update()
+            shown.update()
             if (name, number) in errors:
                 continue
             results = reranker.evaluate([(query.query, document) for document in query.documents])
@@ -334,9 +333,9 @@ def compare(
     errors: dict[Key, str] = {}
     scores: list[dict[Key, list[float]]] = []
     notes: dict[str, None] = {}
-    with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as bar:
+    with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as shown:
         for i, kv in sides:
-            scores.append(_score(artifacts[i], kv, sets, threads, bar, strict, errors, notes))
+            scores.append(_score(artifacts[i], kv, sets, threads, shown, strict, errors, notes))
     every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
     every = [(key, query) for key, query in every if key not in errors]
     if not every:
@@ -422,7 +421,7 @@ def _memories(
     found: dict[tuple[str, int], Memory] = {}
     if not _STATUS.is_file():
         return found
-    with _bar(len(loads) * len(artifacts), "process", "memory") as bar:
+    with _bar(len(loads) * len(artifacts), "process", "memory") as shown:
         for load, pairs in loads.items():
             for i, artifact in enumerate(artifacts):
                 try:
@@ -431,7 +430,7 @@ def _memories(
                     if strict:
                         raise
                     problems.append(f"{load}: {error}")
-                bar.update()
+                shown.update()
     return found
 
 
@@ -442,11 +441,11 @@ def _seconds(
     """(workload, artifact) → seconds of each turn; an artifact that fails takes no further turns at that workload."""
     found: dict[tuple[str, int], list[float]] = {}
     failed: set[tuple[str, int]] = set()
-    with _bar(len(loads) * len(artifacts) * repeats, "process", "speed") as bar:
+    with _bar(len(loads) * len(artifacts) * repeats, "process", "speed") as shown:
         for load, pairs in loads.items():
             for _ in range(repeats):
                 for i, artifact in enumerate(artifacts):
-                    bar.update()
+                    shown.update()
                     if (load, i) in failed:
                         continue
                     try:
@@ -460,7 +459,7 @@ def _seconds(
 
 
 def _bar(total: int, unit: str, what: str) -> Any:
-    return tqdm(total=total, unit=unit, desc=what, disable=not sys.stderr.isatty(), leave=False)
+    return bar(total=total, unit=unit, desc=what, leave=False)
 
 
 # --- its three forms -----------------------------------------------------------------------------------

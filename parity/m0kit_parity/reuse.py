@@ -28,7 +28,6 @@ from typing import Any, Final
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from m0kit.artifact import KV, Kept, read_manifest
 from m0kit.cache import Cache
@@ -42,6 +41,7 @@ from m0kit.prompt import ImageTokens, PromptBuilder
 from m0kit.reranker import PAST_BYTES, Document, Reranker
 from m0kit.states import Pasts, State
 from m0kit.store import Store
+from m0kit.terminal import bar
 from m0kit_parity import plot
 from m0kit_parity.bench import (
     _ARTIFACT,
@@ -335,7 +335,7 @@ def _build(
     state: State | None = None
     keys = []
     with open_index(folder, reader) as store:
-        for name, raw in tqdm(pages.items(), unit="page", desc="index", disable=None):
+        for name, raw in bar(pages.items(), unit="page", desc="index"):
             picture, entry, images = _entry(reader, raw)
             assert isinstance(picture, Picture)
             page = stored_form(name, picture, entry.key, images)
@@ -472,7 +472,7 @@ def growth(
         "tokens of a document, one query": {n: ([text], 1, n + QUESTION) for n, text in long.items()},
     }
     measured: dict[str, dict[int, Point]] = {}
-    with tqdm(total=sum(map(len, loads.values())), unit="point", desc="growth", disable=None) as bar:
+    with bar(total=sum(map(len, loads.values())), unit="point", desc="growth") as shown:
         for what, points in loads.items():
             measured[what] = {}
             for amount, (contents, queries, anew) in points.items():
@@ -488,7 +488,7 @@ def growth(
                 measured[what][amount] = {
                     side: statistics.median(times[side]) if side in times else None for side in ("cached", "uncached")
                 }
-                bar.update()
+                shown.update()
     requests = REQUESTS * documents
     stream = (
         f"{requests} requests, each a new query on one of {documents} documents of {SHORT_TOKENS} tokens, drawn by "
@@ -502,7 +502,7 @@ def _cache_sizes(reranker: Reranker, contents: Sequence[str], state: State, requ
     rng = random.Random(1)
     stream = rng.choices(contents, [1 / rank for rank in range(1, len(contents) + 1)], k=requests)
     results = []
-    for percent in tqdm(CACHE_SIZES, unit="size", desc="cache", disable=None):
+    for percent in bar(CACHE_SIZES, unit="size", desc="cache"):
         reranker.cache = Cache(len(contents) * state.num_bytes * percent // 100) if percent else None
         if reranker.cache is not None:
             keep(reranker, contents[::-1], state)
@@ -533,7 +533,7 @@ def many(artifact: Path, *, queries: int, documents: int, threads: int, tokens: 
     resident = {"before": _resident()}
     start, planning = time.perf_counter(), 0.0
     stream = reranker.stream(pairs, on_error="raise")
-    for done, _ in enumerate(tqdm(stream, total=len(pairs), unit="pair", desc="many", disable=None), 1):
+    for done, _ in enumerate(bar(stream, total=len(pairs), unit="pair", desc="many"), 1):
         if done == 1:
             planning, resident["planned"] = time.perf_counter() - start, _resident()
         if done in marks:
