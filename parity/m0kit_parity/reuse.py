@@ -58,6 +58,7 @@ from m0kit_parity.bench import (
     table,
     take_turns,
     text_of,
+    timed,
     write_plot,
 )
 
@@ -259,8 +260,8 @@ def _cached(kind: str, contents: Sequence[Any], plain: Reranker, warm: Reranker,
         query = query_of(suffix, rng)
         warm.score([(query, content) for content in contents])
 
-    fast = {f"cached {n}": partial(kept, n) for n in SUFFIXES}
-    slow = {f"uncached {n}": partial(anew, n) for n in SUFFIXES}
+    fast = {f"cached {n}": timed(partial(kept, n)) for n in SUFFIXES}
+    slow = {f"uncached {n}": timed(partial(anew, n)) for n in SUFFIXES}
     times = take_turns(fast | slow, both)
     if more > both:
         for name, seconds in take_turns(fast, more - both).items():
@@ -436,7 +437,7 @@ def indexing(
         def score() -> None:
             plain.score([(query, text) for text in next(fresh)])
 
-        times = take_turns({"index": index, "score": score}, repeats)
+        times = take_turns({"index": timed(index), "score": timed(score)}, repeats)
     indexed, scored = compare("", times, "score")
     return Indexing(
         documents, tokens, documents / indexed.seconds, documents / scored.seconds,
@@ -481,9 +482,9 @@ def growth(
                     asked = [query_of(QUESTION, rng) for _ in range(queries)]
                     reranker.score([(query, content) for query in asked for content in contents])
 
-                sides = {"cached": partial(run, warm, contents, queries)}
+                sides = {"cached": timed(partial(run, warm, contents, queries))}
                 if anew <= UNCACHED_TOKENS:
-                    sides["uncached"] = partial(run, plain, contents, queries)
+                    sides["uncached"] = timed(partial(run, plain, contents, queries))
                 times = take_turns(sides, repeats)
                 measured[what][amount] = {
                     side: statistics.median(times[side]) if side in times else None for side in ("cached", "uncached")

@@ -212,7 +212,11 @@ def _import_failed(error: ImportError) -> str:
     if package.startswith("m0kit"):
         return f"this command needs {package}, a part of m0kit itself. Install m0kit again."
     wanted = f"'m0kit[{_EXTRAS[package]}]'" if package in _EXTRAS else package
-    if importlib.util.find_spec(package) is None:
+    try:
+        there = importlib.util.find_spec(package) is not None
+    except ValueError:  # imported by hand, without a specification
+        there = True
+    if not there:
         return f"this command needs {package}. pip install {wanted}"
     try:
         found = f"{package} {version(package)}"
