@@ -429,9 +429,10 @@ def growth(
 @_THREADS
 @_PLOT
 @_JSON
+@click.pass_context
 def memory(
-    artifact: Path, max_tokens: int, max_visual_tokens: int, mode: str, threads: int, plot_file: Path | None,
-    as_json: bool,
+    ctx: click.Context, artifact: Path, max_tokens: int, max_visual_tokens: int, mode: str, threads: int,
+    plot_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Peak memory of one pair as its tokens, or its page's pixels, grow.
 
@@ -446,9 +447,13 @@ def memory(
     points = [("text", n) for n in _doubling(256, max_tokens)] + [
         ("page", n) for n in _doubling(192, max_visual_tokens)
     ]
+    failed: dict[str, dict[int, str]] = {"text": {}, "page": {}}
     for kind, amount in bar(points, unit="point"):
         document: Any = text_of(prompts, amount) if kind == "text" else page_of(amount)
-        measured[kind][amount] = asdict(measure_memory(artifact, [(QUERY, document)], threads, pixels, mode))
+        try:
+            measured[kind][amount] = asdict(measure_memory(artifact, [(QUERY, document)], threads, pixels, mode))
+        except M0kitError as error:
+            failed[kind][amount] = str(error)
     if plot_file:
         charts = [
             plot.lines(
@@ -457,18 +462,25 @@ def memory(
                 "MiB",
             )
             for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page"))
+            if measured[kind]
         ]
         write_plot(plot_file, charts)
     about = {**machine(), "threads": threads, "memory": mode, "artifact": str(artifact)}
     if as_json:
-        click.echo(json.dumps({"about": about, "mebibytes": measured}, ensure_ascii=False))
-        return
-    for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
-        rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
-        for amount, m in measured[kind].items():
-            rows.append([str(amount), *(f"{m[k]:.0f}" for k in ("loaded", "peak", "private")), f"{m['seconds']:.1f}"])
-        click.echo(table(rows) + "\n")
-    click.echo(_about(about), err=True)
+        facts = {"about": about, "mebibytes": measured, "failed": failed}
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
+            rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
+            for n in sorted({*measured[kind], *failed[kind]}):
+                if n in failed[kind]:
+                    rows.append([str(n), *["failed"] * 4])
+                    continue
+                m = measured[kind][n]
+                rows.append([str(n), *(f"{m[k]:.0f}" for k in ("loaded", "peak", "private")), f"{m['seconds']:.1f}"])
+            click.echo("\n".join([table(rows), *dict.fromkeys(failed[kind].values())]) + "\n")
+        click.echo(_about(about), err=True)
+    ctx.exit(PARTLY if any(failed.values()) else 0)
 
 
 @bench.command()

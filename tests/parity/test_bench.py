@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from m0kit import Reranker
-from m0kit.errors import DependencyError
+from m0kit.errors import DependencyError, M0kitError
 from m0kit.prompt import PromptBuilder
 from m0kit_export.export import export_artifact
 from m0kit_parity import bench, checkpoints
@@ -131,6 +131,28 @@ def test_memory_measures_every_size_in_a_process_of_its_own(tiny_artifact: Path)
         assert 0 < points["loaded"] <= points["peak"]
         assert 0 < points["private"] <= points["peak"]
         assert points["seconds"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_size_whose_process_crashes_is_a_row(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = bench.measure_memory
+
+    def crash(artifact: Path, pairs: list[Any], *options: Any) -> Any:
+        if isinstance(pairs[0][1], bytes):
+            raise M0kitError(f"{artifact}: the process measuring memory was ended by SIGKILL.")
+        return ask(artifact, pairs, *options)
+
+    monkeypatch.setattr(bench, "measure_memory", crash)
+    words = ["memory", str(tiny_artifact), "--max-tokens", "256", "--max-visual-tokens", "192", "--threads", "1"]
+    done = CliRunner().invoke(bench.bench, [*words, "--json"])
+    assert done.exit_code == 3, done.output
+    facts = json.loads(done.stdout)
+    assert facts["mebibytes"]["text"]["256"]["peak"] > 0
+    assert facts["mebibytes"]["page"] == {}
+    assert "SIGKILL" in facts["failed"]["page"]["192"]
+    done = CliRunner().invoke(bench.bench, words)
+    assert done.exit_code == 3
+    assert re.search(r"^192( +failed){4}$", done.stdout, re.MULTILINE)
 
 
 def test_ranking_is_measured_beside_bm25_and_chance(
