@@ -31,7 +31,7 @@ Maker = Callable[[], Callable[..., Any]]
 class Child:
     """Calls in another process. After an error other than one that m0kit raises on purpose there, it is over."""
 
-    def __init__(self, make: Maker, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, make: Maker, patience_s: float | None = PATIENCE_S) -> None:
         """Start it and wait until `make()` has returned there. Raises M0kitError as a call does."""
         self.patience_s = patience_s
         self._over: M0kitError | None = None

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
-from m0kit.cli_options import PARTLY
+from m0kit.cli_options import PARTLY, require_place
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError
 from m0kit.inputs import beside, parse_content
 from m0kit.prompt import PromptBuilder
@@ -552,7 +552,7 @@ def to_html(evaluation: Evaluation) -> str:
     if evaluation.errors:
         listed = "".join(f"<li>{escape(error)}</li>" for error in evaluation.errors)
         sections.append(f"<h2>Left out</h2><ul>{listed}</ul>")
-    sections.append(f"<h2>About</h2><div class='wide'><table>{report._about_rows(evaluation.about)}</table></div>")
+    sections.append(report.about_section(evaluation.about))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -668,8 +668,7 @@ def evaluate(
     the baseline.
     """
     about = {**bench.machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
-    if html and not html.absolute().parent.is_dir():
-        raise OutputError(f"{html}: its folder does not exist. Create it first.")
+    require_place(html)
     if pairs is None:
         image = read_manifest(artifacts[0]).model.image
         evaluation, notes = compare(

@@ -1,12 +1,13 @@
 """What commands share: options, opening the artifact they name, reading a document's file."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from m0kit.errors import M0kitError
+from m0kit.errors import M0kitError, OutputError
 from m0kit.reranker import Reranker
 
 PARTLY = 3  # exit code: some inputs could not be used, the others were
@@ -66,6 +67,22 @@ def load(
         raise
     except ValueError as error:
         raise click.UsageError(f"--max-pixels: {error}.") from None
+
+
+def require_place(file: Path | None) -> None:
+    """Before anything slow: raises OutputError where a file that is asked for cannot be written."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if file.is_dir():
+        why = "is a folder"
+    elif not folder.is_dir():
+        why = f"there is no folder {click.format_filename(folder)}"
+    elif not os.access(file if file.exists() else folder, os.W_OK):
+        why = "may not be written"
+    else:
+        return
+    raise OutputError(f"{click.format_filename(file)}: {why}. Choose another file.")
 
 
 def text_or_path(path: Path) -> str | Path:

@@ -3,15 +3,18 @@
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from m0kit.artifact import read_manifest, write_manifest
 from m0kit.cli import cli
 from m0kit.errors import AdapterError, CheckpointError, InputError, M0kitError, OutputError
 from m0kit_export.checkpoint import open_checkpoint
@@ -51,12 +54,21 @@ def golden(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def other_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def another_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of the same dimensions and other weights."""
     folder = tmp_path_factory.mktemp("other")
     invoke(checkpoint, "tiny", folder / "checkpoint", "--seed", "1")
     export_artifact(folder / "checkpoint", folder / "artifact", progress=False)
     return folder / "artifact"
+
+
+@pytest.fixture(scope="module")
+def wrong_artifact(another_artifact: Path, tiny_artifact: Path) -> Path:
+    """An artifact that claims to be of the recorded weights, and is not."""
+    folder = another_artifact.with_name("wrong")
+    shutil.copytree(another_artifact, folder)
+    write_manifest(folder, replace(read_manifest(folder), provenance=read_manifest(tiny_artifact).provenance))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -115,17 +127,17 @@ def test_a_check_that_passes_prints_a_table_and_exits_with_nought(golden: Path, 
     assert "opening" not in done.stdout
 
 
-def test_a_check_that_fails_exits_with_one_and_names_what_failed(golden: Path, other_artifact: Path) -> None:
-    done = invoke(parity, "check", other_artifact, golden, code=1)
+def test_a_check_that_fails_exits_with_one_and_names_what_failed(golden: Path, wrong_artifact: Path) -> None:
+    done = invoke(parity, "check", wrong_artifact, golden, code=1)
     assert "fail" in done.stdout
     assert "hidden" in done.stdout
 
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_json_is_strict_and_alone_on_stdout(
-    failing: bool, golden: Path, tiny_artifact: Path, other_artifact: Path
+    failing: bool, golden: Path, tiny_artifact: Path, wrong_artifact: Path
 ) -> None:
-    artifact = other_artifact if failing else tiny_artifact
+    artifact = wrong_artifact if failing else tiny_artifact
     done = invoke(parity, "check", artifact, golden, "--json", code=int(failing))
     report = strict_json(done.stdout)
     assert report["verdict"] == ("fail" if failing else "pass")
@@ -167,7 +179,7 @@ def test_the_report_page_needs_nothing_from_outside(golden: Path, tiny_artifact:
 def test_a_page_that_cannot_be_written_is_an_error(golden: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     arguments = ["check", tiny_artifact, golden, "--html", tmp_path / "no" / "where.html"]
     done = invoke(parity, *arguments, error=OutputError)
-    assert "choose another file" in str(done.exception)
+    assert "Choose another file" in str(done.exception)
 
 
 def test_both_halves_in_one_command(tiny: Path, tiny_artifact: Path, tmp_path: Path) -> None:
@@ -236,6 +248,40 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     done = invoke(parity, *(places.get(word, word) for word in words), error=error)
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_of_other_weights_is_told_from_one_that_computes_wrongly(
+    golden: Path, another_artifact: Path
+) -> None:
+    done = invoke(parity, "check", another_artifact, golden, error=InputError)
+    assert "was exported from other weights" in str(done.exception)
+    assert "m0kit parity record" in str(done.exception)
+    assert "opening" not in done.stderr
+
+
+def test_an_artifact_with_an_adapter_asks_for_the_adapter_before_anything_is_computed(
+    tiny: Path, golden: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("code", 0), ("other", 1)):
+        invoke(adapter, tiny, "plain", tmp_path / name, "--seed", seed)
+    export_artifact(tiny, tmp_path / "a", adapters=[AdapterSpec(tmp_path / "code")], progress=False)
+    done = invoke(parity, "check", tmp_path / "a", golden, error=InputError)
+    assert "holds the adapter code, and PyTorch's side has no adapter. Give --adapter" in str(done.exception)
+    assert "opening" not in done.stderr
+    done = invoke(parity, tiny, tmp_path / "a", error=InputError)
+    assert "holds the adapter code, and PyTorch's side has no adapter. Give --adapter" in str(done.exception)
+    for given, said in (
+        (tmp_path / "other", "PyTorch's side has the adapter other"),
+        (f"{tmp_path}/code:0.5", "× 0.5"),
+    ):
+        words = ["parity", tiny, tmp_path / "a", "--adapter", given, "--cases", "tiny"]
+        whole = subprocess.run(
+            [sys.executable, "-m", "m0kit", *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert (whole.returncode, whole.stdout) == (1, "")
+        assert said in whole.stderr
+        assert "loading" not in whole.stderr
+        assert "Traceback" not in whole.stderr
 
 
 @pytest.mark.parametrize(

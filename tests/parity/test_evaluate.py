@@ -475,7 +475,7 @@ def test_the_command_runs_for_real(base: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_work_is_said_before_anything_slow(base: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     pairs = judged(tmp_path, row())
-    with pytest.raises(OutputError, match="its folder does not exist"):
+    with pytest.raises(OutputError, match="there is no folder"):
         invoke(base, "--html", tmp_path / "gone" / "r.html")
     with pytest.raises(ArtifactError, match="not of one model"):
         invoke(base, tiny_artifact, "--pairs", pairs)
