@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import click
 
-from m0kit.cli_options import PARTLY
+from m0kit.cli_options import PARTLY, require_place
 from m0kit.config import ModelConfig
 from m0kit.errors import DependencyError, InputError, M0kitError
 from m0kit.precision import SCHEMES
@@ -389,6 +389,7 @@ def growth(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Seconds as the work grows: pairs of one length, tokens of one pair, visual tokens of one page."""
+    require_place(plot_file)
     from m0kit.reranker import Reranker
 
     prompts = _prompts(artifact)
@@ -441,6 +442,7 @@ def memory(
     """
     if not Path("/proc/self/status").is_file():
         raise InputError("m0kit bench memory reads /proc, which this system does not have. Run it on Linux.")
+    require_place(plot_file)
     prompts = _prompts(artifact)
     pixels = max(602_112, max_visual_tokens * 784)
     measured: dict[str, dict[int, dict[str, float]]] = {"text": {}, "page": {}}

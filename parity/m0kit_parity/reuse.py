@@ -31,6 +31,7 @@ import numpy as np
 
 from m0kit.artifact import KV, Kept, read_manifest
 from m0kit.cache import Cache
+from m0kit.cli_options import require_place
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import InputError, OutputError
 from m0kit.images import Images
@@ -684,6 +685,7 @@ def reuse(
     chosen = [part for part in PARTS if (part in only if only else part != "many")]
     if plot_file and not set(chosen) & {"cached", "growth", "many"}:
         raise click.UsageError(f"--plot: {' and '.join(chosen)} have nothing to draw. Add cached, growth or many.")
+    require_place(plot_file)
     tokens = min(DOCUMENT_TOKENS, max_tokens)
     shared: dict[str, Any] = {"threads": threads, "repeats": repeats}
     results: dict[str, Any] = {}

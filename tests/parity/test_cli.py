@@ -22,6 +22,7 @@ from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterSpec, AdapterStack
 from m0kit_parity.cli import adapter, checkpoint, parity
 from m0kit_parity.golden import Golden
+from m0kit_quant.recipe import Recipe
 
 RECORD = ("--cases", "tiny", "--cases", "image_text")
 
@@ -298,6 +299,111 @@ def test_a_recording_of_another_model_is_refused_with_the_command_that_made_it(g
     done = invoke(parity, "check", tmp_path / "a", golden, error=InputError)
     assert "recorded from another model" in str(done.exception)
     assert "m0kit parity record" in str(done.exception)
+
+
+# One process for all: what one of them imports stays, and the first that imports too much is named.
+CHEAP = """
+import io, json, os, sys, contextlib
+from m0kit.cli import main
+for words, wanted in json.load(sys.stdin):
+    sys.argv = ["m0kit", *words]
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+    assert code == (2 if "Error: " in err.getvalue() else 1 if "error: " in err.getvalue() else 0), (words, code)
+    assert wanted in err.getvalue(), (words, err.getvalue())
+    heavy = {"torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime", "openvino"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
+    tiny: Path, tiny_artifact: Path, golden: Path, tmp_path: Path
+) -> None:
+    places = {
+        "CKPT": tiny, "ART": tiny_artifact, "GOLD": golden, "NONE": tmp_path / "nowhere", "OUT": tmp_path / "out",
+        "HERE": tmp_path / "here", "FILE": tmp_path / "file", "PAGE": tmp_path / "no" / "where.svg",
+        "INT8": tmp_path / "a",
+    }  # fmt: skip
+    export_artifact(tiny, places["INT8"], recipe=Recipe.default("int8"), progress=False)
+    places["HERE"].mkdir()
+    (places["HERE"] / "something").touch()
+    places["FILE"].touch()
+    table = """
+        parity record NONE -o OUT                        | there is no folder
+        parity record FILE -o OUT                        | is a file
+        parity record CKPT -o HERE                       | not a golden folder
+        parity record CKPT -o OUT --adapter NONE         | no adapter folder
+        parity record CKPT -o OUT --adapter NONE:0.5     | no adapter folder
+        parity record CKPT -o OUT --cases nope           | no case is called nope
+        parity record CKPT -o OUT --pairs NONE           | does not exist
+        parity NONE ART                                  | there is no folder
+        parity CKPT NONE                                 | no such folder
+        parity CKPT ART -o HERE                          | not a golden folder
+        parity CKPT ART --html PAGE                      | there is no folder
+        parity CKPT ART --adapter NONE                   | no adapter folder
+        parity CKPT ART --adapter HERE                   | side has the adapter here
+        parity CKPT INT8 --engine openvino               | MatMulIntegerToFloat
+        parity check NONE GOLD                           | no such folder
+        parity check ART NONE                            | no golden folder
+        parity check ART GOLD --cases nope               | no case 'nope'
+        parity check ART GOLD --layers                   | no hidden states per layer
+        parity check ART GOLD --html PAGE                | there is no folder
+        parity check ART GOLD --html HERE                | is a directory
+        parity check INT8 GOLD --engine onnx             | MatMulIntegerToFloat
+        parity published ART --inputs HERE               | exactly one file each
+        checkpoint tiny HERE                             | exists
+        checkpoint full FILE                             | exists
+        checkpoint tiny OUT --outliers 9999              | not in the range
+        adapter NONE plain OUT                           | there is no folder
+        adapter CKPT plain HERE                          | exists
+        adapter CKPT nope OUT                            | is not one of
+        bench pairs --peer nope                          | is not one of
+        bench growth NONE                                | no such folder
+        bench growth ART --plot PAGE                     | there is no folder
+        bench memory NONE                                | no such folder
+        bench memory ART --plot PAGE                     | there is no folder
+        bench ranking NONE                               | no such folder
+        bench reuse NONE                                 | no such folder
+        bench reuse ART --plot PAGE                      | there is no folder
+        bench reuse ART --tmp NONE                       | does not exist
+        evaluate NONE                                    | no such folder
+        evaluate ART NONE                                | no such folder
+        evaluate ART --html PAGE                         | there is no folder
+        evaluate ART --pairs NONE                        | No such file
+        rerank NONE --query q FILE                       | no such folder
+        rerank ART --query q                             | Give documents
+        rerank ART --query q --index NONE FILE           | no such folder
+        rerank ART --query q --max-pixels 100 FILE       | --max-pixels
+        score NONE FILE                                  | no such folder
+        score ART NONE                                   | No such file
+        score ART FILE --workers 2                       | need -o
+        score ART FILE -o PAGE                           | must end with
+        doctor NONE                                      | no such folder
+        inspect NONE                                     | no such folder
+        index stats NONE                                 | no such folder
+        index add NONE OUT FILE                          | no such folder
+        --help                                           |
+        parity --help                                    |
+        parity record --help                             |
+        bench pairs --help                               |
+        bench reuse --help                               |
+        evaluate --help                                  |
+        checkpoint --help                                |
+        adapter --help                                   |
+        doctor --help                                    |
+    """
+    rows = [line.rpartition("|") for line in table.strip().splitlines()]
+    lines = [([str(places.get(word, word)) if ":" not in word else f"{tmp_path}/nowhere:0.5" for word in words.split()],
+              wanted.strip()) for words, _, wanted in rows]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHEAP], input=json.dumps(lines), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not places["OUT"].exists()
 
 
 # --- checkpoint and adapter ------------------------------------------------------------------------------
