@@ -12,7 +12,8 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
@@ -23,6 +24,7 @@ from m0kit.terminal import ended, run
 # Nothing here takes a tenth of it, not even quantising the published model by another engine on two old cores.
 PATIENCE_S: Final = 3600.0
 
+_LEAVING_S: Final = 10.0
 _KILLED: Final = 9  # SIGKILL, which not every system names
 
 Maker = Callable[[], Callable[..., Any]]
@@ -35,14 +37,12 @@ class Child:
         """Start it and wait until `make()` has returned there. Raises M0kitError as a call does."""
         self.patience_s = patience_s
         self._over: M0kitError | None = None
+        self._busy = True  # has not answered yet
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
-        before = _block_interrupts()
-        try:
+        with _quietly():
             self._process.start()
-        finally:
-            _unblock_interrupts(before)
         theirs.close()
         self._answer()
 
@@ -54,6 +54,7 @@ class Child:
         """
         if self._over is not None:
             raise self._over
+        self._busy = True
         try:
             self._pipe.send(arguments)
         except OSError:
@@ -65,10 +66,11 @@ class Child:
         return self._process.is_alive()
 
     def close(self) -> None:
-        """End the process, whatever it does; its memory is free on return."""
+        """End the process, which leaves by itself when it has nothing to do; its memory is free on return."""
+        self._pipe.close()
+        self._process.join(0 if self._busy else _LEAVING_S)
         self._process.kill()
         self._process.join()
-        self._pipe.close()
 
     def __enter__(self) -> "Child":
         return self
@@ -81,6 +83,7 @@ class Child:
             if not wait([self._pipe, self._process.sentinel], self.patience_s):
                 raise self._ended(f"it said nothing for {self.patience_s:g} seconds, so it was stopped.")
             error, result = self._pipe.recv()
+            self._busy = False
         except (EOFError, OSError, pickle.UnpicklingError):
             raise self._died() from None
         except KeyboardInterrupt:
@@ -105,11 +108,12 @@ class Child:
 def _serve(make: Maker, pipe: Connection) -> None:
     """The child's side, until the parent's end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
-    os.dup2(2, 1)  # what is printed here is no result of the command
     sys.exit(run(lambda: _answer_all(make, pipe)))
 
 
 def _answer_all(make: Maker, pipe: Connection) -> None:
+    os.dup2(2, 1)  # what is printed here is no result of the command
+    sys.stdout = sys.stderr
     function: Callable[..., Any] | None = None
     arguments: tuple[Any, ...] = ()
     while True:
@@ -137,13 +141,22 @@ def _answer_all(make: Maker, pipe: Connection) -> None:
             return
 
 
-def _block_interrupts() -> Any:
-    """So that Ctrl-C while the child starts is not a traceback of the child's."""
-    if hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread():
-        return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    return None
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Start processes that keep silent when they are ended: about Ctrl-C, and about what a killed one left open.
 
-
-def _unblock_interrupts(before: Any) -> None:
-    if before is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    The second is Python's tracker of semaphores, a process of its own that the first start brings; it closes them.
+    """
+    shown = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [shown, "ignore:resource_tracker"]))
+    masked = hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else set()
+    try:
+        yield
+    finally:
+        if masked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if shown is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = shown

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ _EXTRAS: Final = {
     "ray": "ray",
     "optimum": "optimum",
 }
+# Pillow's: such an image is an error of ours, by its name; such transparency is dropped, as the rule for files says.
+_SAID_ELSEWHERE: Final = ("Image size .* could be decompression bomb", "Palette images with Transparency expressed in")
 _LONGEST: Final = 400  # characters of somebody else's message that are shown
 
 
@@ -46,10 +49,13 @@ def run(command: Callable[[], object]) -> int:
     that cannot be written are an error, also where that shows only when all is done.
     """
     _open_streams()
+    # They remark on settings that m0kit checks itself, and on speed that it has no use for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = _note  # type: ignore[assignment]
-        # Such an image is an error of ours, by its name.
-        warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
+        for message in _SAID_ELSEWHERE:
+            warnings.filterwarnings("ignore", message)
         try:
             result = command()
             code = result if isinstance(result, int) else 0
@@ -108,10 +114,10 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            if codecs.lookup(stream.encoding).name == "ascii":  # a locale that is not set; click would do the same
-                stream.reconfigure(encoding="utf-8")
-            if stream.errors in ("strict", "surrogateescape"):
-                stream.reconfigure(errors="m0kit.escape")
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"  # no locale is set; click would do the same
+            errors = "m0kit.escape" if stream.errors in ("strict", "surrogateescape") else stream.errors
+            with contextlib.suppress(OSError):  # a file that cannot tell its place
+                stream.reconfigure(encoding="utf-8" if ascii_only else stream.encoding, errors=errors)
 
 
 class _ClosedInput(io.BufferedIOBase):

@@ -38,11 +38,22 @@ def forever():
     while True:
         time.sleep(60)
 
+def noting(path):
+    import atexit
+    atexit.register(path.write_text, "left")
+    return lambda: None
+
 def refuse():
     raise InputError("line 3: no.")
 
 def missing():
     raise CheckpointError("no checkpoint.")
+
+def locked():
+    import multiprocessing
+    global lock
+    lock = multiprocessing.RLock()  # a semaphore with a name, such as tqdm has
+    return forever()
 
 def shout():
     print("garbage", flush=True)
@@ -57,8 +68,9 @@ def fall():
 
 WAYS = {
     "abort": os.abort, "null": lambda: ctypes.string_at(0), "exit": lambda: sys.exit(3), "_exit": lambda: os._exit(4),
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "hang": forever, "refuse": refuse, "missing": missing,
-    "shout": shout, "memory": huge, "raise": fall, "end": lambda: exec("raise EOFError"),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "hang": forever, "refuse": refuse,
+    "missing": missing, "locked": locked, "shout": shout, "memory": huge, "raise": fall,
+    "end": lambda: exec("raise EOFError"),
 }
 '''
 
@@ -134,12 +146,31 @@ def test_errors_come_back_as_they_are_and_a_side_goes_on_after_them(sides: Any) 
             child()
 
 
+def test_one_with_nothing_to_do_leaves_by_itself(sides: Any, tmp_path: Path) -> None:
+    """So what it opened is closed, and files that it keeps are whole."""
+    with Child(partial(sides.noting, tmp_path / "left")) as child:
+        child()
+    assert (tmp_path / "left").read_text() == "left"
+
+
 def test_what_is_printed_there_is_no_result_here(sides: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with Child(partial(sides.after, "shout", 0)) as child:
         assert child() == "said"
     out, err = capfd.readouterr()
     assert out == ""
     assert "garbage" in err
+
+
+def test_a_file_as_stdout_holds_only_what_is_printed_here(sides: Any, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from functools import partial\nfrom m0kit_parity.child import Child\n"
+        "import m0kit_test_sides as sides\n\nif __name__ == '__main__':\n    with Child(partial(sides.after, 'shout', 0)) as child:\n        print(child())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open(tmp_path / "out", "wb") as out:
+        subprocess.run([sys.executable, str(script)], stdout=out, check=True, env=environment)
+    assert (tmp_path / "out").read_text() == "said\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -149,7 +180,7 @@ def test_ctrl_c_ends_both_without_a_traceback(sides: Any, tmp_path: Path) -> Non
     script.write_text(
         "import sys\nfrom functools import partial\nfrom m0kit.terminal import run\n"
         "from m0kit_parity.child import Child\nimport m0kit_test_sides as sides\n\ndef work():\n"
-        "    with Child(partial(sides.after, 'hang')) as child:\n"
+        "    with Child(partial(sides.after, 'locked')) as child:\n"
         "        child('once')\n        print('ready', child._process.pid, flush=True)\n        child('twice')\n\n"
         "if __name__ == '__main__':\n    sys.exit(run(work))\n"
     )

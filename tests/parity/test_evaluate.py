@@ -470,7 +470,9 @@ def test_the_command_runs_for_real(base: Path, tmp_path: Path) -> None:
     assert re.search(r"copy +fp32 +\d\.\d{4} +0\.00 +0 +0 +1\.0000 +100\.0%", done.stdout), "the same files"
     assert "speed: 3 of the file's text pairs" in done.stdout
     assert "memory: 3 of the file's text pairs" in done.stdout
-    assert page.read_text("utf-8").count("<svg") == 2
+    text = page.read_text("utf-8")
+    assert text.count("<svg") == 2
+    assert text.index("<h2>Figures") < text.index("<details><summary>Versions"), "what it was made with is folded"
 
 
 def test_what_cannot_work_is_said_before_anything_slow(base: Path, tiny_artifact: Path, tmp_path: Path) -> None:

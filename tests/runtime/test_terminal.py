@@ -2,16 +2,20 @@
 
 import errno
 import importlib
+import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from m0kit import terminal
 from m0kit.errors import InputError, OutputError
@@ -269,6 +273,27 @@ def test_a_warning_is_a_note_in_one_line_once(capfd: pytest.CaptureFixture[str])
         assert terminal.run(command) == 0
         assert warnings.showwarning is shown, "what a program shows is its own business again"
     assert capfd.readouterr().err == "note: Corrupt EXIF data. Expecting 12 bytes\nnote: another\n"
+
+
+@posix
+def test_what_pillow_warns_of_is_an_error_of_ours_or_one_plain_line(artifact: Path, tmp_path: Path) -> None:
+    colours = Image.effect_noise((60, 80), 90).convert("RGB")
+    colours.quantize(16).save(tmp_path / "palette.png", transparency=bytes(range(0, 160, 10)))
+    file = io.BytesIO()
+    colours.save(file, "JPEG")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + struct.pack("<HHII", 0x112, 3, 1, 1) + b"\x1a\x01"  # five tags, one there
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    (tmp_path / "exif.jpg").write_bytes(file.getvalue()[:2] + segment + file.getvalue()[2:])
+    header = struct.pack(">IIBBBBB", 12_000, 12_000, 1, 0, 0, 0, 0)  # of an image over Pillow's limit for a warning
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    large = b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + large)
+    done = shell(f"cd {tmp_path}; {M0KIT} rerank {artifact} --query q palette.png exif.jpg exif.jpg large.png")
+    assert (done.returncode, len(done.stdout.splitlines())) == (3, 4)
+    note, error = done.stderr.decode().splitlines()
+    assert note.startswith("note: Corrupt EXIF data")
+    assert error.startswith("error: large.png: ")
+    assert "12000×12000" in error
 
 
 def test_a_bar_is_for_a_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
