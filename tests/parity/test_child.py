@@ -165,7 +165,8 @@ def test_a_file_as_stdout_holds_only_what_is_printed_here(sides: Any, tmp_path: 
     script = tmp_path / "script.py"
     script.write_text(
         "from functools import partial\nfrom m0kit_parity.child import Child\n"
-        "import m0kit_test_sides as sides\n\nif __name__ == '__main__':\n    with Child(partial(sides.after, 'shout', 0)) as child:\n        print(child())\n"
+        "import m0kit_test_sides as sides\n\nif __name__ == '__main__':\n"
+        "    with Child(partial(sides.after, 'shout', 0)) as child:\n        print(child())\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with open(tmp_path / "out", "wb") as out:
