@@ -11,6 +11,7 @@ turns in one run, because machines are noisy and differ; nothing here passes or 
 """
 
 import bisect
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,19 +28,28 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from tqdm import tqdm
 
+from m0kit.cli_options import PARTLY, require_place
 from m0kit.config import ModelConfig
-from m0kit.errors import InputError
+from m0kit.errors import DependencyError, InputError, M0kitError
 from m0kit.precision import SCHEMES
 from m0kit.prompt import PromptBuilder
+from m0kit.terminal import bar
 from m0kit_parity import plot
+from m0kit_parity.child import Child, Maker
 from m0kit_parity.measure import Pair, measure_memory
+
+Side = Callable[[list[Pair]], float]  # scores pairs, says its seconds
 
 # Words that stand for one token each in Qwen2's vocabulary behind a blank, and for a few in a small one.
 WORDS: Final = ("the", "model", "page", "text", "small", "language", "score", "image", "data", "report", "line")
 _ONE_TOKEN: Final = "7"  # wherever it stands: the pre-tokeniser splits off every digit
-PEERS: Final = ("openvino-int8", "llama-f16", "llama-q8_0", "llama-q4_0", "llama-q4_k")  # peers.NAMES, without PyTorch
+# Each peer, and the packages that it needs with what installs them; read without importing PyTorch.
+_LLAMA: Final = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+PEERS: Final[Mapping[str, Mapping[str, str]]] = {
+    "openvino-int8": {"openvino": "openvino", "nncf": "nncf"},
+    **dict.fromkeys(("llama-f16", "llama-q8_0", "llama-q4_0", "llama-q4_k"), _LLAMA),
+}
 _TORCH: Final = "transformers fp32"
 QUERY: Final = "small language model"
 _LIGHT: Final = {"ink": "#1d2430", "faint": "#5b6472", "grid": "#d9dee6", "series-0": "#2f6fd0", "series-1": "#c4641a",
@@ -57,6 +68,16 @@ class Timing:
     high: float
 
 
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A side of a workload without a ratio: it failed, or the side that it is compared with did."""
+
+    workload: str
+    side: str
+    error: str
+    seconds: float | None = None
+
+
 def text_of(prompts: PromptBuilder, num_tokens: int, seed: int = 0, query: str = QUERY) -> str:
     """A document that makes a prompt of exactly `num_tokens` tokens with `query`.
 
@@ -73,6 +94,14 @@ def text_of(prompts: PromptBuilder, num_tokens: int, seed: int = 0, query: str =
     fitting = bisect.bisect_right(range(1, len(words)), num_tokens, key=lambda n: length(" ".join(words[:n])))
     text = " ".join(words[:fitting]) or _ONE_TOKEN
     return text + _ONE_TOKEN * (num_tokens - length(text))
+
+
+def require_packages(peers: Sequence[str]) -> None:
+    """Raises DependencyError for a package that one of the peers needs; nothing is imported."""
+    for name in peers:
+        for package, install in PEERS[name].items():
+            if importlib.util.find_spec(package) is None:
+                raise DependencyError(f"the peer {name} needs {install}. pip install {install}")
 
 
 def page_of(visual_tokens: int, seed: int = 0) -> bytes:
@@ -95,22 +124,41 @@ def workloads(prompts: PromptBuilder, mixed: Sequence[int] = (8, 32)) -> dict[st
     return loads
 
 
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """Something to run, as a side that takes turns: it returns its seconds."""
+
+    def seconds() -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return seconds
+
+
 def take_turns(
-    sides: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter,
-    rest: float = 0.3,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of each side over `repeats` turns, after one turn that does not count.
+    sides: Mapping[str, Callable[[], float]], repeats: int, rest: float = 0.3, failed: dict[str, str] | None = None
+) -> dict[str, list[float]]:
+    """Seconds that each side says it took, over `repeats` turns after one that does not count.
 
     A rest of so many seconds before each: threads of some engines spin on for a while and would slow the next one.
+    With `failed` a side that raises an M0kitError takes no further turns; the error is noted there.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, run in sides.items():
+            if name not in times:
+                continue
             time.sleep(rest)
-            start = clock()
-            run()
+            try:
+                seconds = run()
+            except M0kitError as error:
+                if failed is None:
+                    raise
+                failed[name] = f"{name}: {error}"
+                del times[name]
+                continue
             if turn:
-                times[name].append(clock() - start)
+                times[name].append(seconds)
     return times
 
 
@@ -195,68 +243,139 @@ def bench() -> None:
     show_default=True,
     help="Repeatable.",
 )
-@click.option("--peer", "peer_names", multiple=True, metavar="NAME", help=f"Repeatable: {', '.join(PEERS)}.")
+@click.option("--peer", "peer_names", multiple=True, type=click.Choice(list(PEERS)), help="Repeatable.")
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Decoder layers, vision blocks.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--only", multiple=True, metavar="TEXT", help="Only workloads whose name holds TEXT; repeatable.")
 @_THREADS
 @_JSON
+@click.pass_context
 def pairs(
-    precisions: tuple[str, ...], peer_names: tuple[str, ...], layers: int, repeats: int, only: tuple[str, ...],
-    threads: int, as_json: bool,
+    ctx: click.Context, precisions: tuple[str, ...], peer_names: tuple[str, ...], layers: int, repeats: int,
+    only: tuple[str, ...], threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Whole pairs against transformers fp32 (sdpa, as many threads) on full-width layers with random weights.
 
     A whole pair is everything between the call and the score: decoding and preparing the image,
     tokenising, all graphs. transformers' side is the published scoring call, batches of 8 padded on the left.
-    All sides take turns in one run.
+    All sides take turns in one run, each in a process of its own, which takes the time itself. One that crashes costs
+    the others nothing: the table says so, and the exit code is 3.
     """
+    require_packages(peer_names)
     import torch
 
-    from m0kit.reranker import Reranker
     from m0kit_export.export import export_artifact
     from m0kit_parity.checkpoints import write_checkpoint
-    from m0kit_parity.peers import peers
-    from m0kit_parity.reference import Reference
     from m0kit_quant.recipe import Recipe
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="m0kit-bench-") as temporary:
         root = Path(temporary)
         write_checkpoint(root / "wide", "wide", num_layers=layers, vision_depth=layers, progress=True)
-        scoring: dict[str, Callable[[list[Pair]], object]] = {}
+        makers: dict[str, Maker] = {}
         for precision in precisions:
             export_artifact(root / "wide", root / precision, recipe=Recipe.default(precision))
-            scoring[precision] = Reranker.load(root / precision, threads=threads).score
-        scoring[_TORCH] = Reference.load(root / "wide").compute_score
-        scoring |= {peer.name: peer.run for peer in peers(root / "wide", peer_names, threads, root / "peers")}
+            makers[precision] = partial(open_artifact, root / precision, threads)
+        makers[_TORCH] = partial(open_transformers, root / "wide", threads)
+        makers |= {name: partial(open_peer, root / "wide", name, threads, root / "peers") for name in peer_names}
         prompts = _prompts(root / precisions[0])
         loads = {n: load for n, load in workloads(prompts).items() if not only or any(text in n for text in only)}
-        results: list[Timing] = []
-        for name, load in tqdm(loads.items(), unit="workload"):
-            all_text = all(isinstance(part, str) for pair in load for part in pair)
-            sides = {
-                side: partial(score, load)
-                for side, score in scoring.items()
-                if all_text or not side.startswith("llama")  # which is a peer for texts alone
-            }
-            results += compare(name, take_turns(sides, repeats), _TORCH)
+        results = side_by_side(makers, loads, repeats)
     about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
     if as_json:
         click.echo(
             json.dumps({"about": about, "results": [asdict(r) for r in results]}, ensure_ascii=False, allow_nan=False)
         )
-        return
-    rows = [["whole pairs", "seconds", f"against {_TORCH}", "range"]]
-    for name in loads:
-        rows.append([name, "", "", ""])
-        rows += [
-            [f"  {r.side}", f"{r.seconds:.3f}", f"{r.ratio:.2f}×", f"{r.low:.2f}–{r.high:.2f}"]
-            for r in results
-            if r.workload == name
-        ]
-    click.echo(table(rows))
-    click.echo(_about(about), err=True)
+    else:
+        rows = [["whole pairs", "seconds", f"against {_TORCH}", "range"]]
+        for name in loads:
+            rows.append([name, "", "", ""])
+            rows += [_row(r) for r in results if r.workload == name]
+        click.echo(table(rows))
+        for text in dict.fromkeys(r.error for r in results if isinstance(r, Missing)):
+            click.echo(text)
+        click.echo(_about(about), err=True)
+    ctx.exit(PARTLY if any(isinstance(r, Missing) for r in results) else 0)
+
+
+def _row(result: Timing | Missing) -> list[str]:
+    if isinstance(result, Missing):
+        return [f"  {result.side}", "failed" if result.seconds is None else f"{result.seconds:.3f}", "–", "–"]
+    cells = [f"{result.seconds:.3f}", f"{result.ratio:.2f}×", f"{result.low:.2f}–{result.high:.2f}"]
+    return [f"  {result.side}", *cells]
+
+
+def side_by_side(
+    makers: Mapping[str, Maker], loads: Mapping[str, list[Pair]], repeats: int, rest: float = 0.3
+) -> list[Timing | Missing]:
+    """Every side on every workload, each in a process of its own, taking turns; compared with transformers.
+
+    A side that cannot be opened is missing everywhere; one that crashes at a workload is opened anew for the next.
+    A side that nothing more is asked of gives its memory back.
+    """
+    children: dict[str, Child] = {}
+    broken: dict[str, str] = {}  # could not be opened
+    results: list[Timing | Missing] = []
+    with ExitStack() as stack:
+        for place, (load, pairs) in enumerate(bar(loads.items(), unit="workload")):
+            wanted = [side for side in makers if _takes(side, pairs)]
+            for side in [side for side in wanted if side not in broken and side not in children]:
+                try:
+                    children[side] = stack.enter_context(Child(makers[side]))
+                except M0kitError as error:
+                    broken[side] = f"{side}: {error}"
+            failed = {side: broken[side] for side in wanted if side in broken}
+            asked = {side: partial(children[side], pairs) for side in wanted if side in children}
+            times = take_turns(asked, repeats, rest, failed)
+            for side in wanted:
+                if side in failed:
+                    results.append(Missing(load, side, failed[side]))
+                elif _TORCH not in times:
+                    alone = f"{_TORCH} failed, so there is nothing to compare with"
+                    results.append(Missing(load, side, alone, statistics.median(times[side])))
+                else:
+                    results += compare(load, {side: times[side], _TORCH: times[_TORCH]}, _TORCH)[:1]
+            later = [pairs for _, pairs in list(loads.items())[place + 1 :]]
+            for side in list(children):
+                if not children[side].alive or not any(_takes(side, pairs) for pairs in later):
+                    children.pop(side).close()
+    return results
+
+
+def _takes(side: str, pairs: Sequence[Pair]) -> bool:
+    """llama.cpp is a peer for texts alone."""
+    return not side.startswith("llama") or all(isinstance(part, str) for pair in pairs for part in pair)
+
+
+# What runs in the process of a side: each returns what scores pairs there, and says its seconds.
+
+
+def open_artifact(artifact: Path, threads: int) -> Side:
+    """m0kit's own side."""
+    from m0kit.reranker import Reranker
+
+    return _side(Reranker.load(artifact, threads=threads).score)
+
+
+def open_transformers(checkpoint: Path, threads: int) -> Side:
+    """The published scoring call in PyTorch."""
+    import torch
+
+    from m0kit_parity.reference import Reference
+
+    torch.set_num_threads(threads)
+    return _side(Reference.load(checkpoint).compute_score)
+
+
+def open_peer(checkpoint: Path, name: str, threads: int, scratch: Path) -> Side:
+    """Another engine."""
+    from m0kit_parity.peers import peers
+
+    return _side(peers(checkpoint, [name], threads, scratch)[0].run)
+
+
+def _side(score: Callable[[list[Pair]], object]) -> Side:
+    return lambda pairs: timed(partial(score, pairs))()
 
 
 @bench.command()
@@ -272,6 +391,7 @@ def growth(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Seconds as the work grows: pairs of one length, tokens of one pair, visual tokens of one page."""
+    require_place(plot_file)
     from m0kit.reranker import Reranker
 
     prompts = _prompts(artifact)
@@ -284,13 +404,13 @@ def growth(
         "visual tokens of a page": {n: [(QUERY, page_of(n))] for n in _doubling(48, max_visual_tokens)},
     }
     measured: dict[str, dict[int, float]] = {}
-    with tqdm(total=sum(map(len, loads.values())), unit="point") as bar:
+    with bar(total=sum(map(len, loads.values())), unit="point") as shown:
         for kind, points in loads.items():
             measured[kind] = {}
             for amount, load in points.items():
-                times = take_turns({"m0kit": partial(reranker.score, load)}, repeats)
+                times = take_turns({"m0kit": timed(partial(reranker.score, load))}, repeats)
                 measured[kind][amount] = statistics.median(times["m0kit"])
-                bar.update()
+                shown.update()
     if plot_file:
         write_plot(plot_file, [plot.lines({kind: list(p.items())}, kind, "seconds") for kind, p in measured.items()])
     about = {**machine(), "threads": threads, "artifact": str(artifact), "repeats": repeats}
@@ -312,9 +432,10 @@ def growth(
 @_THREADS
 @_PLOT
 @_JSON
+@click.pass_context
 def memory(
-    artifact: Path, max_tokens: int, max_visual_tokens: int, mode: str, threads: int, plot_file: Path | None,
-    as_json: bool,
+    ctx: click.Context, artifact: Path, max_tokens: int, max_visual_tokens: int, mode: str, threads: int,
+    plot_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Peak memory of one pair as its tokens, or its page's pixels, grow.
 
@@ -323,15 +444,20 @@ def memory(
     """
     if not Path("/proc/self/status").is_file():
         raise InputError("m0kit bench memory reads /proc, which this system does not have. Run it on Linux.")
+    require_place(plot_file)
     prompts = _prompts(artifact)
     pixels = max(602_112, max_visual_tokens * 784)
     measured: dict[str, dict[int, dict[str, float]]] = {"text": {}, "page": {}}
     points = [("text", n) for n in _doubling(256, max_tokens)] + [
         ("page", n) for n in _doubling(192, max_visual_tokens)
     ]
-    for kind, amount in tqdm(points, unit="point"):
+    failed: dict[str, dict[int, str]] = {"text": {}, "page": {}}
+    for kind, amount in bar(points, unit="point"):
         document: Any = text_of(prompts, amount) if kind == "text" else page_of(amount)
-        measured[kind][amount] = asdict(measure_memory(artifact, [(QUERY, document)], threads, pixels, mode))
+        try:
+            measured[kind][amount] = asdict(measure_memory(artifact, [(QUERY, document)], threads, pixels, mode))
+        except M0kitError as error:
+            failed[kind][amount] = str(error)
     if plot_file:
         charts = [
             plot.lines(
@@ -340,18 +466,25 @@ def memory(
                 "MiB",
             )
             for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page"))
+            if measured[kind]
         ]
         write_plot(plot_file, charts)
     about = {**machine(), "threads": threads, "memory": mode, "artifact": str(artifact)}
     if as_json:
-        click.echo(json.dumps({"about": about, "mebibytes": measured}, ensure_ascii=False, allow_nan=False))
-        return
-    for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
-        rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
-        for amount, m in measured[kind].items():
-            rows.append([str(amount), *(f"{m[k]:.0f}" for k in ("loaded", "peak", "private")), f"{m['seconds']:.1f}"])
-        click.echo(table(rows) + "\n")
-    click.echo(_about(about), err=True)
+        facts = {"about": about, "mebibytes": measured, "failed": failed}
+        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+    else:
+        for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
+            rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
+            for n in sorted({*measured[kind], *failed[kind]}):
+                if n in failed[kind]:
+                    rows.append([str(n), *["failed"] * 4])
+                    continue
+                m = measured[kind][n]
+                rows.append([str(n), *(f"{m[k]:.0f}" for k in ("loaded", "peak", "private")), f"{m['seconds']:.1f}"])
+            click.echo("\n".join([table(rows), *dict.fromkeys(failed[kind].values())]) + "\n")
+        click.echo(_about(about), err=True)
+    ctx.exit(PARTLY if any(failed.values()) else 0)
 
 
 @bench.command()
@@ -366,7 +499,7 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
 
     reranker = Reranker.load(artifact, threads=threads)
     results: dict[str, dict[str, float]] = {}
-    for kind in tqdm(evaluate.KINDS, unit="set"):
+    for kind in bar(evaluate.KINDS, unit="set"):
         items = evaluate.read_set(SMALL / "eval", kind)
         values: dict[str, list[float]] = {"m0kit": [], "bm25": [], "chance": []}
         for item in items:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import OutputError
+from m0kit.terminal import bar
 from m0kit_export.names import expected_shapes
 from m0kit_parity.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
 
@@ -126,7 +126,7 @@ def _write_weights(
         room -= size
     total = sum(math.prod(shape) for shape in shapes.values()) * torch_type.itemsize
     places: dict[str, str] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="writing") as bar:
+    with bar(total=total, unit="B", unit_scale=True, desc="writing", shown=progress) as written:
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -148,7 +148,7 @@ def _write_weights(
                     for values in draw(name, shape, seed, head_bias):
                         raw = torch.from_numpy(values).to(torch_type).view(torch.uint8).numpy()
                         out.write(raw.data)
-                        bar.update(raw.nbytes)
+                        written.update(raw.nbytes)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")

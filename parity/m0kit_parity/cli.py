@@ -16,27 +16,31 @@ every m0kit command.
 """
 
 import hashlib
+import os
 import platform
+import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import click
 
-from m0kit.cli_options import PARTLY, tell
-from m0kit.errors import CheckpointError, OutputError
+from m0kit.artifact import Manifest, read_manifest
+from m0kit.cli_options import PARTLY, require_place, tell
+from m0kit.errors import AdapterError, CheckpointError, M0kitError, OutputError
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
+from m0kit_parity.child import Child
 from m0kit_parity.compare import Verdict
-from m0kit_parity.golden import Golden, record
-from m0kit_parity.portable import ENGINES
+from m0kit_parity.golden import Golden, record, require_free
+from m0kit_parity.origin import require_same_origin
+from m0kit_parity.portable import ENGINES, require_standard
 from m0kit_parity.report import Report, check, check_published, to_html, to_json, to_text
+from m0kit_parity.tolerances import tolerances
 
 # The trained checkpoint that comes with the package, its adapters and its evaluation set.
 SMALL: Final = Path(__file__).parent / "data" / "small"
@@ -51,6 +55,8 @@ FORM_NAMES: Final = (
     *("plain", "rslora", "dora", "patterns", "bias-all", "bias-lora-only", "lora-bias"),
     *("score", "embedding", "tokens", "decoder", "vision-decoder"),
 )
+
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 # Nothing in a forward pass draws random numbers; should a library fill a tensor that a checkpoint lacks,
 # it fills it the same way every time.
@@ -179,32 +185,26 @@ def both(
     The table shows how much of each tolerance was used. The two halves run one after the other, never
     both in memory; alone they are `record`, which needs PyTorch, and `check`, which does not.
     """
-    from m0kit.artifact import read_manifest
-
-    read_manifest(artifact)  # before minutes of PyTorch
+    manifest = read_manifest(artifact)
+    _require(artifact, manifest, engine, html)
+    _look(checkpoint, adapter)
+    if output is not None:
+        require_free(output)
+    given = {"adapters": [{"path": path} for path in adapter]}
+    require_same_origin(artifact, manifest.provenance, given, "or give another artifact.")
     chosen, code = _cases(cases, heavy, pairs)
     arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers)]
     with tempfile.TemporaryDirectory(prefix="m0kit-parity-") as temporary:
         golden = output or Path(temporary) / "golden"
         command = shlex.join(["m0kit", "parity", "record", *arguments, "-o", str(output or "golden")])
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            future = pool.submit(
-                _record_here,
-                checkpoint,
-                golden,
-                adapter,
-                chosen,
-                layers,
-                command,
-                threads,
-            )
+        recorder = partial(_recorder, checkpoint, golden, adapter, chosen, layers, command, threads, artifact)
+        with Child(recorder, patience_s=None) as record_there:
             try:
-                future.result()
-            except BrokenProcessPool as error:
-                raise CheckpointError(
-                    f"{checkpoint}: the process that ran PyTorch was ended from outside; that is how Linux "
-                    "answers when memory runs out: close other programs or choose fewer --cases"
-                ) from error
+                record_there()
+            except M0kitError as error:
+                if record_there.alive:
+                    raise
+                raise CheckpointError(f"{checkpoint}: PyTorch's side: {error} Choose fewer --cases.") from error
         _check_here(artifact, golden, (), layers, device, threads, engine, html, json)
     click.get_current_context().exit(code)
 
@@ -226,6 +226,8 @@ def record_command(
     threads: int | None,
 ) -> None:
     """Run PyTorch once and keep every stage, with its provenance."""
+    _look(checkpoint, adapter)
+    require_free(output)
     arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers), "-o", str(output)]
     command = shlex.join(["m0kit", "parity", "record", *arguments])
     chosen, code = _cases(cases, heavy, pairs)
@@ -277,6 +279,8 @@ def published_command(
     from m0kit.reranker import Reranker
 
     groups = published_groups(inputs)
+    require_place(html)
+    require_standard(engine, artifact, read_manifest(artifact))
     reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
     about = {"artifact": str(artifact), "device": device, "reference": "the model card of jina-reranker-m0"}
     _finish(check_published(groups, reranker, {**about, "versions": _versions()}), html, json)
@@ -300,8 +304,7 @@ def checkpoint(
     small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
     has the published widths and few layers, full every dimension of the published model.
     """
-    if output.exists():
-        raise OutputError(f"{output}: exists. Choose another folder.")
+    _require_new(output)
     if outliers is None:
         _write_shape(shape, output, seed)
     else:
@@ -332,10 +335,40 @@ def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, 
 @click.option("--old-names", is_flag=True, help="Name modules as transformers did before 4.52.")
 def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool) -> None:
     """Write a LoRA adapter for CHECKPOINT to try things on, made by PEFT with random trained values."""
+    _look(checkpoint)
+    _require_new(output)
     from m0kit_parity.adapters import write_adapter
 
     write_adapter(output, checkpoint, form, seed=seed, naming="published" if old_names else "new")
     click.echo(str(output))
+
+
+def _require_new(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: exists. Choose another folder.")
+
+
+def _look(checkpoint: str, adapters: Sequence[str] = ()) -> None:
+    """Whether a checkpoint and adapters are there at all, before PyTorch is imported to read them."""
+    if os.path.isfile(checkpoint):
+        raise CheckpointError(f"{Path(checkpoint).name} is a file. Give the folder that holds it")
+    if not os.path.isdir(checkpoint) and not _HUB_ID.fullmatch(checkpoint):
+        raise CheckpointError(
+            f"there is no folder {checkpoint!r}, and it is not a hub id of the form 'organisation/name'"
+        )
+    for text in adapters:
+        path = text if os.path.isdir(text) else re.sub(r":[^:/\\]*$", "", text)
+        if not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
+            raise AdapterError(
+                f"there is no adapter folder {Path(path).name!r}. Download the adapter and give its folder"
+            )
+
+
+def _require(artifact: Path, manifest: Manifest, engine: str, html: Path | None) -> None:
+    """What would end a check after minutes is looked at first."""
+    require_place(html)
+    require_standard(engine, artifact, manifest)
+    tolerances(manifest.scheme)
 
 
 def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[tuple[Case, ...], int]:
@@ -358,6 +391,11 @@ def _record_arguments(
     return arguments + ["--layers"] * layers
 
 
+def _recorder(*arguments: Any) -> Callable[[], None]:
+    """What a process of its own is asked to do."""
+    return partial(_record_here, *arguments)
+
+
 def _record_here(
     source: str,
     folder: Path,
@@ -366,8 +404,9 @@ def _record_here(
     layers: bool,
     command: str,
     threads: int | None,
+    artifact: Path | None = None,
 ) -> None:
-    """Load the reference in this process and record."""
+    """Load the reference in this process and record; first see that `artifact` was made from the same weights."""
     import torch
 
     from m0kit_export.adapter import AdapterSpec
@@ -393,6 +432,8 @@ def _record_here(
         ],
         "seed": _SEED,
     }
+    if artifact is not None:
+        require_same_origin(artifact, read_manifest(artifact).provenance, provenance, "or give another artifact.")
     _say(f"loading {source} in PyTorch")
     reference = Reference.load(source, adapters=[(spec.path, spec.weight) for spec in specs])
     record(
@@ -418,12 +459,15 @@ def _check_here(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    from m0kit.artifact import read_manifest
     from m0kit.reranker import Reranker
 
     golden = Golden.open(folder)
     manifest = read_manifest(artifact)
     golden.require(manifest.model, layers)
+    golden.require_cases(names)
+    _require(artifact, manifest, engine, html)
+    advice = f"{folder} was recorded by: {golden.command}"
+    require_same_origin(artifact, manifest.provenance, golden.provenance, advice)
     _say(f"opening {artifact} on {device}")
     reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
     about = {
@@ -449,7 +493,7 @@ def _finish(report: Report, html: Path | None, as_json: bool) -> None:
         try:
             html.write_text(to_html(report), encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"{html}: cannot write the report there; choose another file") from error
+            raise OutputError(f"{html}: {error.strerror or 'cannot be written'}. Choose another file.") from error
     click.echo(to_json(report) if as_json else to_text(report))
     if report.verdict is Verdict.FAIL:
         click.get_current_context().exit(1)

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from m0kit.terminal import run
+
 SMALL = Path(__file__).parent / "data" / "small"
 TEXT, CODE, PAGES = "text", "code", "pages"
 
@@ -96,4 +98,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,15 +32,15 @@ from typing import Any, Final
 import click
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
-from m0kit.cli_options import PARTLY
+from m0kit.cli_options import PARTLY, require_place
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
 from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker, sigmoid
+from m0kit.terminal import bar
 from m0kit_parity import bench, plot, report
 from m0kit_parity.measure import Memory, Pair, measure_memory, measure_seconds
 from m0kit_parity.small import evaluate as ranking
@@ -234,7 +233,7 @@ def _mean_ndcg(queries: Sequence[Query], scores: Sequence[Sequence[float]]) -> f
 
 
 def _score(
-    artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, bar: Any, strict: bool,
+    artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, told: Any, strict: bool,
     errors: dict[Key, str], notes: dict[str, None],
 ) -> dict[Key, list[float]]:  # fmt: skip
     """Logits of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return."""
@@ -242,7 +241,7 @@ def _score(
     logits: dict[Key, list[float]] = {}
     for name, queries in sets.items():
         for number, query in enumerate(queries):
-            bar.update()
+            told.update()
             if (name, number) in errors:
                 continue
             results = reranker.evaluate([(query.query, document) for document in query.documents])
@@ -321,9 +320,9 @@ def compare(
     errors: dict[Key, str] = {}
     logits: list[dict[Key, list[float]]] = []
     notes: dict[str, None] = {}
-    with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as bar:
+    with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as told:
         for i, kv in sides:
-            logits.append(_score(artifacts[i], kv, sets, threads, bar, strict, errors, notes))
+            logits.append(_score(artifacts[i], kv, sets, threads, told, strict, errors, notes))
     every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
     every = [(key, query) for key, query in every if key not in errors]
     if not every:
@@ -411,7 +410,7 @@ def _memories(
     found: dict[tuple[str, int], Memory] = {}
     if not _STATUS.is_file():
         return found
-    with _bar(len(loads) * len(artifacts), "process", "memory") as bar:
+    with _bar(len(loads) * len(artifacts), "process", "memory") as told:
         for load, pairs in loads.items():
             for i, artifact in enumerate(artifacts):
                 try:
@@ -420,7 +419,7 @@ def _memories(
                     if strict:
                         raise
                     problems.append(f"{load}: {error}")
-                bar.update()
+                told.update()
     return found
 
 
@@ -431,11 +430,11 @@ def _seconds(
     """(workload, artifact) → seconds of each turn; an artifact that fails takes no further turns at that workload."""
     found: dict[tuple[str, int], list[float]] = {}
     failed: set[tuple[str, int]] = set()
-    with _bar(len(loads) * len(artifacts) * repeats, "process", "speed") as bar:
+    with _bar(len(loads) * len(artifacts) * repeats, "process", "speed") as told:
         for load, pairs in loads.items():
             for _ in range(repeats):
                 for i, artifact in enumerate(artifacts):
-                    bar.update()
+                    told.update()
                     if (load, i) in failed:
                         continue
                     try:
@@ -449,7 +448,7 @@ def _seconds(
 
 
 def _bar(total: int, unit: str, what: str) -> Any:
-    return tqdm(total=total, unit=unit, desc=what, disable=not sys.stderr.isatty(), leave=False)
+    return bar(total=total, unit=unit, desc=what, leave=False)
 
 
 # --- its three forms -----------------------------------------------------------------------------------
@@ -542,7 +541,7 @@ def to_html(evaluation: Evaluation) -> str:
     if evaluation.errors:
         listed = "".join(f"<li>{escape(error)}</li>" for error in evaluation.errors)
         sections.append(f"<h2>Left out</h2><ul>{listed}</ul>")
-    sections.append(f"<h2>About</h2><div class='wide'><table>{report._about_rows(evaluation.about)}</table></div>")
+    sections.append(report.about_section(evaluation.about))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -658,8 +657,7 @@ def evaluate(
     the baseline.
     """
     about = {**bench.machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
-    if html and not html.absolute().parent.is_dir():
-        raise OutputError(f"{html}: its folder does not exist. Create it first.")
+    require_place(html)
     if pairs is None:
         image = read_manifest(artifacts[0]).model.image
         evaluation, notes = compare(

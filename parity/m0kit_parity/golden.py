@@ -93,7 +93,7 @@ def record(
     names = [case.name for case in cases]
     if len(set(names)) != len(names) or not names:
         raise InputError(f"cases to record: {', '.join(names) or 'none'}; give each name once, and at least one")
-    _require_free(folder)
+    require_free(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         (aside / "inputs").mkdir(parents=True)
@@ -200,13 +200,17 @@ class Golden:
                 f"{self.folder} holds no hidden states per layer; record it again: {self.command} --layers"
             )
 
+    def require_cases(self, names: Sequence[str]) -> None:
+        """Raises InputError for the first name that no case has."""
+        for name in names:
+            if name not in self.case_names:
+                raise InputError(f"{self.folder}: no case {name!r}; it holds {', '.join(self.case_names)}")
+
     def read(self, name: str) -> GoldenCase:
         """One case, every file's hash checked. Raises InputError for a name or file that is not there."""
-        found = [case for case in self._manifest["cases"] if case["name"] == name]
-        if not found:
-            raise InputError(f"{self.folder}: no case {name!r}; it holds {', '.join(self.case_names)}")
+        self.require_cases([name])
         try:
-            case = found[0]
+            case = next(case for case in self._manifest["cases"] if case["name"] == name)
             with np.load(io.BytesIO(self._file(case["file"])), allow_pickle=False) as stored:
                 arrays = {key: stored[key] for key in stored.files}
             return GoldenCase(name, case["why"], case["kind"], tuple(self._pairs(case, arrays)))
@@ -312,8 +316,8 @@ def _write(aside: Path, files: dict[str, dict[str, Any]], name: str, data: bytes
     files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _require_free(folder: Path) -> None:
-    """A golden folder or an empty one may be replaced; nothing else may."""
+def require_free(folder: Path) -> None:
+    """A golden folder or an empty one may be replaced; anything else there raises OutputError."""
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_dir() and not folder.is_symlink():

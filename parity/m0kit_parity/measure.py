@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from m0kit.errors import M0kitError
+from m0kit.terminal import ended
+from m0kit_parity.child import PATIENCE_S
 
 Pair = tuple[Any, Any]
 
@@ -31,8 +33,10 @@ class Memory:
 
 # Only the runtime: no PyTorch, nothing of the process that measures. Pairs come on stdin as JSON.
 _CHILD: Final = """
-import json, statistics, sys, threading, time
+import json, os, statistics, sys, threading, time
 from pathlib import Path
+result = os.dup(1)
+os.dup2(2, 1)  # what a library prints is not the result
 from m0kit.reranker import Reranker
 
 def status(key):
@@ -75,7 +79,7 @@ def seconds():
         counted.append(run())
     return statistics.median(counted)
 
-print(json.dumps({"memory": memory, "seconds": seconds}[job["measure"]](), allow_nan=False))
+os.write(result, json.dumps({"memory": memory, "seconds": seconds}[job["measure"]](), allow_nan=False).encode())
 """
 
 
@@ -99,10 +103,17 @@ def _measure(what: str, artifact: Path, pairs: Sequence[Pair], threads: int, max
     job["mode"] = mode
     job["pairs"] = [[_for_child(side) for side in pair] for pair in pairs]
     child = [sys.executable, "-c", _CHILD]
-    done = subprocess.run(child, input=json.dumps(job), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            child, input=json.dumps(job), capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+    except subprocess.TimeoutExpired:
+        raise M0kitError(
+            f"{artifact}: the process measuring {what} said nothing for {PATIENCE_S:g} seconds, so it was stopped."
+        ) from None
     if done.returncode < 0:
         raise M0kitError(
-            f"{artifact}: the process measuring {what} was ended by signal {-done.returncode}. "
+            f"{artifact}: the process measuring {what} {ended(done.returncode)}. "
             "If memory ran out, free some or leave this artifact out."
         )
     if done.returncode:

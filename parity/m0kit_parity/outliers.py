@@ -18,10 +18,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from m0kit.config import ModelConfig
 from m0kit.errors import OutputError
+from m0kit.terminal import bar
 from m0kit_export.checkpoint import (
     INDEX,
     WEIGHTS,
@@ -144,11 +144,11 @@ def _write_weights(source: Path, folder: Path, tensors: _Injected, progress: boo
     for file in files:
         names = list(read_header(source / file))
         # The header comes first and says each tensor's format, which only its values can tell: read twice.
-        bar = tqdm(total=2 * len(names), unit="tensor", desc=file, disable=not progress)
-        with bar, open(folder / file, "wb") as out:
+        shown = bar(total=2 * len(names), unit="tensor", desc=file, shown=progress)
+        with shown, open(folder / file, "wb") as out:
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
             end = 0
-            for name, tensor in _each(source / file, names, tensors, bar):
+            for name, tensor in _each(source / file, names, tensors, shown):
                 start, end = end, end + tensor.nbytes
                 spelled = next(key for key, dtype in _DTYPES.items() if dtype == tensor.dtype)
                 header[name] = {"dtype": spelled, "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -156,7 +156,7 @@ def _write_weights(source: Path, folder: Path, tensors: _Injected, progress: boo
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
             out.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in _each(source / file, names, tensors, bar):
+            for _, tensor in _each(source / file, names, tensors, shown):
                 out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         total += end
     if sharded:
@@ -164,10 +164,10 @@ def _write_weights(source: Path, folder: Path, tensors: _Injected, progress: boo
         (folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
 
 
-def _each(file: Path, names: list[str], tensors: _Injected, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _each(file: Path, names: list[str], tensors: _Injected, shown: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
         yield name, tensors.read(file, name)
-        bar.update()
+        shown.update()
 
 
 def _note(strength: float, seed: int, fraction: float) -> str:

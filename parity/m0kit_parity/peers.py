@@ -33,6 +33,7 @@ from m0kit.errors import CheckpointError, DependencyError, InputError, M0kitErro
 from m0kit.reranker import Reranker
 from m0kit.sessions import Graph
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit_parity.bench import require_packages
 from m0kit_parity.reference import Reference
 
 Array = NDArray[Any]
@@ -80,20 +81,12 @@ def peers(checkpoint: Path, names: Sequence[str], threads: int, scratch: Path) -
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise InputError(f"peer {unknown[0]!r} is not known. Say {', '.join(NAMES)}.")
-    for name in names:  # all of them before the first is made, which takes a while
-        for package, install in _NEEDS["openvino" if name == OPENVINO else "llama"].items():
-            _package(package, install, name)
+    require_packages(names)  # all of them before the first is made, which takes a while
     opened = open_checkpoint(checkpoint)
     return [
         _Peer(name, openvino(opened, threads) if name == OPENVINO else llama(opened, LLAMA[name], threads, scratch))
         for name in names
     ]
-
-
-_NEEDS: Final[Mapping[str, Mapping[str, str]]] = {
-    "openvino": {"openvino": "openvino", "nncf": "nncf"},
-    "llama": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
-}
 
 
 def _package(package: str, install: str, needed_by: str) -> Any:

@@ -6,17 +6,45 @@ proof. These engines are for that, not for speed: the evaluator is plain numpy.
     Reranker.load("m0-fp32", open_graph=ENGINES["openvino"])
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m0kit.errors import DependencyError
+from m0kit.artifact import Manifest
+from m0kit.errors import DependencyError, M0kitError
 from m0kit.sessions import Graph, GraphOpener
 
 Array = NDArray[Any]
+
+# What a scheme's products are where no standard operator can say them; the other schemes need none.
+_OPERATORS: Final = {"int8": "MatMulIntegerToFloat", "int4": "MatMulNBits", "nf4": "MatMulBnb4"}
+
+
+def require_standard(engine: str, artifact: Path, manifest: Manifest) -> None:
+    """Raises M0kitError for an artifact with operators that only ONNX Runtime has, and another engine."""
+    foreign = [scheme for scheme in manifest.schemes if scheme in _OPERATORS]
+    if ENGINES[engine] is not None and foreign:
+        named = " and ".join(f"{scheme} weights (operator com.microsoft.{_OPERATORS[scheme]})" for scheme in foreign)
+        raise M0kitError(
+            f"{artifact}: the engine {engine} cannot run {named}, which only ONNX Runtime has. "
+            "Leave --engine out, which is onnxruntime, or give another artifact: fp32, fp16 and bf16 run everywhere."
+        )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """An engine raises what it likes; here it is one sentence, its own text shortened."""
+    try:
+        yield
+    except (M0kitError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise M0kitError(f"{what}: {type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}") from error
 
 
 class _OpenVino:
@@ -28,14 +56,17 @@ class _OpenVino:
         except ImportError:
             raise DependencyError("the engine openvino needs openvino. pip install 'm0kit[dev]'") from None
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        core = openvino.Core()
-        model = core.read_model(str(folder / f"{name}.onnx"))
-        model.add_outputs(list(also))
-        self._model = core.compile_model(model, "CPU", settings)
+        self._name = name
+        with _named(f"{folder}: the engine openvino cannot open the {name} graph"):
+            core = openvino.Core()
+            model = core.read_model(str(folder / f"{name}.onnx"))
+            model.add_outputs(list(also))
+            self._model = core.compile_model(model, "CPU", settings)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        results = self._model(dict(feeds))
-        return {name: np.array(results[self._model.output(name)]) for name in outputs}
+        with _named(f"the {self._name} graph failed in the engine openvino"):
+            results = self._model(dict(feeds))
+            return {name: np.array(results[self._model.output(name)]) for name in outputs}
 
 
 class _Evaluator:
@@ -47,12 +78,15 @@ class _Evaluator:
             from onnx.reference import ReferenceEvaluator
         except ImportError:
             raise DependencyError("the engine onnx needs onnx. pip install 'm0kit[export]'") from None
-        model = onnx.load(folder / f"{name}.onnx")
-        model.graph.output.extend(onnx.ValueInfoProto(name=result) for result in also)
-        self._evaluator = ReferenceEvaluator(model)
+        self._name = name
+        with _named(f"{folder}: the engine onnx cannot open the {name} graph"):
+            model = onnx.load(folder / f"{name}.onnx")
+            model.graph.output.extend(onnx.ValueInfoProto(name=result) for result in also)
+            self._evaluator = ReferenceEvaluator(model)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        results = self._evaluator.run(list(outputs), dict(feeds))
+        with _named(f"the {self._name} graph failed in the engine onnx"):
+            results = self._evaluator.run(list(outputs), dict(feeds))
         return dict(zip(outputs, results, strict=True))
 
 

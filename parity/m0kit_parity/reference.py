@@ -32,13 +32,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.config import ModelConfig
 from m0kit.errors import AdapterError, CheckpointError
+from m0kit.terminal import bar
 from m0kit.trace import Trace
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
 from m0kit_export.merge import peft_name
@@ -136,7 +136,7 @@ class Reference:
         checkpoint = open_checkpoint(source)
         core, head = empty_model(checkpoint)
         shell, score = PublishedNames(core, head), cast(nn.Module, head)
-        for name in tqdm(checkpoint.names, unit="tensor", desc="loading", disable=not progress):
+        for name in bar(checkpoint.names, unit="tensor", desc="loading", shown=progress):
             _set(shell, name, checkpoint.read(name).to(dtype))
         if empty := [name for name, p in shell.named_parameters() if p.is_meta]:
             raise CheckpointError(f"{source}: the model has parameters that no tensor fills: {empty[:3]}")

@@ -268,11 +268,11 @@ def to_html(report: Report) -> str:
     )
     sections = [
         f'<h1>Parity: <span class="{_STYLES[report.verdict]}">{report.verdict.value}</span></h1>',
-        f"<table class='about'>{_about_rows(report.about)}</table>",
+        f"<p>{escape(_summary(report))}</p>",
+        f"<ul>{findings}</ul>" if findings else "",
         "<h2>Share of each tolerance used</h2>",
         f"<div class='wide'><table><tr><th>case</th><th>pairs</th>{head}<th>verdict</th></tr>{body}</table></div>",
         "<p>Worst pair of each case; – where a case has no such stage.</p>",
-        f"<ul>{findings}</ul>" if findings else "",
         _share_plot(report),
         "<h2>Scores</h2>",
         plot.scatter(_score_marks(report), "reference score", "artifact score"),
@@ -280,6 +280,7 @@ def to_html(report: Report) -> str:
         "<h2>Cases</h2>",
         "".join(_html_case(case) for case in report.cases),
         f"<h2>Tolerances and their reasons</h2><table>{reasons}</table>",
+        about_section(report.about),
     ]
     return (
         "<!DOCTYPE html>\n"
@@ -346,6 +347,25 @@ def _amount(stage: StageResult) -> str:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _summary(report: Report) -> str:
+    """What was held against what, in a line."""
+    about = report.about
+    where = ", ".join(str(about[key]) for key in ("scheme", "engine", "device") if key in about)
+    made = about.get("golden", {}).get("provenance", {}).get("checkpoint", {}).get("source")
+    reference = about.get("reference") or (f"PyTorch on {made}" if made else "PyTorch")
+    pairs = sum(len(case.pairs) for case in report.cases)
+    artifact = f"{about.get('artifact', 'the artifact')}{f' ({where})' if where else ''}"
+    return f"{artifact} against {reference}: {pairs} pairs in {len(report.cases)} cases."
+
+
+def about_section(about: Mapping[str, Any]) -> str:
+    """Versions, hashes and commands, folded: whoever needs them opens it."""
+    return (
+        "<h2>About</h2><details><summary>Versions, hashes and how this was made</summary>"
+        f"<div class='wide'><table class='about'>{_about_rows(about)}</table></div></details>"
+    )
 
 
 def _about_rows(about: Mapping[str, Any], prefix: str = "") -> str:

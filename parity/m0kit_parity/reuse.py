@@ -28,10 +28,10 @@ from typing import Any, Final
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from m0kit.artifact import KV, Kept, read_manifest
 from m0kit.cache import Cache
+from m0kit.cli_options import require_place
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import InputError, OutputError
 from m0kit.images import Images
@@ -42,6 +42,7 @@ from m0kit.prompt import ImageTokens, PromptBuilder
 from m0kit.reranker import PAST_BYTES, Document, Reranker
 from m0kit.states import Pasts, State
 from m0kit.store import Store
+from m0kit.terminal import bar
 from m0kit_parity import plot
 from m0kit_parity.bench import (
     _ARTIFACT,
@@ -58,6 +59,7 @@ from m0kit_parity.bench import (
     table,
     take_turns,
     text_of,
+    timed,
     write_plot,
 )
 
@@ -260,8 +262,8 @@ def _cached(kind: str, contents: Sequence[Any], plain: Reranker, warm: Reranker,
         query = query_of(suffix, rng)
         warm.score([(query, content) for content in contents])
 
-    fast = {f"cached {n}": partial(kept, n) for n in SUFFIXES}
-    slow = {f"uncached {n}": partial(anew, n) for n in SUFFIXES}
+    fast = {f"cached {n}": timed(partial(kept, n)) for n in SUFFIXES}
+    slow = {f"uncached {n}": timed(partial(anew, n)) for n in SUFFIXES}
     times = take_turns(fast | slow, both)
     if more > both:
         for name, seconds in take_turns(fast, more - both).items():
@@ -336,7 +338,7 @@ def _build(
     state: State | None = None
     keys = []
     with open_index(folder, reader) as store:
-        for name, raw in tqdm(pages.items(), unit="page", desc="index", disable=None):
+        for name, raw in bar(pages.items(), unit="page", desc="index"):
             picture, entry, images = _entry(reader, raw)
             assert isinstance(picture, Picture)
             page = stored_form(name, picture, entry.key, images)
@@ -437,7 +439,7 @@ def indexing(
         def score() -> None:
             plain.score([(query, text) for text in next(fresh)])
 
-        times = take_turns({"index": index, "score": score}, repeats)
+        times = take_turns({"index": timed(index), "score": timed(score)}, repeats)
     indexed, scored = compare("", times, "score")
     return Indexing(
         documents, tokens, documents / indexed.seconds, documents / scored.seconds,
@@ -473,7 +475,7 @@ def growth(
         "tokens of a document, one query": {n: ([text], 1, n + QUESTION) for n, text in long.items()},
     }
     measured: dict[str, dict[int, Point]] = {}
-    with tqdm(total=sum(map(len, loads.values())), unit="point", desc="growth", disable=None) as bar:
+    with bar(total=sum(map(len, loads.values())), unit="point", desc="growth") as shown:
         for what, points in loads.items():
             measured[what] = {}
             for amount, (contents, queries, anew) in points.items():
@@ -482,14 +484,14 @@ def growth(
                     asked = [query_of(QUESTION, rng) for _ in range(queries)]
                     reranker.score([(query, content) for query in asked for content in contents])
 
-                sides = {"cached": partial(run, warm, contents, queries)}
+                sides = {"cached": timed(partial(run, warm, contents, queries))}
                 if anew <= UNCACHED_TOKENS:
-                    sides["uncached"] = partial(run, plain, contents, queries)
+                    sides["uncached"] = timed(partial(run, plain, contents, queries))
                 times = take_turns(sides, repeats)
                 measured[what][amount] = {
                     side: statistics.median(times[side]) if side in times else None for side in ("cached", "uncached")
                 }
-                bar.update()
+                shown.update()
     requests = REQUESTS * documents
     stream = (
         f"{requests} requests, each a new query on one of {documents} documents of {SHORT_TOKENS} tokens, drawn by "
@@ -503,7 +505,7 @@ def _cache_sizes(reranker: Reranker, contents: Sequence[str], state: State, requ
     rng = random.Random(1)
     stream = rng.choices(contents, [1 / rank for rank in range(1, len(contents) + 1)], k=requests)
     results = []
-    for percent in tqdm(CACHE_SIZES, unit="size", desc="cache", disable=None):
+    for percent in bar(CACHE_SIZES, unit="size", desc="cache"):
         reranker.cache = Cache(len(contents) * state.num_bytes * percent // 100) if percent else None
         if reranker.cache is not None:
             keep(reranker, contents[::-1], state)
@@ -534,7 +536,7 @@ def many(artifact: Path, *, queries: int, documents: int, threads: int, tokens: 
     resident = {"before": _resident()}
     start, planning = time.perf_counter(), 0.0
     stream = reranker.stream(pairs, on_error="raise")
-    for done, _ in enumerate(tqdm(stream, total=len(pairs), unit="pair", desc="many", disable=None), 1):
+    for done, _ in enumerate(bar(stream, total=len(pairs), unit="pair", desc="many"), 1):
         if done == 1:
             planning, resident["planned"] = time.perf_counter() - start, _resident()
         if done in marks:
@@ -684,6 +686,7 @@ def reuse(
     chosen = [part for part in PARTS if (part in only if only else part != "many")]
     if plot_file and not set(chosen) & {"cached", "growth", "many"}:
         raise click.UsageError(f"--plot: {' and '.join(chosen)} have nothing to draw. Add cached, growth or many.")
+    require_place(plot_file)
     tokens = min(DOCUMENT_TOKENS, max_tokens)
     shared: dict[str, Any] = {"threads": threads, "repeats": repeats}
     results: dict[str, Any] = {}

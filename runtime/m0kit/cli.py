@@ -8,6 +8,7 @@ Every option is also read from the environment: `m0kit rerank --device` from M0K
 
 import json
 import math
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -28,6 +29,7 @@ from m0kit.index import index, read_ids
 from m0kit.inputs import parse_content, unplaced
 from m0kit.reranker import Reranker, Result, best_first
 from m0kit.rows import is_parquet, read_lines
+from m0kit.terminal import DEBUG, run
 
 
 class _Commands(click.Group):
@@ -50,32 +52,16 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="m0kit")
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Show where in the code an error came from.")
+def cli(debug: bool) -> None:
     """Export jina-reranker-m0 to ONNX, score with it without PyTorch, prove it equal."""
+    if debug:
+        os.environ[DEBUG] = "1"  # for processes that this one starts as well
 
 
 def main() -> None:
     """Entry point of the console script: errors become one line and an exit code."""
-    try:
-        code = cli.main(standalone_mode=False, auto_envvar_prefix="M0KIT")
-    except M0kitError as error:
-        click.echo(f"error: {error}", err=True)
-        code = 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("m0kit"):
-            raise
-        click.echo(f"error: this command needs {error.name}. pip install 'm0kit[export]'", err=True)
-        code = 1
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader went away; Python would complain about it at exit
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(run(lambda: cli.main(standalone_mode=False, auto_envvar_prefix="M0KIT")))
 
 
 _INDEX = click.option(

@@ -1,5 +1,6 @@
 """What commands share: options, opening the artifact they name, telling what was wrong with their inputs."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from m0kit.errors import M0kitError
+from m0kit.errors import M0kitError, OutputError
 from m0kit.reranker import Reranker
 
 _NAMES = 3  # of inputs that are named beside a message they share
@@ -99,3 +100,19 @@ def tell(kind: Literal["note", "error"], said: Iterable[tuple[str, str]], most: 
         click.echo(f"{kind}: {some}{more}{': ' if some else ''}{message}", err=True)
     if most is not None and len(named) > most:
         click.echo(f"{kind}: and {sum(map(len, list(named.values())[most:]))} more", err=True)
+
+
+def require_place(file: Path | None) -> None:
+    """Before anything slow: raises OutputError where a file that is asked for cannot be written."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if file.is_dir():
+        why = "is a folder"
+    elif not folder.is_dir():
+        why = f"there is no folder {click.format_filename(folder)}"
+    elif not os.access(file if file.exists() else folder, os.W_OK):
+        why = "may not be written"
+    else:
+        return
+    raise OutputError(f"{click.format_filename(file)}: {why}. Choose another file.")

@@ -282,11 +282,8 @@ def add_command(
         told += f", {done.replaced} of them in the place of another content" if done.replaced else ""
         told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
         click.echo(told + (f", {len(done.failed)} failed" if done.failed else ""))
-    ctx.exit(
-        exit_code(len(done.failed), len(done.failed) + done.read + done.known + done.repeated, "read")
-        if done.failed
-        else 0
-    )
+    given = len(done.failed) + done.read + done.known + done.repeated
+    ctx.exit(exit_code(len(done.failed), given, "read") if done.failed else 0)
 
 
 @index.command()

@@ -145,6 +145,18 @@ def test_errors_are_one_line_and_exit_code_1(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_nobody_expected_is_one_line_too(
+    optimum_cli: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("weights")
+
+    monkeypatch.setattr(export, "export_artifact", broken)
+    done = optimum_cli("export", "m0", "-m", "a/b", tmp_path / "out")
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert done.err.startswith("error: unexpected KeyError: 'weights'")
+
+
 def test_wrong_usage_exits_with_2(optimum_cli: Callable[..., Done]) -> None:
     done = optimum_cli("export", "m0", "out")
     assert done.code == 2

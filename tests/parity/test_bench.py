@@ -4,15 +4,20 @@ What the figures are is nobody's business here: machines differ.
 """
 
 import json
+import os
+import re
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 from click.testing import CliRunner, Result
 
 from m0kit import Reranker
+from m0kit.errors import DependencyError, M0kitError
 from m0kit.prompt import PromptBuilder
 from m0kit_export.export import export_artifact
 from m0kit_parity import bench, checkpoints
@@ -65,7 +70,8 @@ def test_sides_take_turns_and_the_first_turn_does_not_count() -> None:
         return float(sum((i // 2 + 1) * (10 if call == "theirs" else 1) for i, call in enumerate(calls)))
 
     sides = {name: partial(calls.append, name) for name in ("ours", "theirs")}
-    times = bench.take_turns(sides, 3, clock, rest=0)
+    timed = {name: bench.timed(run, clock) for name, run in sides.items()}
+    times = bench.take_turns(timed, 3, rest=0)
     assert calls == ["ours", "theirs"] * 4
     assert times == {"ours": [2, 3, 4], "theirs": [20, 30, 40]}
 
@@ -127,6 +133,28 @@ def test_memory_measures_every_size_in_a_process_of_its_own(tiny_artifact: Path)
         assert points["seconds"] > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_size_whose_process_crashes_is_a_row(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = bench.measure_memory
+
+    def crash(artifact: Path, pairs: list[Any], *options: Any) -> Any:
+        if isinstance(pairs[0][1], bytes):
+            raise M0kitError(f"{artifact}: the process measuring memory was ended by SIGKILL.")
+        return ask(artifact, pairs, *options)
+
+    monkeypatch.setattr(bench, "measure_memory", crash)
+    words = ["memory", str(tiny_artifact), "--max-tokens", "256", "--max-visual-tokens", "192", "--threads", "1"]
+    done = CliRunner().invoke(bench.bench, [*words, "--json"])
+    assert done.exit_code == 3, done.output
+    facts = json.loads(done.stdout)
+    assert facts["mebibytes"]["text"]["256"]["peak"] > 0
+    assert facts["mebibytes"]["page"] == {}
+    assert "SIGKILL" in facts["failed"]["page"]["192"]
+    done = CliRunner().invoke(bench.bench, words)
+    assert done.exit_code == 3
+    assert re.search(r"^192( +failed){4}$", done.stdout, re.MULTILINE)
+
+
 def test_ranking_is_measured_beside_bm25_and_chance(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,4 +188,159 @@ def test_pairs_compares_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_peers_are_those_there_are() -> None:
     from m0kit_parity.peers import NAMES
 
-    assert bench.PEERS == NAMES
+    assert tuple(bench.PEERS) == NAMES
+
+
+# --- sides that crash --------------------------------------------------------------------------------------
+
+# In a file of its own, which a fresh process can import: each side counts its calls and notes them in a file.
+FAKES = """
+import os, pathlib, sys
+from functools import partial
+
+def make(name, folder, fail=None, on="", times=1, at_once=False):
+    if at_once:
+        fail()
+    calls = []
+    def run(pairs):
+        calls.append(pairs)
+        with open(pathlib.Path(folder) / "calls", "a") as file:
+            file.write(f"{name} {os.getpid()} {pairs[0][1]}\\n")
+        if fail and str(pairs[0][1]).startswith(on) and len(calls) >= times:
+            fail()
+        return 2.0 if name == "transformers fp32" else 1.0
+    return run
+
+def leave():
+    print("garbage", flush=True)
+    sys.exit(3)
+
+def fall():
+    raise KeyError("weights")
+
+def peer(checkpoint, name, threads, scratch):
+    return make(name, pathlib.Path(checkpoint), os.abort)
+
+def tried(folder):
+    with open(pathlib.Path(folder) / "tried", "a") as file:
+        file.write("once\\n")
+    os.abort()
+
+def look_for(folder, name):
+    pid = next(int(line.split()[1]) for line in open(pathlib.Path(folder) / "calls") if line.startswith(name))
+    os.kill(pid, 0)
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (tmp_path / "m0kit_test_fakes.py").write_text(FAKES)
+    monkeypatch.syspath_prepend(tmp_path)
+    import m0kit_test_fakes  # type: ignore[import-not-found, unused-ignore]
+
+    yield m0kit_test_fakes
+    del sys.modules["m0kit_test_fakes"]
+
+
+LOADS: dict[str, list[Any]] = {"short": [("q", "short text")], "long": [("q", "long text")], "page": [("q", b"image")]}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("how", ["abort", "exit", "raise"])
+def test_a_side_that_crashes_is_a_row_and_the_others_go_on(how: str, fakes: Any, tmp_path: Path) -> None:
+    fail, said = {
+        "abort": (os.abort, "bad: its process was ended by SIGABRT."),
+        "exit": (fakes.leave, "bad: its process ended with exit code 3."),
+        "raise": (fakes.fall, "bad: KeyError: 'weights'"),
+    }[how]
+    makers = {
+        "int8": partial(fakes.make, "int8", tmp_path),
+        "bad": partial(fakes.make, "bad", tmp_path, fail, "short", times=2),
+        "transformers fp32": partial(fakes.make, "transformers fp32", tmp_path),
+    }
+    loads = {name: load for name, load in LOADS.items() if name != "page"}
+    results = bench.side_by_side(makers, loads, 2, rest=0)
+    assert [(r.workload, r.side, isinstance(r, bench.Missing)) for r in results] == [
+        ("short", "int8", False), ("short", "bad", True), ("short", "transformers fp32", False),
+        ("long", "int8", False), ("long", "bad", False), ("long", "transformers fp32", False),
+    ]  # fmt: skip
+    assert isinstance(results[1], bench.Missing)
+    assert results[1].error == said
+    assert [r.ratio for r in results if isinstance(r, bench.Timing)] == [2.0, 1.0, 2.0, 2.0, 1.0]
+    calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+    three, two = ["int8", "bad", "transformers"], ["int8", "transformers"]
+    assert calls == [*three, *three, *two, *three * 3], "what failed waits for the next workload"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_side_that_cannot_be_opened_is_missing_everywhere_and_tried_once(fakes: Any, tmp_path: Path) -> None:
+    makers = {
+        "int8": partial(fakes.make, "int8", tmp_path),
+        "llama-q8_0": partial(fakes.make, "llama-q8_0", tmp_path, partial(fakes.tried, tmp_path), at_once=True),
+        "transformers fp32": partial(fakes.make, "transformers fp32", tmp_path),
+    }
+    results = bench.side_by_side(makers, LOADS, 1, rest=0)
+    missing = [r for r in results if isinstance(r, bench.Missing)]
+    assert [(r.workload, r.side) for r in missing] == [("short", "llama-q8_0"), ("long", "llama-q8_0")]
+    assert {r.error for r in missing} == {"llama-q8_0: its process was ended by SIGABRT."}
+    assert (tmp_path / "tried").read_text() == "once\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_without_what_it_is_compared_with_a_side_has_its_seconds(fakes: Any, tmp_path: Path) -> None:
+    makers = {
+        "int8": partial(fakes.make, "int8", tmp_path),
+        "transformers fp32": partial(fakes.make, "transformers fp32", tmp_path, os.abort),
+    }
+    ours, theirs = bench.side_by_side(makers, {"short": LOADS["short"]}, 1, rest=0)
+    assert isinstance(ours, bench.Missing)
+    assert isinstance(theirs, bench.Missing)
+    assert (ours.seconds, theirs.seconds) == (1.0, None)
+    assert "nothing to compare with" in ours.error
+    assert "SIGABRT" in theirs.error
+
+
+def test_a_side_that_is_no_longer_asked_gives_its_memory_back(fakes: Any, tmp_path: Path) -> None:
+    """By the page llama.cpp's process, which takes no images, is gone."""
+    makers = {
+        "llama-f16": partial(fakes.make, "llama-f16", tmp_path),
+        "transformers fp32": partial(
+            fakes.make, "transformers fp32", tmp_path, partial(fakes.look_for, tmp_path, "llama"), "b'image"
+        ),
+    }
+    *before, last = bench.side_by_side(makers, LOADS, 1, rest=0)
+    assert [type(r) for r in before] == [bench.Timing] * 4
+    assert isinstance(last, bench.Missing)
+    assert "ProcessLookupError" in last.error
+
+
+def test_pairs_says_which_peer_crashed_and_exits_with_3(
+    monkeypatch: pytest.MonkeyPatch, fakes: Any, tmp_path: Path
+) -> None:
+    write = checkpoints.write_checkpoint
+    monkeypatch.setattr(bench, "workloads", lambda _prompts: {"short": LOADS["short"]})
+    monkeypatch.setattr(checkpoints, "write_checkpoint", lambda folder, _shape, **_options: write(folder, "tiny"))
+    monkeypatch.setattr(bench, "require_packages", lambda _names: None)
+    monkeypatch.setattr(bench, "open_peer", fakes.peer)
+    options = ["--repeats", "1", "--threads", "1", "--precision", "fp32", "--peer", "llama-q8_0"]
+    done = CliRunner().invoke(bench.bench, ["pairs", *options, "--json"])
+    assert done.exit_code == 3, done.output
+    ours, theirs, peer = json.loads(done.stdout)["results"]
+    assert ours["ratio"] > 0
+    assert theirs["ratio"] == 1
+    assert peer == {
+        "workload": "short", "side": "llama-q8_0", "error": "llama-q8_0: its process was ended by SIGABRT.",
+        "seconds": None,
+    }  # fmt: skip
+    done = CliRunner().invoke(bench.bench, ["pairs", *options])
+    assert done.exit_code == 3
+    assert re.search(r"^  llama-q8_0 +failed +– +–$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("llama-q8_0: its process was ended by SIGABRT.\n")
+
+
+def test_a_package_that_a_peer_needs_is_asked_for_before_pytorch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    done = CliRunner().invoke(bench.bench, ["pairs", "--peer", "llama-f16"])
+    assert isinstance(done.exception, DependencyError)
+    assert str(done.exception) == "the peer llama-f16 needs llama-cpp-python. pip install llama-cpp-python"

@@ -3,15 +3,18 @@
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from m0kit.artifact import read_manifest, write_manifest
 from m0kit.cli import cli
 from m0kit.errors import AdapterError, CheckpointError, InputError, M0kitError, OutputError
 from m0kit_export.adapter import AdapterSpec
@@ -20,6 +23,7 @@ from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterStack
 from m0kit_parity.cli import adapter, checkpoint, parity
 from m0kit_parity.golden import Golden
+from m0kit_quant.recipe import Recipe
 
 RECORD = ("--cases", "tiny", "--cases", "image_text")
 
@@ -52,12 +56,21 @@ def golden(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def other_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def another_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of the same dimensions and other weights."""
     folder = tmp_path_factory.mktemp("other")
     invoke(checkpoint, "tiny", folder / "checkpoint", "--seed", "1")
     export_artifact(folder / "checkpoint", folder / "artifact", progress=False)
     return folder / "artifact"
+
+
+@pytest.fixture(scope="module")
+def wrong_artifact(another_artifact: Path, tiny_artifact: Path) -> Path:
+    """An artifact that claims to be of the recorded weights, and is not."""
+    folder = another_artifact.with_name("wrong")
+    shutil.copytree(another_artifact, folder)
+    write_manifest(folder, replace(read_manifest(folder), provenance=read_manifest(tiny_artifact).provenance))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -116,17 +129,17 @@ def test_a_check_that_passes_prints_a_table_and_exits_with_nought(golden: Path, 
     assert "opening" not in done.stdout
 
 
-def test_a_check_that_fails_exits_with_one_and_names_what_failed(golden: Path, other_artifact: Path) -> None:
-    done = invoke(parity, "check", other_artifact, golden, code=1)
+def test_a_check_that_fails_exits_with_one_and_names_what_failed(golden: Path, wrong_artifact: Path) -> None:
+    done = invoke(parity, "check", wrong_artifact, golden, code=1)
     assert "fail" in done.stdout
     assert "hidden" in done.stdout
 
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_json_is_strict_and_alone_on_stdout(
-    failing: bool, golden: Path, tiny_artifact: Path, other_artifact: Path
+    failing: bool, golden: Path, tiny_artifact: Path, wrong_artifact: Path
 ) -> None:
-    artifact = other_artifact if failing else tiny_artifact
+    artifact = wrong_artifact if failing else tiny_artifact
     done = invoke(parity, "check", artifact, golden, "--json", code=int(failing))
     report = strict_json(done.stdout)
     assert report["verdict"] == ("fail" if failing else "pass")
@@ -168,7 +181,7 @@ def test_the_report_page_needs_nothing_from_outside(golden: Path, tiny_artifact:
 def test_a_page_that_cannot_be_written_is_an_error(golden: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     arguments = ["check", tiny_artifact, golden, "--html", tmp_path / "no" / "where.html"]
     done = invoke(parity, *arguments, error=OutputError)
-    assert "choose another file" in str(done.exception)
+    assert "Choose another file" in str(done.exception)
 
 
 def test_both_halves_in_one_command(tiny: Path, tiny_artifact: Path, tmp_path: Path) -> None:
@@ -243,6 +256,40 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_artifact_of_other_weights_is_told_from_one_that_computes_wrongly(
+    golden: Path, another_artifact: Path
+) -> None:
+    done = invoke(parity, "check", another_artifact, golden, error=InputError)
+    assert "was exported from other weights" in str(done.exception)
+    assert "m0kit parity record" in str(done.exception)
+    assert "opening" not in done.stderr
+
+
+def test_an_artifact_with_an_adapter_asks_for_the_adapter_before_anything_is_computed(
+    tiny: Path, golden: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("code", 0), ("other", 1)):
+        invoke(adapter, tiny, "plain", tmp_path / name, "--seed", seed)
+    export_artifact(tiny, tmp_path / "a", adapters=[AdapterSpec(tmp_path / "code")], progress=False)
+    done = invoke(parity, "check", tmp_path / "a", golden, error=InputError)
+    assert "holds the adapter code, and PyTorch's side has no adapter. Give --adapter" in str(done.exception)
+    assert "opening" not in done.stderr
+    done = invoke(parity, tiny, tmp_path / "a", error=InputError)
+    assert "holds the adapter code, and PyTorch's side has no adapter. Give --adapter" in str(done.exception)
+    for given, said in (
+        (tmp_path / "other", "PyTorch's side has the adapter other"),
+        (f"{tmp_path}/code:0.5", "× 0.5"),
+    ):
+        words = ["parity", tiny, tmp_path / "a", "--adapter", given, "--cases", "tiny"]
+        whole = subprocess.run(
+            [sys.executable, "-m", "m0kit", *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert (whole.returncode, whole.stdout) == (1, "")
+        assert said in whole.stderr
+        assert "loading" not in whole.stderr
+        assert "Traceback" not in whole.stderr
+
+
 @pytest.mark.parametrize(
     "words", [["record", "x"], ["check"], ["check", "a", "b", "--engine", "abacus"], ["a"], ["a", "b", "--nope"]]
 )
@@ -257,6 +304,111 @@ def test_a_recording_of_another_model_is_refused_with_the_command_that_made_it(g
     done = invoke(parity, "check", tmp_path / "a", golden, error=InputError)
     assert "recorded from another model" in str(done.exception)
     assert "m0kit parity record" in str(done.exception)
+
+
+# One process for all: what one of them imports stays, and the first that imports too much is named.
+CHEAP = """
+import io, json, os, sys, contextlib
+from m0kit.cli import main
+for words, wanted in json.load(sys.stdin):
+    sys.argv = ["m0kit", *words]
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+    assert code == (2 if "Error: " in err.getvalue() else 1 if "error: " in err.getvalue() else 0), (words, code)
+    assert wanted in err.getvalue(), (words, err.getvalue())
+    heavy = {"torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime", "openvino"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
+    tiny: Path, tiny_artifact: Path, golden: Path, tmp_path: Path
+) -> None:
+    places = {
+        "CKPT": tiny, "ART": tiny_artifact, "GOLD": golden, "NONE": tmp_path / "nowhere", "OUT": tmp_path / "out",
+        "HERE": tmp_path / "here", "FILE": tmp_path / "file", "PAGE": tmp_path / "no" / "where.svg",
+        "INT8": tmp_path / "a",
+    }  # fmt: skip
+    export_artifact(tiny, places["INT8"], recipe=Recipe.default("int8"), progress=False)
+    places["HERE"].mkdir()
+    (places["HERE"] / "something").touch()
+    places["FILE"].touch()
+    table = """
+        parity record NONE -o OUT                        | there is no folder
+        parity record FILE -o OUT                        | is a file
+        parity record CKPT -o HERE                       | not a golden folder
+        parity record CKPT -o OUT --adapter NONE         | no adapter folder
+        parity record CKPT -o OUT --adapter NONE:0.5     | no adapter folder
+        parity record CKPT -o OUT --cases nope           | no case is called nope
+        parity record CKPT -o OUT --pairs NONE           | does not exist
+        parity NONE ART                                  | there is no folder
+        parity CKPT NONE                                 | no such folder
+        parity CKPT ART -o HERE                          | not a golden folder
+        parity CKPT ART --html PAGE                      | there is no folder
+        parity CKPT ART --adapter NONE                   | no adapter folder
+        parity CKPT ART --adapter HERE                   | side has the adapter here
+        parity CKPT INT8 --engine openvino               | MatMulIntegerToFloat
+        parity check NONE GOLD                           | no such folder
+        parity check ART NONE                            | no golden folder
+        parity check ART GOLD --cases nope               | no case 'nope'
+        parity check ART GOLD --layers                   | no hidden states per layer
+        parity check ART GOLD --html PAGE                | there is no folder
+        parity check ART GOLD --html HERE                | is a directory
+        parity check INT8 GOLD --engine onnx             | MatMulIntegerToFloat
+        parity published ART --inputs HERE               | exactly one file each
+        checkpoint tiny HERE                             | exists
+        checkpoint full FILE                             | exists
+        checkpoint tiny OUT --outliers 9999              | not in the range
+        adapter NONE plain OUT                           | there is no folder
+        adapter CKPT plain HERE                          | exists
+        adapter CKPT nope OUT                            | is not one of
+        bench pairs --peer nope                          | is not one of
+        bench growth NONE                                | no such folder
+        bench growth ART --plot PAGE                     | there is no folder
+        bench memory NONE                                | no such folder
+        bench memory ART --plot PAGE                     | there is no folder
+        bench ranking NONE                               | no such folder
+        bench reuse NONE                                 | no such folder
+        bench reuse ART --plot PAGE                      | there is no folder
+        bench reuse ART --tmp NONE                       | does not exist
+        evaluate NONE                                    | no such folder
+        evaluate ART NONE                                | no such folder
+        evaluate ART --html PAGE                         | there is no folder
+        evaluate ART --pairs NONE                        | No such file
+        rerank NONE --query q FILE                       | no such folder
+        rerank ART --query q                             | Give documents
+        rerank ART --query q --index NONE FILE           | no such folder
+        rerank ART --query q --max-pixels 100 FILE       | --max-pixels
+        score NONE FILE                                  | no such folder
+        score ART NONE                                   | No such file
+        score ART FILE --workers 2                       | need -o
+        score ART FILE -o PAGE                           | must end with
+        doctor NONE                                      | no such folder
+        inspect NONE                                     | no such folder
+        index stats NONE                                 | no such folder
+        index add NONE OUT FILE                          | no such folder
+        --help                                           |
+        parity --help                                    |
+        parity record --help                             |
+        bench pairs --help                               |
+        bench reuse --help                               |
+        evaluate --help                                  |
+        checkpoint --help                                |
+        adapter --help                                   |
+        doctor --help                                    |
+    """
+    rows = [line.rpartition("|") for line in table.strip().splitlines()]
+    lines = [([str(places.get(word, word)) if ":" not in word else f"{tmp_path}/nowhere:0.5" for word in words.split()],
+              wanted.strip()) for words, _, wanted in rows]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHEAP], input=json.dumps(lines), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not places["OUT"].exists()
 
 
 # --- checkpoint and adapter ------------------------------------------------------------------------------

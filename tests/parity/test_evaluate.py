@@ -472,12 +472,14 @@ def test_the_command_runs_for_real(base: Path, tmp_path: Path) -> None:
     assert re.search(r"copy +fp32 +\d\.\d{4} +0\.00 +0 +0 +1\.0000 +100\.0%", done.stdout), "the same files"
     assert "speed: 3 of the file's text pairs" in done.stdout
     assert "memory: 3 of the file's text pairs" in done.stdout
-    assert page.read_text("utf-8").count("<svg") == 2
+    text = page.read_text("utf-8")
+    assert text.count("<svg") == 2
+    assert text.index("<h2>Figures") < text.index("<details><summary>Versions"), "what it was made with is folded"
 
 
 def test_what_cannot_work_is_said_before_anything_slow(base: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     pairs = judged(tmp_path, row())
-    with pytest.raises(OutputError, match="its folder does not exist"):
+    with pytest.raises(OutputError, match="there is no folder"):
         invoke(base, "--html", tmp_path / "gone" / "r.html")
     with pytest.raises(ArtifactError, match="not of one model"):
         invoke(base, tiny_artifact, "--pairs", pairs)

@@ -46,5 +46,20 @@ def test_a_process_that_is_killed_is_told_from_one_that_fails(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(M0kitError, match=r"ended by signal 9\. If memory ran out"):
+    with pytest.raises(M0kitError, match=r"measuring seconds was ended by SIGKILL\. If memory ran out"):
+        measure.measure_seconds(tiny_artifact, [("q", "d")], 1)
+
+
+def test_what_a_library_prints_there_is_not_taken_for_the_result(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = "import atexit, os; print('garbage', flush=True); atexit.register(os.write, 1, b'more garbage\\n')\n"
+    monkeypatch.setattr(measure, "_CHILD", measure._CHILD.replace("from m0kit", noise + "from m0kit", 1))
+    assert measure.measure_seconds(tiny_artifact, [("q", "d")], 1) > 0
+
+
+def test_a_process_that_says_nothing_is_stopped(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_CHILD", "import time\nwhile True: time.sleep(60)")
+    monkeypatch.setattr(measure, "PATIENCE_S", 0.5)
+    with pytest.raises(M0kitError, match=r"measuring seconds said nothing for 0\.5 seconds, so it was stopped\."):
         measure.measure_seconds(tiny_artifact, [("q", "d")], 1)

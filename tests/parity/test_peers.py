@@ -6,6 +6,7 @@ What needs packages beyond those for development (nncf, llama-cpp-python, gguf) 
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -250,7 +251,9 @@ def test_a_missing_package_is_named_before_anything_is_made(
     name: str, package: str, install: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for other in ("openvino", "nncf", "llama_cpp", "gguf"):
-        monkeypatch.setitem(sys.modules, other, ModuleType(other))
+        there = ModuleType(other)
+        there.__spec__ = ModuleSpec(other, None)
+        monkeypatch.setitem(sys.modules, other, there)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=f"the peer {name} needs {install}. pip install {install}$"):
         peers.peers(tmp_path / "no checkpoint", [name], 1, tmp_path / "scratch")

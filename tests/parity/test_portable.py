@@ -4,11 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from m0kit import Reranker
-from m0kit.errors import DependencyError
+from m0kit.errors import DependencyError, M0kitError
+from m0kit_export.export import export_artifact
 from m0kit_parity.cases import builtin_cases
 from m0kit_parity.cli import parity
 from m0kit_parity.compare import Verdict
@@ -16,6 +18,7 @@ from m0kit_parity.golden import Golden, record
 from m0kit_parity.portable import ENGINES
 from m0kit_parity.reference import Reference
 from m0kit_parity.report import check
+from m0kit_quant.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,36 @@ def test_the_command_line_chooses_the_engine(golden: Golden, tiny_artifact: Path
     done = CliRunner().invoke(parity, arguments)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["engine"] == "onnx"
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+@pytest.mark.parametrize(
+    ("precision", "operator"), [("int8", "MatMulIntegerToFloat"), ("int4", "MatMulNBits"), ("nf4", "MatMulBnb4")]
+)
+def test_an_operator_that_only_onnx_runtime_has_is_named_before_anything_is_computed(
+    precision: str, operator: str, engine: str, golden: Golden, tiny: Path, tmp_path: Path
+) -> None:
+    export_artifact(tiny, tmp_path / "a", recipe=Recipe.default(precision), progress=False)
+    done = CliRunner().invoke(parity, ["check", str(tmp_path / "a"), str(golden.folder), "--engine", engine])
+    assert isinstance(done.exception, M0kitError)
+    text = str(done.exception)
+    for part in (str(tmp_path / "a"), precision, operator, f"engine {engine}", "fp32, fp16 and bf16", "onnxruntime"):
+        assert part in text
+    assert "opening" not in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_whatever_else_an_engine_raises_names_the_graph_and_the_engine(
+    engine: str, tiny: Path, tiny_artifact: Path, tmp_path: Path
+) -> None:
+    opener = ENGINES[engine]
+    assert opener is not None
+    head = opener(tiny_artifact, "head")
+    with pytest.raises(M0kitError, match=f"the head graph failed in the engine {engine}: "):
+        head.run({"hidden": np.zeros((1, 7), np.float32)}, ["logit"])
+    export_artifact(tiny, tmp_path / "a", recipe=Recipe.default("nf4"), progress=False)
+    with pytest.raises(M0kitError, match=f"the engine {engine} cannot open the decoder graph: .*MatMulBnb4"):
+        opener(tmp_path / "a", "decoder")
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("openvino", "dev"), ("onnx", "export")])

@@ -251,6 +251,16 @@ def test_the_page_is_well_formed_self_contained_and_escaped(golden: Golden, chan
         ET.fromstring(svg)
 
 
+def test_the_page_begins_with_the_verdict_and_ends_with_hashes_that_are_folded(golden: Golden) -> None:
+    report = run(golden, swap_far)
+    page = to_html(report)
+    places = [page.index(part) for part in ("<h1>Parity:", "here ", "<ul><li><b>fail</b>", "<h2>Share", "<h2>About")]
+    assert places == sorted(places)
+    assert "<code>" not in page[: page.index("<h2>About")]
+    assert page.index("<details><summary>Versions") < page.index("<code>")
+    assert page.endswith("</table></div></details></body></html>\n")
+
+
 def test_the_scatter_has_one_dot_per_scored_pair_in_the_colour_of_its_verdict(golden: Golden) -> None:
     page = to_html(run(golden, swap_far))
     scatter = page[page.index("<h2>Scores</h2>") :]

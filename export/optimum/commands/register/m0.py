@@ -5,7 +5,6 @@ distributions share: there must be no `__init__.py` in it or above it. It is loa
 `optimum-cli`, so what is heavy is imported in `run`.
 """
 
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -40,34 +39,28 @@ class M0ExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--overwrite", action="store_true", help="Replace the artifact that is there.")
 
     def run(self) -> None:
-        """Export; an error becomes one line and exit code 1, as in `m0kit export`."""
-        from m0kit.errors import M0kitError
+        """Export; an error becomes one line and an exit code, as in `m0kit export`."""
+        from m0kit.terminal import run
+
+        if code := run(self._export):
+            raise SystemExit(code)
+
+    def _export(self) -> None:
+        from m0kit_export.adapter import AdapterSpec
+        from m0kit_export.cli import describe
+        from m0kit_export.export import export_artifact
+        from m0kit_quant.recipe import Recipe
 
         args = self.args
-        try:
-            from m0kit_export.adapter import AdapterSpec
-            from m0kit_export.cli import describe
-            from m0kit_export.export import export_artifact
-            from m0kit_quant.recipe import Recipe
-
-            manifest = export_artifact(
-                args.model,
-                args.output,
-                adapters=[AdapterSpec.parse(adapter) for adapter in args.adapter],
-                recipe=Recipe.default(args.dtype),
-                revision=args.revision,
-                cache_dir=args.cache_dir,
-                overwrite=args.overwrite,
-            )
-        except M0kitError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-        except ModuleNotFoundError as error:
-            print(f"error: this command needs {error.name}. pip install 'm0kit[optimum]'", file=sys.stderr)
-            raise SystemExit(1) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+        manifest = export_artifact(
+            args.model,
+            args.output,
+            adapters=[AdapterSpec.parse(adapter) for adapter in args.adapter],
+            recipe=Recipe.default(args.dtype),
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            overwrite=args.overwrite,
+        )
         describe(args.output, manifest, as_json=False)
 
 

@@ -1,0 +1,232 @@
+"""The terminal's side of a command: its streams, bars and notes, and any exception as one line and an exit code.
+
+Owns how the process of a command starts and ends. Nothing here is for the library: a program that imports m0kit keeps
+its streams, its warnings and its exceptions. A stream that the shell closed is nobody to write to, as for Python.
+
+    sys.exit(run(lambda: cli.main(standalone_mode=False)))
+"""
+
+import codecs
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, TextIO, TypeVar, overload
+
+import click
+from tqdm import tqdm
+
+from m0kit.errors import M0kitError
+
+T = TypeVar("T")
+
+DEBUG: Final = "M0KIT_DEBUG"  # set: show where in the code an error came from
+# What brings a package; those that are not listed are asked for by their own names.
+_EXTRAS: Final = {
+    **dict.fromkeys(("torch", "transformers", "peft", "safetensors", "onnx", "ml_dtypes", "accelerate"), "export"),
+    "onnxruntime": "cpu",
+    "bitsandbytes": "nf4",
+    "pyarrow": "parquet",
+    "ray": "ray",
+    "optimum": "optimum",
+}
+# Pillow's: such an image is an error of ours, by its name; such transparency is dropped, as the rule for files says.
+_SAID_ELSEWHERE: Final = ("Image size .* could be decompression bomb", "Palette images with Transparency expressed in")
+_LONGEST: Final = 400  # characters of somebody else's message that are shown
+
+
+def run(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; what it raises is told on stderr in one line.
+
+    Its result is the exit code where it is a whole number. Warnings are shown as notes without source lines. Results
+    that cannot be written are an error, also where that shows only when all is done.
+    """
+    _open_streams()
+    # They remark on settings that m0kit checks itself, and on speed that it has no use for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.showwarning = _note  # type: ignore[assignment]
+        for message in _SAID_ELSEWHERE:
+            warnings.filterwarnings("ignore", message)
+        try:
+            result = command()
+            code = result if isinstance(result, int) else 0
+        except BaseException as error:
+            code, text = _told(error)
+            if os.environ.get(DEBUG, "0").lower() not in ("", "0", "false", "no", "off") and text.startswith("error"):
+                with contextlib.suppress(OSError, ValueError):
+                    traceback.print_exception(error)
+            _say(text)
+    return _close_streams(code)
+
+
+@overload
+def bar(*, shown: bool = True, **options: Any) -> "tqdm[Any]": ...
+@overload
+def bar(items: Iterable[T], *, shown: bool = True, **options: Any) -> "tqdm[T]": ...
+def bar(items: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
+    """A progress bar of tqdm on stderr, for a terminal only: in a file or a pipe it would be noise."""
+    return tqdm(items, disable=not (shown and sys.stderr is not None and sys.stderr.isatty()), **options)
+
+
+def ended(code: int) -> str:
+    """How a process ended, of the exit code that Python gives: "was ended by SIGSEGV", "ended with exit code 3"."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+# --- streams -----------------------------------------------------------------------------------------------
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    r"""What an encoding cannot write as \uXXXX, which is JSON's form: Python's own escapes would break JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2)), error.end
+
+
+codecs.register_error("m0kit.escape", _escape)
+
+
+def _open_streams() -> None:
+    """Streams that write any text; those that the shell closed are kept from becoming the next file opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY)  # also for stdin: an empty one would be taken for input
+        if getattr(sys, name) is None and name == "stdin":
+            sys.stdin = io.TextIOWrapper(_ClosedInput())
+        elif getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"  # no locale is set; click would do the same
+            errors = "m0kit.escape" if stream.errors in ("strict", "surrogateescape") else stream.errors
+            with contextlib.suppress(OSError):  # a file that cannot tell its place
+                stream.reconfigure(encoding="utf-8" if ascii_only else stream.encoding, errors=errors)
+
+
+class _ClosedInput(io.BufferedIOBase):
+    """stdin of a process that has none."""
+
+    name = "<stdin>"
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, *_: Any) -> bytes:
+        raise M0kitError("stdin is closed, so nothing can be read from it. Name a file, or pipe something in.")
+
+    read1 = read
+
+
+def _close_streams(code: int) -> int:
+    """Write what is still held back, so that Python has nothing left to fail on; returns the exit code."""
+    for name in ("stdout", "stderr"):
+        stream: TextIO = getattr(sys, name)
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            if name == "stdout" and code != 1:
+                code = 1
+                _say(_told(error)[1])
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _say(text: str) -> None:
+    """One line on stderr, if somebody is there to read it."""
+    if text:
+        with contextlib.suppress(OSError, ValueError):
+            click.echo(_one_line(text), err=True)
+
+
+def _note(message: Warning | str, *_: Any) -> None:
+    _say(f"note: {message}")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+# --- exceptions --------------------------------------------------------------------------------------------
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    """Exit code and what to say."""
+    if isinstance(error, click.Abort) and isinstance(error.__cause__, EOFError):
+        error = error.__cause__  # click takes the end of anything for Ctrl-D
+    match error:
+        case SystemExit():
+            return (error.code or 0, "") if isinstance(error.code, int | None) else (1, str(error.code))
+        case KeyboardInterrupt() | click.Abort():
+            return 130, "interrupted"
+        case click.ClickException():
+            with contextlib.suppress(OSError, ValueError):
+                error.show()
+            return error.exit_code, ""
+        case M0kitError():
+            return 1, f"error: {error}"
+        case BrokenPipeError():
+            return 1, ""  # the reader went away, and knows it
+        case ImportError():
+            return 1, f"error: {_import_failed(error)}"
+        case OSError():
+            where = error.filename if error.filename is not None else "stdout" if _stuck(sys.stdout) else None
+            what = error.strerror or _one_line(error) or type(error).__name__
+            return 1, f"error: {f'{click.format_filename(where)}: ' if where else ''}{what}."
+    text = _one_line(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:  # the second is PyTorch's
+        return 1, f"error: out of memory{f': {_short(text)}' if text else ''}. Close other programs, or ask for less."
+    what = type(error).__name__ + (f": {_short(text)}" if text else "")
+    return 1, f"error: unexpected {what.rstrip('.')}. Run it again with {DEBUG}=1 and report what it says."
+
+
+def _stuck(stream: TextIO) -> bool:
+    """Whether a stream still holds what it could not write."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _import_failed(error: ImportError) -> str:
+    """A package that is missing, too old or broken, and how to get it."""
+    if error.name is None:
+        return f"a package cannot be loaded: {_short(_one_line(error)).rstrip('.')}. Install it again."
+    package = error.name.partition(".")[0]
+    if package.startswith("m0kit"):
+        return f"this command needs {package}, a part of m0kit itself. Install m0kit again."
+    wanted = f"'m0kit[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+    try:
+        there = importlib.util.find_spec(package) is not None
+    except ValueError:  # imported by hand, without a specification
+        there = True
+    if not there:
+        return f"this command needs {package}. pip install {wanted}"
+    try:
+        found = f"{package} {version(package)}"
+    except PackageNotFoundError:
+        found = package
+    text = _short(_one_line(error)).rstrip(".")
+    return f"{found} is not in the version that m0kit needs: {text}. pip install --upgrade {wanted}"
