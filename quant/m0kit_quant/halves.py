@@ -127,20 +127,32 @@ def loss_of(
     sizes = np.ones(width) if inputs is None else inputs
     offsets = np.zeros(num_rows, np.float32) if bias is None else bias
     largest, input_error = (_LARGEST, _INPUT_ERROR) if multiplied and inputs is not None else (np.inf, 0.0)
-    if float(sizes.max()) > largest:
+    scale = float(sizes.max()) or 1.0
+    if scale > largest or not np.isfinite(scale):
         return np.inf
+    sizes = sizes / scale  # of any unit; so that squares stay within float32
     rows = np.empty(num_rows)
     of_columns: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def measure(first: int, end: int) -> None:
-        squares, errors = _squares(matrix[first:end])
-        offset, offset_error = _squares(offsets[first:end])
-        size = squares @ sizes**2 + offset
-        with np.errstate(invalid="ignore"):  # a value out of range times an input that is always zero
-            error = errors @ sizes**2 + squares.sum(axis=1) * input_error**2 + offset_error
-        rows[first:end] = np.where(size > largest**2, np.inf, _part(error, size))
+        values = matrix[first:end]
+        usual, row, column, small, lost = _parted(values)
+        met = usual * sizes.astype(np.float32)
+        size = np.einsum("ij,ij->i", met, met).astype(np.float64) + _sums(
+            row, (small * sizes[column]) ** 2, len(values)
+        )
+        error = _sums(row, (lost * sizes[column]) ** 2, len(values))
+        if input_error:
+            squares = np.einsum("ij,ij->i", usual, usual).astype(np.float64)
+            error += (squares + _sums(row, small**2, len(values))) * (input_error / scale) ** 2
+        offset, offset_lost = offsets[first:end].astype(np.float64), _lost(offsets[first:end]).astype(np.float64)
+        size += (offset / scale) ** 2
+        error += (offset_lost / scale) ** 2
+        beyond = np.isinf(_lost(np.abs(values).max(axis=1))) | (size > (largest / scale) ** 2)
+        rows[first:end] = np.where(beyond, np.inf, _part(error, size))
         if inputs is None:
-            of_columns[first] = errors.sum(axis=0), squares.sum(axis=0)
+            whole = np.einsum("ij,ij->j", usual, usual).astype(np.float64) + _sums(column, small**2, width)
+            of_columns[first] = _sums(column, lost**2, width), whole
 
     by_rows(measure, num_rows, width)
     if inputs is not None:
@@ -149,12 +161,29 @@ def loss_of(
     return float(max(rows.max(), _part(np.asarray(lost), np.asarray(whole)).max()))
 
 
-def _squares(values: Float32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Squares of the values and of what float16 changes in those outside its range, infinite above it."""
+def _parted(
+    values: Float32,
+) -> tuple[Float32, NDArray[np.intp], NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
+    """Values in float16's range with zeros for the others, and of those below it: row, column, value and what is lost.
+
+    The second are few, and may be too small for squares in float32. Values above the range are left to the caller.
+    """
+    size = np.abs(values)
+    row, column = np.nonzero((size < _SMALLEST) & (size > 0))
+    small = values[row, column]
+    usual = np.where((size < _SMALLEST) | (size > _LARGEST), np.float32(0), values)
+    return usual, row, column, small.astype(np.float64), _lost(small).astype(np.float64)
+
+
+def _lost(values: Float32) -> Float32:
+    """What float16 changes in the values outside its normal range; infinite where it has no such value."""
     with np.errstate(over="ignore"):
         changed = values.astype(np.float16).astype(np.float32) - values
-    changed[(np.abs(values) >= _SMALLEST) & np.isfinite(changed)] = 0
-    return np.square(values, dtype=np.float64), np.square(changed, dtype=np.float64)
+    return np.where((np.abs(values) < _SMALLEST) | ~np.isfinite(changed), changed, np.float32(0))
+
+
+def _sums(place: NDArray[np.intp], values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    return np.bincount(place, values, count).astype(np.float64)
 
 
 def _part(error: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
