@@ -643,7 +643,8 @@ class Store:
                 )
                 return _size_of(self.path / INDEX) < int(pages * size)
             finally:
-                db.execute("ROLLBACK")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
 
     def _is_sound(self) -> bool:
         """Whether the trees are, every piece has its segment, and what was counted is so."""

@@ -153,7 +153,7 @@ def test_an_index_of_pages_is_read_and_asked_from_disk(
     for a in found.asking:
         assert 0 < a.share < 1
         assert 0 < a.loading < a.seconds
-        assert 0 < a.lookup < a.seconds - a.loading
+        assert 0 < a.lookup < a.seconds  # medians of other runs than those of loading, so they need not add up
     assert found.index_bytes > 4 * found.tokens * 3 * 2 * 2 * 16 * 2, "more than the states: layers, K and V, heads…"
 
 

@@ -740,14 +740,14 @@ def test_a_disk_that_is_full_at_the_end_costs_no_score(
     assert len(read(output)) == 50
 
 
-# Runs the command with small windows, each of which is committed. Says how many rows are then kept, and after commit
-# number `hold` waits for a line, or for whatever ends it.
+# Runs the command with small windows, each of which is committed, and nothing that the clock decides. Says how many
+# rows are then kept, and after commit number `hold` waits for a line, or for whatever ends it.
 COMMAND = """
 import os, sys
 from m0kit import jobs
 from m0kit.cli import main
 
-jobs._COMMIT_S, jobs._WINDOW_ROWS = 1e9, 100
+jobs._COMMIT_S, jobs._PROGRESS_S, jobs._WINDOW_ROWS = 1e9, 1e9, 100
 hold, count, commit = int(sys.argv.pop(1)), 0, jobs._Journal.commit
 
 def committed(journal):
