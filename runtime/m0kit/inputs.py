@@ -102,6 +102,8 @@ def from_file(value: Any, folder: Path) -> Any:
         image = value["image"] = image.get("path") if raw is None else raw
     if not isinstance(image, str) or _is_data_uri(image):
         return value
+    if not image:
+        raise ImageError("the string of the image is empty. Name a file, or give a data URI.")
     refuse_url(image)
     raw = _base64_image(image)
     if raw is None and len(image) > _MAX_PATH:
