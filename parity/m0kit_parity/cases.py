@@ -145,7 +145,7 @@ def builtin_cases(names: Iterable[str] = (), heavy: bool = False, folder: Path =
 def read_case(path: Path) -> Case:
     """Raises InputError that names the file and the field for anything that is not a case."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not a readable TOML file in UTF-8") from error
     try:

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
-from m0kit.cli_options import PARTLY, require_place
+from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
@@ -447,6 +448,12 @@ def _seconds(
     return {key: times for key, times in found.items() if key not in failed}
 
 
+def _place_and_reason(error: str) -> tuple[str, str]:
+    """The two parts of a message, so that one that many lines have is told once."""
+    parts = re.fullmatch(r"(.*?line \d+(?:, document \d+)?): (.*)", error, re.DOTALL)
+    return (parts[1], parts[2]) if parts else ("", error)
+
+
 def _bar(total: int, unit: str, what: str) -> Any:
     return bar(total=total, unit=unit, desc=what, leave=False)
 
@@ -675,8 +682,7 @@ def evaluate(
         )  # fmt: skip
     for note in notes:
         click.echo(f"note: {note}", err=True)
-    for error in evaluation.errors:
-        click.echo(f"error: {error}", err=True)
+    tell("error", map(_place_and_reason, evaluation.errors))
     if html:
         try:
             html.write_text(to_html(evaluation), "utf-8")

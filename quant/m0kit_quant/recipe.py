@@ -74,7 +74,7 @@ class Recipe:
     def read(cls, path: Path) -> "Recipe":
         """A recipe file. Raises RecipeError."""
         try:
-            return cls.from_toml(path.read_text("utf-8"), str(path))
+            return cls.from_toml(path.read_text("utf-8-sig"), str(path))  # with or without a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read ({type(error).__name__}). Give a TOML file.") from error
 

@@ -22,7 +22,7 @@ from m0kit.artifact import read_manifest, verify_files
 from m0kit.cli_options import ARTIFACT, DEVICE, DOCUMENTS, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, tell
 from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import doctor
-from m0kit.documents import find, read
+from m0kit.documents import STDIN, find, read
 from m0kit.errors import InputError, M0kitError
 from m0kit.formats import read as read_file
 from m0kit.index import index, read_ids
@@ -110,24 +110,26 @@ def rerank(
 ) -> None:
     """Order DOCUMENTS by their relevance to a query, best first.
 
-    A document is a text file (UTF-8) or an image; a folder stands for those in it, `-` for one from stdin. A file of
-    JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …, "image": …}. With --index documents
-    that were read before cost their queries only: the CANDIDATES, or all of the index where neither those nor
-    DOCUMENTS are given.
+    A document is a text file (UTF-8) or an image; a folder or a pattern in quotes stands for those in it, `-`
+    for one from stdin. A file of JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …,
+    "image": …}. With --index documents that were read before cost their queries only: the CANDIDATES, or all of the
+    index where neither those nor DOCUMENTS are given.
     """
     if (query is None) == (query_image is None):
         raise click.UsageError("Give either --query or --query-image.")
     if candidates is not None and index_folder is None:
         raise click.UsageError("--candidates are ids of an index: give --index too.")
+    if candidates is not None and candidates.name == "<stdin>" and STDIN in documents:
+        raise click.UsageError("Stdin can be a document, or --candidates, not both.")
     if not documents and index_folder is None:
         raise click.UsageError("Give documents, or --index.")
     asked = query if query_image is None else read_file(query_image)
     if query_image is not None and isinstance(asked, str):
         raise InputError(f"--query-image: {query_image}: holds text. Give that with --query.")
     parse_content(asked, "--query")
-    passed: list[str] = []
-    given = list(read(find(documents), passed.append))
-    tell("note", (("", f"{said} It was passed over.") for said in passed))
+    passed: list[tuple[str, str]] = []
+    given = list(read(find(documents), passed))
+    tell("note", passed)
     if candidates is not None:
         given += [(name, error or {"id": name}, name) for name, error in read_ids(candidates)]
     elif documents and not given:

@@ -12,7 +12,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -46,15 +46,16 @@ def find(arguments: Sequence[str]) -> list[Found]:
     return [file for argument in arguments for file in _found(argument)]
 
 
-def read(found: Iterable[Found], tell: Callable[[str], object]) -> Iterator[Given]:
-    """The documents of these files; `tell` is told which files of a folder are neither text nor images."""
+def read(found: Iterable[Found], passed: list[tuple[str, str]]) -> Iterator[Given]:
+    """The documents of these files. Those of a folder that are neither text nor images go to `passed`, with why."""
     for file in found:
         if file.path is not None and is_json_lines(file.path):
             yield from _lines(file.path, file.name)
             continue
         content = file.error or _content(file.path)
         if file.is_listed and isinstance(content, FormatError):
-            tell(str(content))
+            name = click.format_filename(file.name)
+            passed.append((name, f"{str(content).removeprefix(f'{file.name}: ')} It was passed over."))
         else:
             yield file.name, content, file.name
 

@@ -41,8 +41,8 @@ def _shortened(match: re.Match[str]) -> str:
 class M0kitError(Exception):
     """Root of the tree: `except M0kitError` catches everything m0kit raises on purpose."""
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(_LONG.sub(_shortened, message))
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_LONG.sub(_shortened, str(message)))
 
 
 class InputError(M0kitError, ValueError):

@@ -20,19 +20,18 @@ MARK: Final = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 _HEAD_BYTES: Final = 4096  # enough to tell any format
 _IMAGE_NAMES: Final = frozenset({
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm",
-    ".pgm", ".pbm", ".pnm", ".avif", ".split",
+    ".pgm", ".pbm", ".pnm", ".avif",
 })  # fmt: skip
 _PLAIN_PPM_NAMES: Final = frozenset((".ppm", ".pgm", ".pbm", ".pnm"))  # images that may be written in letters
 _TEXT_NAMES: Final = frozenset({
     ".txt", ".text", ".md", ".markdown", ".rst", ".html", ".htm", ".xml", ".json", ".csv", ".tsv", ".log", ".tex",
-    ".split",
 })  # fmt: skip
 _OTHER_NAMES: Final = frozenset({
     ".pdf", ".ps", ".eps", ".doc", ".docx", ".odt", ".rtf", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp", ".epub",
     ".mobi", ".djvu", ".svg", ".svgz", ".heic", ".heif", ".jxl", ".jp2", ".ico", ".psd", ".xcf", ".mp3", ".mp4",
     ".m4a", ".mov", ".avi", ".mkv", ".webm", ".wav", ".flac", ".ogg", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst",
     ".7z", ".rar", ".tar", ".jar", ".whl", ".parquet", ".pq", ".arrow", ".feather", ".sqlite", ".sqlite3", ".npy",
-    ".npz", ".safetensors", ".onnx", ".gguf", ".ttf", ".otf", ".woff", ".woff2", ".split",
+    ".npz", ".safetensors", ".onnx", ".gguf", ".ttf", ".otf", ".woff", ".woff2",
 })  # fmt: skip
 _LETTERS: Final = ((b"%PDF-", "a PDF"), (b"{\\rtf", "RTF"), (b"%!PS", "PostScript"))  # formats written in letters
 _OTHERS: Final = (

@@ -250,11 +250,11 @@ def add_command(
 ) -> None:
     """Read DOCUMENTS with ARTIFACT and keep them in INDEX, which is made where there is none.
 
-    A document is a text file (UTF-8) or an image; a folder stands for those in it, `-` for one from stdin. A file of
-    JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …, "image": …}. A file's id is its
-    path as given; a line's is file:line where "id" is null or missing, and a number's its digits. An id that comes
-    again in one call must stand for the same document; one that INDEX has is replaced. Without DOCUMENTS, what INDEX
-    knows but has no state of (damaged, pruned) is read again.
+    A document is a text file (UTF-8) or an image; a folder or a pattern in quotes stands for those in it, `-`
+    for one from stdin. A file of JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …,
+    "image": …}. A file's id is its path as given; a line's is file:line where "id" is null or missing, and a number's
+    its digits. An id that comes again in one call must stand for the same document; one that INDEX has is replaced.
+    Without DOCUMENTS, what INDEX knows but has no state of (damaged, pruned) is read again.
     """
     exists = index_folder.is_dir() and any(index_folder.iterdir())
     if exists:
@@ -266,12 +266,12 @@ def add_command(
         raise click.UsageError(f"{index_folder} does not exist yet: give documents.")
     reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
     with open_index(index_folder, reranker, max_bytes) as store:
-        files, passed = find(documents), list[str]()
-        these = _named(read(files, passed.append)) if documents else _pending(store)
+        files, passed = find(documents), list[tuple[str, str]]()
+        these = _named(read(files, passed)) if documents else _pending(store)
         bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=count(files) or None)
         with bar:
             done = add(reranker, store, these, bar.update, again=not documents)
-    tell("note", (("", f"{said} It was passed over.") for said in passed))
+    tell("note", passed)
     tell("note", ((name, "was too long and was cut") for name in done.truncated))
     tell("error", (_place_and_reason(name, error) for name, error in done.failed))
     if as_json:

@@ -120,11 +120,13 @@ def from_file(value: Any, folder: Path) -> Any:
     image = value.get("image")
     if isinstance(image, Mapping) and image.keys() <= {"bytes", "path"}:
         raw = image.get("bytes")
-        if isinstance(raw, str):
-            return {**value, "image": raw}  # in base64, or no image
+        if isinstance(raw, str) and (raw := _base64_image(raw)) is None:
+            raise ImageError('the "bytes" of the image are no image in base64.')
         image = value["image"] = image.get("path") if raw is None else raw
     if not isinstance(image, str) or _is_data_uri(image):
         return value
+    if not image:
+        raise ImageError("the string of the image is empty. Name a file, or give a data URI.")
     refuse_url(image)
     raw = _base64_image(image)
     if raw is None and len(image) > _MAX_PATH:

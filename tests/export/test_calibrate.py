@@ -413,6 +413,7 @@ def test_what_is_wrong_is_said_before_minutes_of_work(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.filterwarnings("ignore:.*It is left out")
 @pytest.mark.parametrize("problem", ["a damaged image", "Ctrl-C"])
 def test_nothing_is_left_when_calibration_ends_early(
     tmp_path: Path, tiny: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, problem: str

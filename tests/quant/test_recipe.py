@@ -135,6 +135,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     found = Recipe.read(path)
     assert found == Recipe("größer", "cpu", True, (Rule("a.*", "int4", (64,)), Rule("*", "int4", (128, 64, 32))))
     assert found.schemes == ("int4",)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as another editor saves it
+    assert Recipe.read(path) == found
 
 
 # --- which rule ------------------------------------------------------------------------------------

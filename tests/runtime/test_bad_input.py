@@ -148,6 +148,14 @@ def test_text_that_spells_special_tokens_is_text(reranker: Reranker) -> None:
     assert all(len(reranker.trace((text, text)).patches) == 0 for text in texts)
 
 
+@pytest.mark.parametrize("kind", [InputError, ArtifactError, DeviceError, M0kitError])
+def test_no_message_holds_a_long_value(kind: type[M0kitError]) -> None:
+    error = kind(f"pages/1.png: {'A' * 700_000} is not known. Say cpu.")
+    assert str(error) == f"pages/1.png: {'A' * 60}… (700000 characters) …{'A' * 20} is not known. Say cpu."
+    path = "/very/long/" * 30
+    assert str(kind(path)) == path
+
+
 def test_a_single_pair_where_a_list_belongs_is_explained(reranker: Reranker) -> None:
     with pytest.raises(InputError, match=r"^pair 0: .*To score one pair, pass a list that holds it"):
         reranker.score(["q", "d"])

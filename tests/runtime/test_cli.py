@@ -183,6 +183,7 @@ def test_a_name_that_is_not_utf8_is_printed_all_the_same(artifact: Path, tmp_pat
         ([], "Missing argument 'ARTIFACT'"),
         (["ARTIFACT", "--query", "q"], "Give documents, or --index"),
         (["ARTIFACT", "doc"], "Give either --query or --query-image"),
+        (["ARTIFACT", "-", "--query", "q", "--index", "i", "--candidates", "-"], "Stdin can be a document, or --cand"),
         (["ARTIFACT", "doc", "--query", "q", "--query-image", "i.png"], "Give either --query or --query-image"),
         (["ARTIFACT", "doc", "--query", "q", "--top-n", "0"], "--top-n"),
         (["ARTIFACT", "doc", "--query", "q", "--threads", "0"], "--threads"),
@@ -245,7 +246,8 @@ def test_a_folder_stands_for_its_files_and_says_which_it_passes_over(
     folder = documents[0].parent
     below = folder / "below"
     below.mkdir()
-    (below / "paper.pdf").write_bytes(b"%PDF-1.7\n\xff")
+    for name in ("paper.pdf", "other.pdf"):
+        (below / name).write_bytes(b"%PDF-1.7\n\xff")
     (below / ".hidden.txt").write_text("hidden")
     (below / "broken.png").write_text("no image")
     (below / "again").symlink_to(folder)  # a circle
@@ -254,7 +256,7 @@ def test_a_folder_stands_for_its_files_and_says_which_it_passes_over(
     scores = {row["document"]: row["score"] for row in done.rows if "score" in row}
     assert scores == {str(path): pytest.approx(s, abs=1e-5) for path, s in zip(documents, expected, strict=True)}
     note, error = done.err.splitlines()
-    assert note.startswith(f"note: {below / 'paper.pdf'}: is a PDF.")
+    assert note.startswith(f"note: {below / 'other.pdf'}, {below / 'paper.pdf'}: is a PDF.")
     assert error.startswith(f"error: {below / 'broken.png'}: ")
     (below / "broken.png").unlink()
     assert m0kit("rerank", artifact, "--query", "slm markdown", folder).code == 0

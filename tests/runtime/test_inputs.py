@@ -268,6 +268,10 @@ def test_a_string_of_a_file_is_a_data_uri_a_path_or_base64_and_a_path_wins(tmp_p
     assert from_file({"image": "aGk="}, tmp_path) == {"image": tmp_path / "aGk="}
     with pytest.raises(ImageError, match="is a URL, and m0kit fetches nothing"):
         from_file({"image": "https://example.org/a.png"}, tmp_path)
+    with pytest.raises(ImageError, match='the "bytes" of the image are no image in base64'):
+        from_file({"bytes": "page.png", "path": "page.png"}, tmp_path)
+    with pytest.raises(ImageError, match="the string of the image is empty"):  # and not the folder itself
+        from_file({"image": ""}, tmp_path)
 
 
 def test_null_is_absent_and_images_come_as_datasets_write_them(tmp_path: Path) -> None:
@@ -276,7 +280,7 @@ def test_null_is_absent_and_images_come_as_datasets_write_them(tmp_path: Path) -
         ({"text": None, "image": "a.png"}, {"image": tmp_path / "a.png"}),
         ({"bytes": PNG, "path": "a.png"}, {"image": PNG}),
         ({"bytes": None, "path": "a.png"}, {"image": tmp_path / "a.png"}),
-        ({"image": {"bytes": BASE64, "path": None}}, {"image": BASE64}),
+        ({"image": {"bytes": BASE64, "path": None}}, {"image": PNG}),
         ("a.png", "a.png"),
         ([1], [1]),
     ):
