@@ -21,8 +21,8 @@ from typing import Any, Final
 from m0kit.errors import M0kitError
 from m0kit.terminal import ended, run
 
-# Nothing here takes a tenth of it, not even quantising the published model by another engine on two old cores.
-PATIENCE_S: Final = 3600.0
+# For one turn, or for loading: it ends what hangs, and must not end what is slow, such as PyTorch at full depth.
+PATIENCE_S: Final = 2 * 3600.0
 
 _LEAVING_S: Final = 10.0
 _KILLED: Final = 9  # SIGKILL, which not every system names
