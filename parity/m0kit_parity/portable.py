@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.errors import DependencyError
+from m0kit.quiet import silence_openvino
 from m0kit.sessions import Graph, GraphOpener
 
 Array = NDArray[Any]
@@ -23,6 +24,7 @@ class _OpenVino:
     """One graph compiled for the CPU in float32; OpenVINO's default could be bfloat16 where the CPU has it."""
 
     def __init__(self, folder: Path, name: str, also: Sequence[str]) -> None:
+        silence_openvino()
         try:
             import openvino
         except ImportError:

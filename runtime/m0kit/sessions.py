@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
+from m0kit.quiet import silence_onnxruntime
 
 Array = NDArray[Any]
 
@@ -121,6 +122,7 @@ def _onnxruntime() -> Any:
         raise DependencyError(
             "onnxruntime is not installed. pip install 'm0kit[cpu]', or 'm0kit[gpu]' for NVIDIA (not both)."
         ) from None
+    silence_onnxruntime(onnxruntime)
     return onnxruntime
 
 
