@@ -30,6 +30,7 @@ from typing import Any, Final, Literal, TypeVar
 import click
 
 from m0kit.errors import CheckpointError, OutputError
+from m0kit.files import named_errors, occupied, replacing
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.compare import Verdict
 from m0kit_parity.golden import Golden, record
@@ -294,24 +295,24 @@ def checkpoint(
     small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
     has the published widths and few layers, full every dimension of the published model.
     """
-    if output.exists():
-        raise OutputError(f"{output}: exists. Choose another folder.")
-    if outliers is None:
-        _write_shape(shape, output, seed)
-    else:
-        from m0kit_parity.outliers import write_injected
+    if occupied(output):
+        raise OutputError(f"{output}: exists and is not empty. Choose another folder.")
+    with replacing(output) as new, named_errors(output):
+        if outliers is None:
+            _write_shape(shape, new, seed)
+        else:
+            from m0kit_parity.outliers import write_injected
 
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.plain-", dir=output.absolute().parent) as aside:
-            plain = Path(aside) / "plain"
+            plain = new.with_name("plain")
+            plain.mkdir()
             _write_shape(shape, plain, seed)
-            write_injected(plain, output, outliers, seed=seed, progress=True)
+            write_injected(plain, new, outliers, seed=seed, progress=True)
     click.echo(str(output))
 
 
 def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
     if shape == "small":
-        shutil.copytree(SMALL / "base", output)
+        shutil.copytree(SMALL / "base", output, dirs_exist_ok=True)
     else:
         from m0kit_parity.checkpoints import write_checkpoint
 

@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
+from m0kit.files import destination
+from m0kit.hub import resolve
 from m0kit.reranker import Reranker
 from m0kit.rows import JSON_NAMES, PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
 from m0kit.store import sync_folder
@@ -154,12 +156,14 @@ def score_file(
     text, {"text": …} too, {"image": …} is a path relative to the file, a data URI, bytes, or {"bytes", "path"};
     null is absent. An `id` is carried through. The output has a row per row, in order: `row`, `id`, `score`, `logit`
     (float32), `truncated`, `error`. A row that cannot be scored costs only itself, or with `strict` stops the job.
-    `load` are options of Reranker.load. `overwrite` replaces a finished output and a journal of another job; a job
-    that was itself begun with it goes on.
+    `artifact` may be a hub id; `load` are options of Reranker.load. An output that is a link means the file it leads
+    to. `overwrite` replaces a finished output and a journal of another job; a job that was itself begun with it goes
+    on.
     Raises OutputError, InputError, DependencyError, and what Reranker.load raises.
     """
-    artifact, source, output = Path(artifact), Path(source), Path(output)
     load = dict(load or {})
+    artifact = resolve(artifact, load.pop("revision", None), what="artifact")
+    source, output = Path(source), destination(Path(output))
     if load.get("index") is not None:
         load["index"] = Path(load["index"]).absolute()  # an engine may be in another folder
     _check_places(source, output)

@@ -266,6 +266,15 @@ def test_a_checkpoint_is_written_and_opens(shape: str, tmp_path: Path) -> None:
     assert "exists" in str(done.exception)
 
 
+@pytest.mark.parametrize("options", [["small"], ["tiny"], ["tiny", "--outliers", "8"]])
+def test_a_link_means_the_folder_it_leads_to(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c").symlink_to(Path("disk") / "checkpoint")
+    invoke(checkpoint, options[0], tmp_path / "c", *options[1:])
+    assert (tmp_path / "c").is_symlink()
+    assert open_checkpoint(tmp_path / "disk" / "checkpoint").config.decoder.num_layers > 1
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["checkpoint"]
+
+
 def test_the_seed_of_a_checkpoint_is_an_option(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         invoke(checkpoint, "tiny", tmp_path / name, "--seed", seed)

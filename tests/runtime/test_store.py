@@ -119,6 +119,19 @@ def test_reading_ahead_changes_nothing_and_needs_nothing(folder: Path) -> None:
         refuses(RecordDamagedError, "not what was written", lambda: store.get(key_of("b")))
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_means_the_place_it_leads_to(folder: Path, tmp_path: Path, exists: bool) -> None:
+    folder.symlink_to("place")
+    if exists:
+        (tmp_path / "place").mkdir()
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    assert folder.is_symlink()
+    for path in (folder, tmp_path / "place"):
+        with Store.open(path) as store:
+            assert content(store, "a") == record_of("a")
+
+
 def test_what_was_added_is_read(folder: Path) -> None:
     array = np.arange(24, dtype=np.float16).reshape(4, 6)
     scalar = np.array(1.5, np.float32)
