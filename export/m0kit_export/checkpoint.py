@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
+from m0kit.hub import is_id, resolve
 from m0kit_export.packed import Packed, Stored, join_pieces, unpack
 from m0kit_quant.nf4 import bitsandbytes_functional
 
@@ -34,8 +33,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 
-_DOWNLOADED = ("*.safetensors", "*.json", "README.md", "LICENSE*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 # transformers 4.52 moved both towers under `model.`; one published source names the head's layers by role.
@@ -363,36 +360,11 @@ def _find_folder(source: str | Path, revision: str | None, cache_dir: Path | Non
         return path
     if os.path.exists(path):
         raise CheckpointError(f"{path.name} is a file. Give the folder that holds it")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+    if not is_id(source):
         raise CheckpointError(
             f"there is no folder {str(source)!r}, and it is not a hub id of the form 'organisation/name'"
         )
-    where = source if revision is None else f"{source} at revision {revision}"
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=list(_DOWNLOADED),
-                ignore_patterns=["*/*"],  # other people's exports live in sub-folders
-            )
-        )
-    except hub_errors.GatedRepoError:
-        raise CheckpointError(
-            f"{where} is gated: accept its terms on its page and log in with `hf auth login`"
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise CheckpointError(f"{source} has no revision {revision!r}") from None
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
-        raise CheckpointError(
-            f"there is no folder or public hub repository {source!r}: check the name, or log in"
-        ) from None
-    except Exception as error:  # offline, timeouts, a full disk, a proxy's login page: no base class covers them
-        raise CheckpointError(
-            f"cannot download {where}: the hub does not answer or the disk is full, and no complete copy is "
-            "in the cache. Go online, or give a folder"
-        ) from error
+    return resolve(source, revision, what="checkpoint", cache_dir=cache_dir)
 
 
 def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:

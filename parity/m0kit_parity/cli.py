@@ -29,8 +29,10 @@ from typing import Any, Final, Literal, TypeVar
 
 import click
 
+from m0kit.cli_options import ARTIFACT, REVISION_HELP
 from m0kit.errors import CheckpointError, OutputError
 from m0kit.files import named_errors, occupied, replacing
+from m0kit.hub import resolve
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.compare import Verdict
 from m0kit_parity.golden import Golden, record
@@ -114,6 +116,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _record_options = _options(
+    click.option("--revision", help=REVISION_HELP.format("CHECKPOINT")),
     click.option(
         "--adapter",
         multiple=True,
@@ -153,14 +156,15 @@ def parity() -> None:
 
 @click.command(cls=_Both)
 @click.argument("checkpoint")
-@click.argument("artifact", type=_folder)
+@click.argument("artifact")
 @_record_options
 @_layers_option
 @_check_options
 @click.option("-o", "--output", type=_folder, help="Keep the golden folder here.")
 def both(
     checkpoint: str,
-    artifact: Path,
+    artifact: str,
+    revision: str | None,
     adapter: tuple[str, ...],
     cases: tuple[str, ...],
     heavy: bool,
@@ -180,8 +184,9 @@ def both(
     """
     from m0kit.artifact import read_manifest
 
-    read_manifest(artifact)  # before minutes of PyTorch
-    arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers)]
+    folder = resolve(artifact, what="artifact")
+    read_manifest(folder)  # before minutes of PyTorch
+    arguments = [checkpoint, *_record_arguments(revision, adapter, cases, heavy, pairs, layers)]
     with tempfile.TemporaryDirectory(prefix="m0kit-parity-") as temporary:
         golden = output or Path(temporary) / "golden"
         command = shlex.join(["m0kit", "parity", "record", *arguments, "-o", str(output or "golden")])
@@ -189,6 +194,7 @@ def both(
             future = pool.submit(
                 _record_here,
                 checkpoint,
+                revision,
                 golden,
                 adapter,
                 _cases(cases, heavy, pairs),
@@ -203,7 +209,7 @@ def both(
                     f"{checkpoint}: the process that ran PyTorch was ended from outside; that is how Linux "
                     "answers when memory runs out: close other programs or choose fewer --cases"
                 ) from error
-        _check_here(artifact, golden, (), layers, device, threads, engine, html, json)
+        _check_here(folder, golden, (), layers, device, threads, engine, html, json)
 
 
 @parity.command("record")
@@ -214,6 +220,7 @@ def both(
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of PyTorch.")
 def record_command(
     checkpoint: str,
+    revision: str | None,
     adapter: tuple[str, ...],
     cases: tuple[str, ...],
     heavy: bool,
@@ -223,14 +230,14 @@ def record_command(
     threads: int | None,
 ) -> None:
     """Run PyTorch once and keep every stage, with its provenance."""
-    arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers), "-o", str(output)]
+    arguments = [checkpoint, *_record_arguments(revision, adapter, cases, heavy, pairs, layers), "-o", str(output)]
     command = shlex.join(["m0kit", "parity", "record", *arguments])
-    _record_here(checkpoint, output, adapter, _cases(cases, heavy, pairs), layers, command, threads)
+    _record_here(checkpoint, revision, output, adapter, _cases(cases, heavy, pairs), layers, command, threads)
     click.echo(str(output))
 
 
 @parity.command("check")
-@click.argument("artifact", type=_folder)
+@ARTIFACT
 @click.argument("golden", type=_folder)
 @click.option("--cases", multiple=True, metavar="NAME", help="Only this case; repeatable.")
 @_layers_option
@@ -251,7 +258,7 @@ def check_command(
 
 
 @parity.command("published")
-@click.argument("artifact", type=_folder)
+@ARTIFACT
 @click.option(
     "--inputs",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -325,11 +332,18 @@ def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, 
 @click.argument("output", type=_folder)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random values.")
 @click.option("--old-names", is_flag=True, help="Name modules as transformers did before 4.52.")
-def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool) -> None:
+@click.option("--revision", help=REVISION_HELP.format("CHECKPOINT"))
+def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool, revision: str | None) -> None:
     """Write a LoRA adapter for CHECKPOINT to try things on, made by PEFT with random trained values."""
     from m0kit_parity.adapters import write_adapter
 
-    write_adapter(output, checkpoint, form, seed=seed, naming="published" if old_names else "new")
+    write_adapter(
+        output,
+        resolve(checkpoint, revision, what="checkpoint"),
+        form,
+        seed=seed,
+        naming="published" if old_names else "new",
+    )
     click.echo(str(output))
 
 
@@ -341,10 +355,11 @@ def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[Case,
 
 
 def _record_arguments(
-    adapters: Sequence[str], names: Sequence[str], heavy: bool, pairs: Path | None, layers: bool
+    revision: str | None, adapters: Sequence[str], names: Sequence[str], heavy: bool, pairs: Path | None, layers: bool
 ) -> list[str]:
     """The options of a recording as they would be typed."""
-    arguments = [part for adapter in adapters for part in ("--adapter", adapter)]
+    arguments = [] if revision is None else ["--revision", revision]
+    arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += [part for name in names for part in ("--cases", name)]
     arguments += ["--heavy"] * heavy
     arguments += ["--pairs", str(pairs)] if pairs else []
@@ -353,6 +368,7 @@ def _record_arguments(
 
 def _record_here(
     source: str,
+    revision: str | None,
     folder: Path,
     adapters: Sequence[str],
     cases: Sequence[Case],
@@ -371,7 +387,7 @@ def _record_here(
     if threads is not None:
         torch.set_num_threads(threads)
     specs = [AdapterSpec.parse(adapter) for adapter in adapters]
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, revision)
     AdapterStack.open(specs, opened)  # what export would refuse is refused here, in the same words
     provenance = {
         "versions": _versions(),
@@ -386,7 +402,7 @@ def _record_here(
         "seed": _SEED,
     }
     _say(f"loading {source} in PyTorch")
-    reference = Reference.load(source, adapters=[(spec.path, spec.weight) for spec in specs])
+    reference = Reference.load(opened.folder, adapters=[(spec.path, spec.weight) for spec in specs])
     record(
         folder,
         cases,

@@ -6,7 +6,10 @@ proof. These engines are for that, not for speed: the evaluator is plain numpy.
     Reranker.load("m0-fp32", open_graph=ENGINES["openvino"])
 """
 
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +23,24 @@ from m0kit.sessions import Graph, GraphOpener
 Array = NDArray[Any]
 
 
+@contextmanager
+def _plain_file(folder: Path, name: str) -> Iterator[Path]:
+    """A graph with its weights beside it, copied where they are links as in a hub's cache.
+
+    These engines follow no links out of a folder, and onnx takes no second names of a file either.
+    """
+    path = folder / f"{name}.onnx"
+    needed = (path, folder / f"{name.partition('.')[0]}.onnx.data")
+    if not any(file.is_symlink() for file in needed):
+        yield path
+        return
+    # Windows keeps files that are still mapped.
+    with tempfile.TemporaryDirectory(prefix="m0kit-graph-", ignore_cleanup_errors=True) as aside:
+        for file in needed:
+            shutil.copyfile(file, Path(aside) / file.name)
+        yield Path(aside) / path.name
+
+
 class _OpenVino:
     """One graph compiled for the CPU in float32; OpenVINO's default could be bfloat16 where the CPU has it."""
 
@@ -31,9 +52,10 @@ class _OpenVino:
             raise DependencyError("the engine openvino needs openvino. pip install 'm0kit[dev]'") from None
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         core = openvino.Core()
-        model = core.read_model(str(folder / f"{name}.onnx"))
-        model.add_outputs(list(also))
-        self._model = core.compile_model(model, "CPU", settings)
+        with _plain_file(folder, name) as path:
+            model = core.read_model(str(path))
+            model.add_outputs(list(also))
+            self._model = core.compile_model(model, "CPU", settings)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         results = self._model(dict(feeds))
@@ -49,7 +71,8 @@ class _Evaluator:
             from onnx.reference import ReferenceEvaluator
         except ImportError:
             raise DependencyError("the engine onnx needs onnx. pip install 'm0kit[export]'") from None
-        model = onnx.load(folder / f"{name}.onnx")
+        with _plain_file(folder, name) as path:
+            model = onnx.load(path)
         model.graph.output.extend(onnx.ValueInfoProto(name=result) for result in also)
         self._evaluator = ReferenceEvaluator(model)
 

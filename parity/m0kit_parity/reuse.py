@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from m0kit.artifact import KV, Kept, read_manifest
 from m0kit.cache import Cache
+from m0kit.cli_options import ARTIFACT
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import InputError, OutputError
 from m0kit.images import Images
@@ -44,7 +45,6 @@ from m0kit.states import Pasts, State
 from m0kit.store import Store
 from m0kit_parity import plot
 from m0kit_parity.bench import (
-    _ARTIFACT,
     _JSON,
     _PLOT,
     _THREADS,
@@ -652,7 +652,7 @@ def _many_tables(found: Many) -> list[str]:
 
 
 @bench.command()
-@_ARTIFACT
+@ARTIFACT
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
