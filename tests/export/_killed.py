@@ -1,7 +1,7 @@
 """The start of scripts whose forked children kill themselves in the middle of their work, before any file operation."""
 
 PRELUDE = """
-import fcntl, os, shutil, signal, sys  # fcntl: imported by the first lock, which would count as file operations
+import os, shutil, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
