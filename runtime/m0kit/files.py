@@ -52,6 +52,10 @@ def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     place = destination(output)
     with named_errors(output):
+        if Path.cwd().is_relative_to(place):
+            raise OutputError(
+                f"{output}: holds the folder you are in, so it is not replaced. Choose a folder inside it."
+            )
         place.parent.mkdir(parents=True, exist_ok=True)
         space = place.with_name(f".{place.name}.unfinished")
         lock = _hold(space, output)

@@ -340,8 +340,6 @@ def test_both_halves_take_a_checkpoint_and_an_artifact_from_there(monkeypatch: p
 @pytest.mark.usefixtures("hub")
 def test_artifacts_of_an_evaluation_have_a_revision_each(tmp_path: Path) -> None:
     Path("pairs.jsonl").write_text(json.dumps({"query": "q", "documents": ["a", "b"], "relevance": [1, 0]}) + "\n")
-    quick = ("--no-speed", "--json")
-    done = invoke(
-        cli, "evaluate", "org/artifact", "org/artifact@main", "--pairs", "pairs.jsonl", "--no-speed", "--json"
-    )
+    artifacts = ("org/artifact", "org/artifact@main")
+    done = invoke(cli, "evaluate", *artifacts, "--pairs", "pairs.jsonl", "--no-speed", "--json")
     assert len(strict_json(done.stdout)["artifacts"]) == 2

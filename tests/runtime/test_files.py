@@ -114,6 +114,16 @@ def test_a_link_means_the_place_it_leads_to(tmp_path: Path) -> None:
     assert [path.name for path in place.parent.iterdir()] == ["place"]
 
 
+def test_the_folder_one_is_in_is_not_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (Path(), Path(".."), tmp_path / "here"):
+        with pytest.raises(OutputError, match="holds the folder you are in"):
+            write(place, "1", overwrite=True)
+    write(Path("inside"), "1")
+    assert [path.name for path in Path().iterdir()] == ["inside"]
+
+
 def test_occupied_is_what_is_no_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
