@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from m0kit.artifact import Manifest
+from m0kit.hub import resolve
 from m0kit.precision import SCHEMES
 
 if TYPE_CHECKING:
@@ -100,15 +101,16 @@ def export(
 
 
 @click.command()
-@click.argument("artifact", type=_path)
+@click.argument("artifact")
 @click.option("--precision", type=click.Choice(SCHEMES), help="How weights are stored.")
+@click.option("--revision", help="Branch, tag or commit, when ARTIFACT is a hub id.")
 @_shared
-def quantize(artifact: Path, output: Path, **options: Any) -> None:
+def quantize(artifact: str, revision: str | None, output: Path, **options: Any) -> None:
     """Write ARTIFACT, an fp32 one above all, in fewer bits: the same bytes as exporting the checkpoint that way."""
     from m0kit_export.export import quantize_artifact
 
     manifest = quantize_artifact(
-        artifact,
+        resolve(artifact, revision, what="artifact"),
         output,
         recipe=_recipe(options.pop("precision"), options, None),
         calibration=options["calibration"],

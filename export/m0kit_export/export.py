@@ -9,12 +9,10 @@ compute is `graphs`, how weights become fewer bits is `m0kit_quant`, what the fo
 
 import hashlib
 import math
-import os
 import platform
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from tqdm import tqdm
 
 from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manifest, sha256_of, write_manifest
 from m0kit.errors import CheckpointError, OutputError, RecipeError
+from m0kit.files import destination, flush, named_errors, occupied, replacing
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
@@ -74,7 +73,7 @@ def export_artifact(
     """
     # What is wrong with the place, the folder or the pairs is said before PyTorch comes, and what is wrong with the
     # recipe before minutes of work.
-    with _named_errors(output):
+    with named_errors(output):
         _check_place(output, overwrite)
     find_folder(checkpoint, revision, cache_dir)
     for adapter in adapters:
@@ -84,17 +83,16 @@ def export_artifact(
     if calibration is not None:
         read_pairs(calibration)
     source = CheckpointSource.open(checkpoint, adapters, revision, cache_dir, qlora)
-    if calibration is None:
-        return _write(source, output, recipe, None, overwrite, progress)
     check_recipe(recipe, source.config)
-    with _named_errors(output):
-        aside = _make_room(output, 0, overwrite)
-    try:
-        _write(source, aside / "fp32", _FP32, None, False, progress)
-        statistics = calibrate(aside / "fp32", calibration, progress=progress)
-        return _write(source, output, recipe, statistics, overwrite, progress)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with _written_aside(output, overwrite) as folder:
+        if calibration is None:
+            return _write(source, folder, output, recipe, None, progress)
+        plain = folder.with_name("fp32")
+        plain.mkdir()
+        _write(source, plain, output, _FP32, None, progress)
+        statistics = calibrate(plain, calibration, progress=progress)
+        shutil.rmtree(plain)
+        return _write(source, folder, output, recipe, statistics, progress)
 
 
 def quantize_artifact(
@@ -113,27 +111,30 @@ def quantize_artifact(
     check_recipe(recipe, read_manifest(folder).model)
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
-    with _named_errors(output):
+    with named_errors(output):
         _check_place(output, overwrite)
     if calibration is not None:
         read_pairs(calibration)
     source = ArtifactSource.open(folder)  # hashes every file
-    if calibration is None:
-        return _write(source, output, recipe, None, overwrite, progress)
-    statistics = calibrate(folder, calibration, progress=progress)
-    return _write(source, output, recipe, statistics, overwrite, progress)
+    with _written_aside(output, overwrite) as aside:
+        if calibration is None:
+            return _write(source, aside, output, recipe, None, progress)
+        statistics = calibrate(folder, calibration, progress=progress)
+        return _write(source, aside, output, recipe, statistics, progress)
 
 
 def _write(
-    source: Source, output: Path, recipe: Recipe, calibration: Calibration | None, overwrite: bool, progress: bool
+    source: Source, folder: Path, output: Path, recipe: Recipe, calibration: Calibration | None, progress: bool
 ) -> Manifest:
+    """Fill the empty `folder`, which is going to be `output`."""
     frequencies = source.frequencies
     graphs = build_graphs(source.config, recipe, frequencies=frequencies)
     _check_complete(source, graphs)
     if calibration is not None:
         _check_seen(calibration, graphs)
     num_bytes = sum(graph.data_bytes for graph in graphs.values())
-    with _interruptible(), _written_aside(output, num_bytes + _SPARE_BYTES, overwrite) as folder:
+    _check_room(folder, output, num_bytes + _SPARE_BYTES)
+    with _interruptible(), named_errors(output):
         # None: no bar where stderr is no terminal, a log file above all; there each phase is one line
         disable = None if progress else True
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
@@ -185,7 +186,7 @@ def _write(
             recipe=recipe.to_dict(),
         )
         for path in folder.iterdir():
-            _flush(path)
+            flush(path)
         write_manifest(folder, manifest)
     return manifest
 
@@ -338,77 +339,27 @@ def _tools() -> dict[str, str]:
 
 
 @contextmanager
-def _written_aside(output: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
+def _written_aside(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its name when the block ends well, and vanishes when not."""
-    with _named_errors(output):
-        aside = _make_room(output, num_bytes, overwrite)
-        try:
-            yield aside
-            _flush(aside)
-            _put_in_place(aside, output)
-            _flush(aside.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with replacing(output, overwrite=overwrite) as folder:
+        _check_place(output, overwrite)
+        yield folder
 
 
-@contextmanager
-def _named_errors(output: Path) -> Iterator[None]:
-    """What the file system refuses comes out as an OutputError."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except PermissionError as error:
-        raise OutputError(f"{output}: no permission to write there.") from error
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({os.strerror(error.errno or 0)}).") from error
-
-
-def _make_room(output: Path, num_bytes: int, overwrite: bool) -> Path:
-    """See that `output` may be written and fits; returns a new empty folder beside it."""
-    _check_place(output, overwrite)
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+def _check_room(folder: Path, output: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OutputError(
             f"{output}: the artifact takes {num_bytes / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there."
         )
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=parent))
-    aside.chmod(0o755)
-    return aside
 
 
 def _check_place(output: Path, overwrite: bool) -> None:
     """Raises OutputError when nothing may be written there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if occupied(output):
         if not overwrite:
             raise OutputError(f"{output}: exists and is not empty. Choose another folder, or --overwrite.")
         if not (output / MANIFEST).is_file():
             raise OutputError(f"{output}: is not an artifact, so it is not overwritten. Choose another folder.")
-    if output.is_mount():
+    if destination(output).is_mount():
         raise OutputError(f"{output}: is a mount point, which no folder can replace. Choose a folder inside it.")
-
-
-def _put_in_place(aside: Path, output: Path) -> None:
-    """Rename; what is there gives way, and comes back if that fails."""
-    if not output.exists():
-        aside.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=aside.parent))
-    kept = old / "artifact"
-    try:
-        output.rename(kept)
-        aside.rename(output)
-    finally:
-        if kept.exists() and not output.exists():
-            kept.rename(output)
-        shutil.rmtree(old, ignore_errors=True)  # not reached when the old one could not come back
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,8 +10,6 @@ of the base one at a time.
 
 import copy
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from m0kit.errors import AdapterError, OutputError
+from m0kit.files import named_errors, occupied, replacing
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.names import canonical_name
 from m0kit_parity.checkpoints import Naming
@@ -61,27 +60,21 @@ def write_adapter(folder: Path, source: str | Path, form: str, *, seed: int = 0,
     """Write an adapter of one of FORMS for a checkpoint, a folder or hub id.
 
     Values depend on `seed` and the tensor's published name alone, not on `naming`. The folder appears when
-    it is complete. Raises AdapterError for an unknown form, OutputError when the folder exists, CheckpointError.
+    it is complete. Raises AdapterError for an unknown form, OutputError when the folder is not empty, CheckpointError.
     """
     if form not in FORMS:
         raise AdapterError(f"no form of adapter is called {form!r}; there are {', '.join(FORMS)}")
-    if folder.exists():
-        raise OutputError(f"{folder}: exists. Choose another folder.")
+    if occupied(folder):
+        raise OutputError(f"{folder}: exists and is not empty. Choose another folder.")
     checkpoint = open_checkpoint(source)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **copy.deepcopy(dict(FORMS[form])))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
-    try:
-        aside.chmod(0o755)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # PEFT remarks that it saves an adapted embedding whole
-            shell = (NewNames if naming == "new" else PublishedNames)(*empty_model(checkpoint))
-            model = peft.get_peft_model(shell, config, low_cpu_mem_usage=True)
-            _train(model, checkpoint, seed)
+    with replacing(folder) as aside, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PEFT remarks that it saves an adapted embedding whole
+        shell = (NewNames if naming == "new" else PublishedNames)(*empty_model(checkpoint))
+        model = peft.get_peft_model(shell, config, low_cpu_mem_usage=True)
+        _train(model, checkpoint, seed)
+        with named_errors(folder):
             model.save_pretrained(aside)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _train(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:

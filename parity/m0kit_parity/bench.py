@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import click
 
-from m0kit.cli_options import PARTLY, require_place
+from m0kit.cli_options import ARTIFACT, PARTLY, require_place
 from m0kit.config import ModelConfig
 from m0kit.errors import DependencyError, InputError, M0kitError
 from m0kit.precision import SCHEMES
@@ -225,7 +225,6 @@ def write_plot(path: Path, charts: Iterable[str]) -> None:
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _THREADS = click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
 _PLOT = click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG.")
-_ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
 
 
 @click.group()
@@ -379,7 +378,7 @@ def _side(score: Callable[[list[Pair]], object]) -> Side:
 
 
 @bench.command()
-@_ARTIFACT
+@ARTIFACT
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(64), default=4096, show_default=True)
 @click.option("--max-visual-tokens", type=click.IntRange(64), default=768, show_default=True)
@@ -425,7 +424,7 @@ def growth(
 
 
 @bench.command()
-@_ARTIFACT
+@ARTIFACT
 @click.option("--max-tokens", type=click.IntRange(64), default=10_240, show_default=True)
 @click.option("--max-visual-tokens", type=click.IntRange(64), default=3072, show_default=True)
 @click.option("--memory", "mode", type=click.Choice(["fast", "low"]), default="fast", show_default=True)
@@ -488,7 +487,7 @@ def memory(
 
 
 @bench.command()
-@_ARTIFACT
+@ARTIFACT
 @_THREADS
 @_JSON
 def ranking(artifact: Path, threads: int, as_json: bool) -> None:

@@ -9,8 +9,6 @@ slice at a time, so that `full` needs no more memory than `tiny`.
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import OutputError
+from m0kit.files import named_errors, occupied, replacing
 from m0kit.terminal import bar
 from m0kit_export.names import expected_shapes
 from m0kit_parity.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
@@ -76,18 +75,15 @@ def write_checkpoint(
 
     Values depend on `seed` and the tensor's name alone, not on naming, sharding or the number of layers.
     `lm_head` adds the tensor that the published files very likely hold and scoring has no use for
-    (default: for `full` only). Raises OutputError when the folder exists.
+    (default: for `full` only). Raises OutputError when the folder is not empty.
     """
-    if folder.exists():
-        raise OutputError(f"{folder}: exists. Choose another folder.")
+    if occupied(folder):
+        raise OutputError(f"{folder}: exists and is not empty. Choose another folder.")
     config = model_config(shape, num_layers, vision_depth)
     shapes = expected_shapes(config)
     if lm_head or (lm_head is None and shape == "full"):
         shapes["lm_head.weight"] = (config.decoder.vocab_size, config.decoder.hidden_size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
-    try:
-        aside.chmod(0o755)
+    with replacing(folder) as aside, named_errors(folder):
         _write_weights(aside, shapes, seed, _HEAD_BIAS[shape], dtype, naming, max_shard_bytes, progress)
         raw = _config_json(config, dtype, config_form)
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
@@ -97,9 +93,6 @@ def write_checkpoint(
             write_small_tokenizer(aside, config.decoder.vocab_size)
         else:
             write_qwen2_tokenizer(aside)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return config
 
 

@@ -16,9 +16,7 @@ every m0kit command.
 """
 
 import hashlib
-import os
 import platform
-import re
 import shlex
 import shutil
 import tempfile
@@ -31,8 +29,12 @@ from typing import Any, Final, Literal, TypeVar
 import click
 
 from m0kit.artifact import Manifest, read_manifest
-from m0kit.cli_options import PARTLY, require_place, tell
-from m0kit.errors import AdapterError, CheckpointError, M0kitError, OutputError
+from m0kit.cli_options import ARTIFACT, PARTLY, REVISION_HELP, require_place, tell
+from m0kit.errors import CheckpointError, M0kitError, OutputError
+from m0kit.files import named_errors, occupied, replacing
+from m0kit.hub import resolve
+from m0kit_export.adapter import AdapterSpec
+from m0kit_export.folder import find_folder
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.child import Child
 from m0kit_parity.compare import Verdict
@@ -56,7 +58,6 @@ FORM_NAMES: Final = (
     *("score", "embedding", "tokens", "decoder", "vision-decoder"),
 )
 
-_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 # Nothing in a forward pass draws random numbers; should a library fill a tensor that a checkpoint lacks,
 # it fills it the same way every time.
@@ -121,6 +122,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _record_options = _options(
+    click.option("--revision", help=REVISION_HELP.format("CHECKPOINT")),
     click.option(
         "--adapter",
         multiple=True,
@@ -160,14 +162,15 @@ def parity() -> None:
 
 @click.command(cls=_Both)
 @click.argument("checkpoint")
-@click.argument("artifact", type=_folder)
+@click.argument("artifact")
 @_record_options
 @_layers_option
 @_check_options
 @click.option("-o", "--output", type=_folder, help="Keep the golden folder here.")
 def both(
     checkpoint: str,
-    artifact: Path,
+    artifact: str,
+    revision: str | None,
     adapter: tuple[str, ...],
     cases: tuple[str, ...],
     heavy: bool,
@@ -185,19 +188,22 @@ def both(
     The table shows how much of each tolerance was used. The two halves run one after the other, never
     both in memory; alone they are `record`, which needs PyTorch, and `check`, which does not.
     """
-    manifest = read_manifest(artifact)
-    _require(artifact, manifest, engine, html)
-    _look(checkpoint, adapter)
+    artifact_folder = resolve(artifact, what="artifact")
+    manifest = read_manifest(artifact_folder)
+    _require(artifact_folder, manifest, engine, html)
+    _look(checkpoint, adapter, revision)
     if output is not None:
         require_free(output)
     given = {"adapters": [{"path": path} for path in adapter]}
-    require_same_origin(artifact, manifest.provenance, given, "or give another artifact.")
+    require_same_origin(artifact_folder, manifest.provenance, given, "or give another artifact.")
     chosen, code = _cases(cases, heavy, pairs)
-    arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers)]
+    arguments = [checkpoint, *_record_arguments(revision, adapter, cases, heavy, pairs, layers)]
     with tempfile.TemporaryDirectory(prefix="m0kit-parity-") as temporary:
         golden = output or Path(temporary) / "golden"
         command = shlex.join(["m0kit", "parity", "record", *arguments, "-o", str(output or "golden")])
-        recorder = partial(_recorder, checkpoint, golden, adapter, chosen, layers, command, threads, artifact)
+        recorder = partial(
+            _recorder, checkpoint, revision, golden, adapter, chosen, layers, command, threads, artifact_folder
+        )
         with Child(recorder, patience_s=None) as record_there:
             try:
                 record_there()
@@ -205,7 +211,7 @@ def both(
                 if record_there.alive:
                     raise
                 raise CheckpointError(f"{checkpoint}: PyTorch's side: {error} Choose fewer --cases.") from error
-        _check_here(artifact, golden, (), layers, device, threads, engine, html, json)
+        _check_here(artifact_folder, golden, (), layers, device, threads, engine, html, json)
     click.get_current_context().exit(code)
 
 
@@ -217,6 +223,7 @@ def both(
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of PyTorch.")
 def record_command(
     checkpoint: str,
+    revision: str | None,
     adapter: tuple[str, ...],
     cases: tuple[str, ...],
     heavy: bool,
@@ -226,18 +233,18 @@ def record_command(
     threads: int | None,
 ) -> None:
     """Run PyTorch once and keep every stage, with its provenance."""
-    _look(checkpoint, adapter)
+    _look(checkpoint, adapter, revision)
     require_free(output)
-    arguments = [checkpoint, *_record_arguments(adapter, cases, heavy, pairs, layers), "-o", str(output)]
+    arguments = [checkpoint, *_record_arguments(revision, adapter, cases, heavy, pairs, layers), "-o", str(output)]
     command = shlex.join(["m0kit", "parity", "record", *arguments])
     chosen, code = _cases(cases, heavy, pairs)
-    _record_here(checkpoint, output, adapter, chosen, layers, command, threads)
+    _record_here(checkpoint, revision, output, adapter, chosen, layers, command, threads)
     click.echo(str(output))
     click.get_current_context().exit(code)
 
 
 @parity.command("check")
-@click.argument("artifact", type=_folder)
+@ARTIFACT
 @click.argument("golden", type=_folder)
 @click.option("--cases", multiple=True, metavar="NAME", help="Only this case; repeatable.")
 @_layers_option
@@ -258,7 +265,7 @@ def check_command(
 
 
 @parity.command("published")
-@click.argument("artifact", type=_folder)
+@ARTIFACT
 @click.option(
     "--inputs",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -305,22 +312,22 @@ def checkpoint(
     has the published widths and few layers, full every dimension of the published model.
     """
     _require_new(output)
-    if outliers is None:
-        _write_shape(shape, output, seed)
-    else:
-        from m0kit_parity.outliers import write_injected
+    with replacing(output) as new, named_errors(output):
+        if outliers is None:
+            _write_shape(shape, new, seed)
+        else:
+            from m0kit_parity.outliers import write_injected
 
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.plain-", dir=output.absolute().parent) as aside:
-            plain = Path(aside) / "plain"
+            plain = new.with_name("plain")
+            plain.mkdir()
             _write_shape(shape, plain, seed)
-            write_injected(plain, output, outliers, seed=seed, progress=True)
+            write_injected(plain, new, outliers, seed=seed, progress=True)
     click.echo(str(output))
 
 
 def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
     if shape == "small":
-        shutil.copytree(SMALL / "base", output)
+        shutil.copytree(SMALL / "base", output, dirs_exist_ok=True)
     else:
         from m0kit_parity.checkpoints import write_checkpoint
 
@@ -333,35 +340,33 @@ def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, 
 @click.argument("output", type=_folder)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random values.")
 @click.option("--old-names", is_flag=True, help="Name modules as transformers did before 4.52.")
-def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool) -> None:
+@click.option("--revision", help=REVISION_HELP.format("CHECKPOINT"))
+def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool, revision: str | None) -> None:
     """Write a LoRA adapter for CHECKPOINT to try things on, made by PEFT with random trained values."""
-    _look(checkpoint)
+    _look(checkpoint, revision=revision)
     _require_new(output)
     from m0kit_parity.adapters import write_adapter
 
-    write_adapter(output, checkpoint, form, seed=seed, naming="published" if old_names else "new")
+    write_adapter(
+        output,
+        resolve(checkpoint, revision, what="checkpoint"),
+        form,
+        seed=seed,
+        naming="published" if old_names else "new",
+    )
     click.echo(str(output))
 
 
 def _require_new(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"{output}: exists. Choose another folder.")
+    if occupied(output):
+        raise OutputError(f"{output}: exists and is not empty. Choose another folder.")
 
 
-def _look(checkpoint: str, adapters: Sequence[str] = ()) -> None:
+def _look(checkpoint: str, adapters: Sequence[str] = (), revision: str | None = None) -> None:
     """Whether a checkpoint and adapters are there at all, before PyTorch is imported to read them."""
-    if os.path.isfile(checkpoint):
-        raise CheckpointError(f"{Path(checkpoint).name} is a file. Give the folder that holds it")
-    if not os.path.isdir(checkpoint) and not _HUB_ID.fullmatch(checkpoint):
-        raise CheckpointError(
-            f"there is no folder {checkpoint!r}, and it is not a hub id of the form 'organisation/name'"
-        )
+    find_folder(checkpoint, revision)
     for text in adapters:
-        path = text if os.path.isdir(text) else re.sub(r":[^:/\\]*$", "", text)
-        if not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
-            raise AdapterError(
-                f"there is no adapter folder {Path(path).name!r}. Download the adapter and give its folder"
-            )
+        AdapterSpec.parse(text).check()
 
 
 def _require(artifact: Path, manifest: Manifest, engine: str, html: Path | None) -> None:
@@ -381,10 +386,11 @@ def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[tuple
 
 
 def _record_arguments(
-    adapters: Sequence[str], names: Sequence[str], heavy: bool, pairs: Path | None, layers: bool
+    revision: str | None, adapters: Sequence[str], names: Sequence[str], heavy: bool, pairs: Path | None, layers: bool
 ) -> list[str]:
     """The options of a recording as they would be typed."""
-    arguments = [part for adapter in adapters for part in ("--adapter", adapter)]
+    arguments = [] if revision is None else ["--revision", revision]
+    arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += [part for name in names for part in ("--cases", name)]
     arguments += ["--heavy"] * heavy
     arguments += ["--pairs", str(pairs)] if pairs else []
@@ -398,6 +404,7 @@ def _recorder(*arguments: Any) -> Callable[[], None]:
 
 def _record_here(
     source: str,
+    revision: str | None,
     folder: Path,
     adapters: Sequence[str],
     cases: Sequence[Case],
@@ -409,7 +416,6 @@ def _record_here(
     """Load the reference in this process and record; first see that `artifact` was made from the same weights."""
     import torch
 
-    from m0kit_export.adapter import AdapterSpec
     from m0kit_export.checkpoint import open_checkpoint
     from m0kit_export.merge import AdapterStack
     from m0kit_parity.reference import Reference
@@ -418,7 +424,7 @@ def _record_here(
     if threads is not None:
         torch.set_num_threads(threads)
     specs = [AdapterSpec.parse(adapter) for adapter in adapters]
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, revision)
     AdapterStack.open(specs, opened)  # what export would refuse is refused here, in the same words
     provenance = {
         "versions": _versions(),
@@ -435,7 +441,7 @@ def _record_here(
     if artifact is not None:
         require_same_origin(artifact, read_manifest(artifact).provenance, provenance, "or give another artifact.")
     _say(f"loading {source} in PyTorch")
-    reference = Reference.load(source, adapters=[(spec.path, spec.weight) for spec in specs])
+    reference = Reference.load(opened.folder, adapters=[(spec.path, spec.weight) for spec in specs])
     record(
         folder,
         cases,

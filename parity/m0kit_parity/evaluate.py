@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
 from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
+from m0kit.hub import resolve
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
 from m0kit.prompt import PromptBuilder
@@ -625,7 +626,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 @click.command()
-@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT...")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -647,7 +648,7 @@ def _shown(value: float | None, form: str) -> str:
 @click.pass_context
 def evaluate(
     ctx: click.Context,
-    artifacts: tuple[Path, ...],
+    artifacts: tuple[str, ...],
     pairs: Path | None,
     kvs: tuple[Kept, ...],
     as_json: bool,
@@ -659,16 +660,19 @@ def evaluate(
 ) -> None:
     """Compare artifacts of one model: ranking quality, bytes, memory, seconds. The first one is the baseline.
 
+    ARTIFACTs are folders or hub ids, org/name or org/name@revision.
+
     A line of PAIRS is {"query": …, "documents": […], "relevance": […]}, query and documents each a string (text),
     {"text": …} or {"image": …} with a path relative to the file. Without "relevance", quality is agreement with
     the baseline.
     """
     about = {**bench.machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
     require_place(html)
+    folders = [resolve(artifact, what="artifact") for artifact in artifacts]
     if pairs is None:
-        image = read_manifest(artifacts[0]).model.image
+        image = read_manifest(folders[0]).model.image
         evaluation, notes = compare(
-            artifacts, builtin_sets(), builtin_workloads(artifacts[0]), threads=threads, repeats=repeats,
+            folders, builtin_sets(), builtin_workloads(folders[0]), threads=threads, repeats=repeats,
             speed=not no_speed, max_pixels=max(image.max_pixels, VISUAL_TOKENS * image.factor**2), strict=strict,
             about=about, kvs=kvs,
         )  # fmt: skip
@@ -677,7 +681,7 @@ def evaluate(
         if bad and strict:
             raise InputError(next(iter(bad.values())))
         evaluation, notes = compare(
-            artifacts, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
+            folders, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
             about=about, bad=list(bad.values()), kvs=kvs,
         )  # fmt: skip
     for note in notes:

@@ -19,9 +19,7 @@ Logits and scores stand in the manifest as hexadecimal floats, which lose nothin
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.config import ModelConfig
-from m0kit.errors import CheckpointError, InputError, M0kitError, OutputError
+from m0kit.errors import CheckpointError, InputError, OutputError
+from m0kit.files import named_errors, occupied, replacing
 from m0kit.trace import Trace
 from m0kit_parity.cases import Case, Content
 
@@ -93,10 +92,9 @@ def record(
     names = [case.name for case in cases]
     if len(set(names)) != len(names) or not names:
         raise InputError(f"cases to record: {', '.join(names) or 'none'}; give each name once, and at least one")
-    require_free(folder)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        (aside / "inputs").mkdir(parents=True)
+    with replacing(folder, overwrite=True) as aside, named_errors(folder):
+        require_free(folder)
+        (aside / "inputs").mkdir()
         files: dict[str, dict[str, Any]] = {}
         described = []
         for number, case in enumerate(cases, 1):
@@ -115,17 +113,6 @@ def record(
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (aside / "manifest.json").write_text(text, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except OSError as error:
-        if isinstance(error, M0kitError):  # some of ours are OSErrors too
-            raise
-        raise OutputError(
-            f"{folder}: cannot write the golden folder there; choose a place with space that you may write to"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Golden:
@@ -318,16 +305,13 @@ def _write(aside: Path, files: dict[str, dict[str, Any]], name: str, data: bytes
 
 def require_free(folder: Path) -> None:
     """A golden folder or an empty one may be replaced; anything else there raises OutputError."""
-    if not folder.exists() and not folder.is_symlink():
+    if not occupied(folder):
         return
-    if folder.is_dir() and not folder.is_symlink():
-        if not any(folder.iterdir()):
+    try:
+        if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT:
             return
-        try:
-            if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT:
-                return
-        except (OSError, ValueError, AttributeError):
-            pass
+    except (OSError, ValueError, AttributeError):
+        pass
     raise OutputError(f"{folder}: something that is not a golden folder is there; choose another place")
 
 

@@ -11,7 +11,6 @@ large language models have them. Adapters of the original do not fit the copy: t
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ import torch
 
 from m0kit.config import ModelConfig
 from m0kit.errors import OutputError
+from m0kit.files import named_errors, occupied, replacing
 from m0kit.terminal import bar
 from m0kit_export.checkpoint import (
     INDEX,
@@ -86,16 +86,13 @@ def write_injected(
 
     A tensor keeps its format where that holds the scaled values exactly, and is float32 where it does not: the
     copy then computes what the original computes, and not what rounding made of it. One tensor is in memory
-    at a time. Raises CheckpointError, OutputError when the folder exists, and ValueError as `outlier_scales`.
+    at a time. Raises CheckpointError, OutputError when the folder is not empty, and ValueError as `outlier_scales`.
     """
-    if folder.exists():
-        raise OutputError(f"{folder}: exists. Choose another folder.")
+    if occupied(folder):
+        raise OutputError(f"{folder}: exists and is not empty. Choose another folder.")
     checkpoint = open_checkpoint(source)
     tensors = _Injected(checkpoint, inject(_AsFloat32(checkpoint), checkpoint.config, strength, seed, fraction))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
-    try:
-        aside.chmod(0o755)
+    with replacing(folder) as aside, named_errors(folder):
         for path in sorted({path for pattern in _COPIED for path in checkpoint.folder.glob(pattern)}):
             if path.is_file():
                 shutil.copyfile(path, aside / path.name)
@@ -103,9 +100,6 @@ def write_injected(
         readme = checkpoint.folder / "README.md"
         said = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
         (aside / "README.md").write_text(said + _note(strength, seed, fraction), encoding="utf-8")
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class _AsFloat32:

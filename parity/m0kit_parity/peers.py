@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from m0kit.artifact import Manifest
 from m0kit.config import DecoderConfig, VisionConfig
 from m0kit.errors import CheckpointError, DependencyError, InputError, M0kitError
+from m0kit.quiet import silence_openvino
 from m0kit.reranker import Reranker
 from m0kit.sessions import Graph
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
@@ -90,6 +91,7 @@ def peers(checkpoint: Path, names: Sequence[str], threads: int, scratch: Path) -
 
 
 def _package(package: str, install: str, needed_by: str) -> Any:
+    silence_openvino()
     try:
         return import_module(package)
     except ImportError:
@@ -150,7 +152,6 @@ def openvino(checkpoint: Checkpoint, threads: int, *, int8: bool = True) -> Rera
     """transformers' modules through OpenVINO's converter, weights through nncf, activations in int8 as they come.
 
     With `int8` False the same graphs in float32: the proof that they are the model. Raises DependencyError.
-    OpenVINO's converter and nncf tell Intel that they were used, unless `opt_in_out --opt_out` was run once.
     """
     ov = _package("openvino", "openvino", OPENVINO)
     reference, config = Reference.load(checkpoint.folder), checkpoint.config

@@ -6,6 +6,8 @@ proof. These engines are for that, not for speed: the evaluator is plain numpy.
     Reranker.load("m0-fp32", open_graph=ENGINES["openvino"])
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from m0kit.artifact import Manifest
 from m0kit.errors import DependencyError, M0kitError
+from m0kit.quiet import silence_openvino
 from m0kit.sessions import Graph, GraphOpener
 
 Array = NDArray[Any]
@@ -47,19 +50,39 @@ def _named(what: str) -> Iterator[None]:
         raise M0kitError(f"{what}: {type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}") from error
 
 
+@contextmanager
+def _plain_file(folder: Path, name: str) -> Iterator[Path]:
+    """A graph with its weights beside it, copied where they are links as in a hub's cache.
+
+    These engines follow no links out of a folder, and onnx takes no second names of a file either.
+    """
+    path = folder / f"{name}.onnx"
+    needed = (path, folder / f"{name.partition('.')[0]}.onnx.data")
+    if not any(file.is_symlink() for file in needed):
+        yield path
+        return
+    # Windows keeps files that are still mapped.
+    with tempfile.TemporaryDirectory(prefix="m0kit-graph-", ignore_cleanup_errors=True) as aside:
+        for file in needed:
+            shutil.copyfile(file, Path(aside) / file.name)
+        yield Path(aside) / path.name
+
+
 class _OpenVino:
     """One graph compiled for the CPU in float32; OpenVINO's default could be bfloat16 where the CPU has it."""
 
     def __init__(self, folder: Path, name: str, also: Sequence[str]) -> None:
+        silence_openvino()
         try:
             import openvino
         except ImportError:
             raise DependencyError("the engine openvino needs openvino. pip install 'm0kit[dev]'") from None
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         self._name = name
-        with _named(f"{folder}: the engine openvino cannot open the {name} graph"):
+        cannot = f"{folder}: the engine openvino cannot open the {name} graph"
+        with _named(cannot), _plain_file(folder, name) as path:
             core = openvino.Core()
-            model = core.read_model(str(folder / f"{name}.onnx"))
+            model = core.read_model(str(path))
             model.add_outputs(list(also))
             self._model = core.compile_model(model, "CPU", settings)
 
@@ -80,7 +103,8 @@ class _Evaluator:
             raise DependencyError("the engine onnx needs onnx. pip install 'm0kit[export]'") from None
         self._name = name
         with _named(f"{folder}: the engine onnx cannot open the {name} graph"):
-            model = onnx.load(folder / f"{name}.onnx")
+            with _plain_file(folder, name) as path:
+                model = onnx.load(path)
             model.graph.output.extend(onnx.ValueInfoProto(name=result) for result in also)
             self._evaluator = ReferenceEvaluator(model)
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from m0kit.artifact import KV, Kept, read_manifest
 from m0kit.cache import Cache
-from m0kit.cli_options import require_place
+from m0kit.cli_options import ARTIFACT, require_place
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import InputError, OutputError
 from m0kit.images import Images
@@ -45,7 +45,6 @@ from m0kit.store import Store
 from m0kit.terminal import bar
 from m0kit_parity import plot
 from m0kit_parity.bench import (
-    _ARTIFACT,
     _JSON,
     _PLOT,
     _THREADS,
@@ -655,7 +654,7 @@ def _many_tables(found: Many) -> list[str]:
 
 
 @bench.command()
-@_ARTIFACT
+@ARTIFACT
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -7,7 +7,10 @@ scores = reranker.score([("slm markdown", Path("page.png")), ("slm markdown", "s
 """
 
 from m0kit.errors import M0kitError
+from m0kit.quiet import silence
 from m0kit.reranker import Reranker, Result
+
+silence()
 
 __version__ = "0.1.0"
 __all__ = ["M0kitError", "Reranker", "Result", "__version__"]

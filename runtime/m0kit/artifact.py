@@ -164,6 +164,7 @@ def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) ->
 def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with the manifest: plain file, size, sha256.
 
+    A link counts as the file it leads to, if that lies in the same folder or, in a hub's cache, in the same repository.
     A hash is computed once per change of a file: what was verified is remembered with size, times and
     inode in the user's cache folder, so a start does not reread gigabytes. Raises ArtifactDamagedError, and
     ArtifactError for a file that may not be read.
@@ -171,9 +172,13 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     memory = _Verified.load()
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
-            what = "is a link" if path.is_symlink() else "is missing"
-            raise ArtifactDamagedError(f"{path}: {what}. Copy the whole artifact again, or export again.")
+        if path.is_symlink() and not _stays_inside(path):
+            raise ArtifactDamagedError(
+                f"{path}: is a link to {os.path.realpath(path)}, outside of the artifact. Links may lead to files of "
+                "its own folder, or of its repository in a hub's cache. Copy the artifact with the files (cp -L)."
+            )
+        if not path.is_file():
+            raise ArtifactDamagedError(f"{path}: is missing. Copy the whole artifact again, or export again.")
         stat = path.stat()
         if stat.st_size != entry.size:
             raise ArtifactDamagedError(
@@ -194,6 +199,14 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         memory.stamps[key] = stamp
         memory.changed = True
     memory.save()
+
+
+def _stays_inside(link: Path) -> bool:
+    """Whether a link ends in its own folder, or among the blobs of the hub cache's repository that the folder is of."""
+    target, folder = Path(os.path.realpath(link)), Path(os.path.realpath(link.parent))
+    repository = folder.parent.parent  # models--org--name/snapshots/commit
+    is_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return target.parent == folder or (is_cache and target.parent == repository / "blobs")
 
 
 def _object(raw: Mapping[str, Any], field: str) -> dict[str, Any]:

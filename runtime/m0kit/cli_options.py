@@ -1,14 +1,16 @@
 """What commands share: options, opening the artifact they name, telling what was wrong with their inputs."""
 
+import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from m0kit.errors import M0kitError, OutputError
+from m0kit.hub import resolve
 from m0kit.reranker import Reranker
 
 _NAMES = 3  # of inputs that are named beside a message they share
@@ -28,7 +30,25 @@ def exit_code(num_failed: int, num_given: int, done: str = "scored") -> int:
     return PARTLY if num_failed else 0
 
 
-ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
+REVISION_HELP = "Branch, tag or commit, when {} is a hub id."
+
+
+def artifact_argument(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """ARTIFACT, a folder or a hub id, with --revision; the command gets the folder as `artifact`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(*args: Any, artifact: str | None, revision: str | None, **options: Any) -> Any:
+            folder = resolve(artifact, revision, what="artifact") if artifact is not None else None
+            return function(*args, artifact=folder, **options)
+
+        option = click.option("--revision", help=REVISION_HELP.format("ARTIFACT"))
+        return click.argument("artifact", required=required)(option(command))
+
+    return decorate
+
+
+ARTIFACT = artifact_argument()
 DEVICE = click.option(
     "--device",
     default="cpu",

@@ -28,6 +28,7 @@ import click
 
 from m0kit import sessions
 from m0kit.artifact import read_manifest
+from m0kit.cli_options import artifact_argument
 from m0kit.errors import DependencyError
 
 Device = Literal["cpu", "cuda"]
@@ -516,7 +517,7 @@ def _rows(machine: Machine) -> Sequence[tuple[str, str]]:
 
 
 @click.command()
-@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@artifact_argument(required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, artifact: Path | None, as_json: bool) -> None:

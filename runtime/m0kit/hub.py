@@ -3,8 +3,8 @@
 Owns which names are hub ids, which files of a repository are fetched, and what is said when that fails. Downloading,
 the cache, the token and HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT… are huggingface_hub's.
 
-    resolve("./m0-fp32", None, what="artifact")                 # the folder
-    resolve("jinaai/jina-reranker-m0", None, what="checkpoint")  # its snapshot in the hub's cache
+    resolve("./m0-fp32", what="artifact")                       # the folder
+    resolve("jinaai/jina-reranker-m0@main", what="checkpoint")  # its snapshot in the hub's cache
 """
 
 import os
@@ -17,7 +17,7 @@ from m0kit.errors import AdapterError, ArtifactNotFoundError, CheckpointError, M
 
 What = Literal["artifact", "adapter", "checkpoint"]
 
-_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_ID: Final = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.][\w./-]*))?", re.ASCII)
 _ERRORS: Final[dict[str, type[M0kitError]]] = {
     "artifact": ArtifactNotFoundError,
     "adapter": AdapterError,
@@ -33,7 +33,10 @@ _LEFT_OUT: Final = ("*/*",)
 
 
 def is_id(name: str | os.PathLike[str]) -> bool:
-    """Whether the name is "organisation/name" and nothing here is called so. A `Path` is always a path."""
+    """Whether the name is "organisation/name" or "organisation/name@revision", and nothing here is called so.
+
+    A `Path` is always a path.
+    """
     return isinstance(name, str) and _ID.fullmatch(name) is not None and not os.path.lexists(name)
 
 
@@ -43,8 +46,10 @@ def resolve(
     """The folder that a name stands for. What exists here wins; "organisation/name" is then looked for on the hub.
 
     Anything else comes back as it is, whether it exists or not, and never leaves this machine. `revision` is a branch,
-    tag or commit of a hub id. Raises ArtifactNotFoundError, AdapterError or CheckpointError, as `what` says, for what
-    cannot be fetched, and for a revision of a folder; ArtifactError where the manifest on the hub cannot be used.
+    tag or commit of a hub id, which can also be given in the name, as "organisation/name@v2".
+
+    Raises ArtifactNotFoundError, AdapterError or CheckpointError, as `what` says, for what cannot be fetched, and for a
+    revision of a folder; ArtifactError where the manifest on the hub cannot be used.
     """
     if not is_id(name):
         if revision is not None:
@@ -53,7 +58,13 @@ def resolve(
                 "or exists here as a folder. Leave the revision out, or give a hub id."
             )
         return Path(name)
-    name = str(name)
+    match = _ID.fullmatch(str(name))
+    assert match is not None
+    if revision is not None and match[2] is not None:
+        raise _ERRORS[what](
+            f"{what} {name!r} names a revision, and {revision!r} is given too. Leave one of the two out."
+        )
+    name, revision = match[1], revision or match[2]
     try:
         return _fetched(name, revision, what, cache_dir)
     except M0kitError:

@@ -34,6 +34,8 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
+from m0kit.files import destination
+from m0kit.hub import resolve
 from m0kit.inputs import unplaced
 from m0kit.lines import JSON_NAMES
 from m0kit.reranker import Reranker
@@ -198,12 +200,14 @@ def score_file(
     "path"}; null is absent, other keys are ignored. An `id` is carried through. The output has a row per row, in
     order: `row` (from 0), `id`, `score`, `logit` (float32), `truncated`, `error`, which begins with the line (or row).
     A row that cannot be scored costs only itself, or with `strict` stops the job.
-    `load` are options of Reranker.load. `overwrite` replaces a finished output and a journal of another job; a job
-    that was itself begun with it goes on.
+    `artifact` may be a hub id; `load` are options of Reranker.load. An output that is a link means the file it leads
+    to. `overwrite` replaces a finished output and a journal of another job; a job that was itself begun with it goes
+    on.
     Raises OutputError, InputError, DependencyError, and what Reranker.load raises.
     """
-    artifact, source, output = Path(artifact), Path(source), Path(output)
     load = dict(load or {})
+    artifact = resolve(artifact, load.pop("revision", None), what="artifact")
+    source, output = Path(source), destination(Path(output))
     if load.get("index") is not None:
         load["index"] = Path(load["index"]).absolute()  # an engine may be in another folder
     _check_places(source, output)

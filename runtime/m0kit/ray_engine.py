@@ -6,13 +6,15 @@ One task on the driver's machine reads the windows and cuts them into blocks; ac
 score them; the driver alone keeps the journal. An actor that dies is started again and its block retried. Artifact and
 images named by paths are opened by the actors: on several machines they must lie on a file system that all share,
 under the same path, and m0kit must be installed on each. An actor that finds another artifact, index or version there
-than the driver scores nothing. Connects to RAY_ADDRESS, else starts Ray here for the job.
+than the driver scores nothing. Connects to RAY_ADDRESS, else starts Ray here for the job: it then speaks to nobody but
+this machine, and keeps its logs in the folder for temporary files (`ray/`) and the password of its clusters in ~/.ray.
 """
 
 import os
 import pickle
 import platform
 import signal
+import socket
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,9 @@ def ray_engine(workers: int = 1) -> Engine:
     """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
+    if not os.environ.get("RAY_ADDRESS"):
+        # As on macOS and Windows a cluster of this machine alone keeps to the loopback address. Read at the import.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray.data  # noqa: F401
     except ImportError:
@@ -80,11 +85,15 @@ def _connect(cores: int) -> bool:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     is_ours = not os.environ.get("RAY_ADDRESS")
     if is_ours:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 are too few for a busy machine
-        quiet |= {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**quiet)
+    # The process behind Ray's dashboard starts even without one, and asks the metadata services of three clouds where
+    # it is even if reports are off. Where its port is taken it stays away, and Ray logs an error and goes on.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        if is_ours:
+            quiet |= {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+            quiet |= {"dashboard_port": taken.getsockname()[1], "logging_level": logging.CRITICAL}
+        ray.init(**quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own in its place
     return is_ours

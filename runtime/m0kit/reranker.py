@@ -41,6 +41,7 @@ from m0kit.errors import (
     ScoreError,
     StoreError,
 )
+from m0kit.hub import resolve
 from m0kit.image import patchify
 from m0kit.images import ENCODING_COST, Images
 from m0kit.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
@@ -191,9 +192,12 @@ class Reranker:
         kv: Kept | None = None,
         index: str | os.PathLike[str] | None = None,
         open_graph: sessions.GraphOpener | None = None,
+        revision: str | None = None,
     ) -> Self:
         """Open an artifact on a device ("cpu", "cuda", "cuda:1", or an execution provider's name).
 
+        `path` is its folder, or as a string also a hub id, "organisation/name", with the `revision` (branch, tag,
+        commit) if you like. A folder that is here wins; a `Path` is never looked for on the hub.
         `memory`: "fast" keeps quantised weights packed for this CPU in memory; "low" leaves int8 weights mapped
         from the artifact's files, and never holds the vision encoder and the decoder at once: a call encodes all its
         images first, and each opens anew for it. Float weights are mapped either way, and the vision encoder is opened
@@ -213,7 +217,7 @@ class Reranker:
         kv = kv or (store.identity.get("kv") if store else "fp32")
         if kv not in KV:
             raise ValueError(f"kv must be one of {', '.join(KV)}, got {kv!r}")
-        folder = Path(path)
+        folder = resolve(path, revision, what="artifact")
         manifest = read_manifest(folder)
         if (cache_bytes or store or kv != "fp32") and decoder_name("int8") not in manifest.graphs:
             raise ArtifactError(f"{folder}: was exported before documents could be kept. Export it again.")

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from m0kit import forks
 from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
+from m0kit.quiet import silence_onnxruntime
 
 Array = NDArray[Any]
 
@@ -100,6 +102,10 @@ def open_graph(
         # Outputs of a protobuf message that is read after another of its kind are added to it.
         opened = (path.read_bytes() if model is None else model) + _outputs_message(also)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        data = folder / f"{name.partition('.')[0]}.onnx.data"
+        if data.is_symlink() and data.stat().st_size:  # from a hub's cache: for a model in memory it follows no links
+            content = np.memmap(data, np.uint8, mode="r")
+            options.add_external_initializers_from_files_in_memory([data.name], [content], [content.size])
     try:
         session = ort.InferenceSession(opened, options, providers=providers, disabled_optimizers=["ConstantFolding"])
     except Exception as error:
@@ -135,6 +141,7 @@ def _onnxruntime() -> Any:
         raise DependencyError(
             "onnxruntime is not installed. pip install 'm0kit[cpu]', or 'm0kit[gpu]' for NVIDIA (not both)."
         ) from None
+    silence_onnxruntime(onnxruntime)
     return onnxruntime
 
 

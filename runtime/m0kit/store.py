@@ -298,7 +298,7 @@ class Store:
 
         `identity` (JSON) is kept for the caller to compare. Raises OutputError; StoreError for too small a limit.
         """
-        path = Path(os.path.abspath(path))
+        path = Path(os.path.realpath(path))  # a link means the place it leads to
         if max_bytes is not None and max_bytes < MIN_LIMIT:
             raise StoreError(f"{path}: a limit of {max_bytes} bytes is too small, expected at least {MIN_LIMIT}.")
         values = {"identity": dict(identity), "max_bytes": max_bytes, "id": secrets.token_hex(8)}

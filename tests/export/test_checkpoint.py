@@ -508,11 +508,20 @@ class TransportError(Exception):
     [
         (hub_errors.GatedRepoError, "checkpoint 'a/b' at revision 'v1' is gated: accept its terms"),
         (hub_errors.RevisionNotFoundError, "checkpoint 'a/b' has no revision 'v1'"),
-        (hub_errors.RepositoryNotFoundError, "checkpoint 'a/b' at revision 'v1': there is no such folder here"),
-        (hub_errors.HFValidationError, "checkpoint 'a/b' at revision 'v1': there is no such folder here"),
-        (hub_errors.LocalEntryNotFoundError, "checkpoint 'a/b' at revision 'v1': HF_HUB_OFFLINE is set"),
-        (TransportError, "checkpoint 'a/b' at revision 'v1': HF_HUB_OFFLINE is set"),
-        (json.JSONDecodeError, "checkpoint 'a/b' at revision 'v1': HF_HUB_OFFLINE is set"),
+        (
+            hub_errors.RepositoryNotFoundError,
+            "'a/b' at revision 'v1': there is no such folder here, and no such repository on the hub",
+        ),
+        (
+            hub_errors.HFValidationError,
+            "'a/b' at revision 'v1': there is no such folder here, and no such repository on the hub",
+        ),
+        (hub_errors.LocalEntryNotFoundError, "checkpoint 'a/b' at revision 'v1': .* holds no complete copy"),
+        (hub_errors.HfHubHTTPError, "checkpoint 'a/b' at revision 'v1': .* holds no complete copy"),
+        (ConnectionError, "checkpoint 'a/b' at revision 'v1': .* holds no complete copy"),
+        (TimeoutError, "checkpoint 'a/b' at revision 'v1': .* holds no complete copy"),
+        (json.JSONDecodeError, "checkpoint 'a/b' at revision 'v1': .* holds no complete copy"),
+        (TransportError, "checkpoint 'a/b' at revision 'v1': .* holds no complete copy"),
     ],
 )
 def test_what_goes_wrong_on_the_hub_becomes_one_sentence(

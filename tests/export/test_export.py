@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tests.export._killed import PRELUDE
 from torch import nn
 
-from m0kit import Reranker
+from m0kit import Reranker, files
 from m0kit.artifact import GRAPHS, KV, MANIFEST, TOKENIZER, Manifest, decoder_name, read_manifest, verify_files
 from m0kit.errors import CheckpointError, OutputError
 from m0kit_export import export
@@ -224,6 +224,19 @@ def test_overwrite_replaces_an_artifact_whole(tmp_path: Path, tiny: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_means_the_folder_it_leads_to(tmp_path: Path, tiny: Path, tiny_artifact: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(Path("disk") / "artifact")
+    export_artifact(tiny, tmp_path / "out", progress=False)
+    with pytest.raises(OutputError, match="out: exists and is not empty"):
+        export_artifact(tiny, tmp_path / "out", progress=False)
+    export_artifact(tiny, tmp_path / "out", recipe=FP16, overwrite=True, progress=False)
+    assert assert_whole(tmp_path / "disk" / "artifact").scheme == "fp16"
+    export.quantize_artifact(tiny_artifact, tmp_path / "out", recipe=FP16, overwrite=True, progress=False)
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["artifact"]
+
+
 def test_a_failed_replacement_brings_the_old_artifact_back(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,11 +246,12 @@ def test_a_failed_replacement_brings_the_old_artifact_back(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if "unfinished" in self.name:
+        if self.name == "new":
             raise KeyboardInterrupt
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
     with pytest.raises(KeyboardInterrupt):
         export_artifact(tiny, out, recipe=FP16, overwrite=True, progress=False)
     assert files_of(out) == before
@@ -281,7 +295,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path, tiny: Path, mon
     def refused(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(export.tempfile, "mkdtemp", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(OutputError, match="out: no permission to write there"):
         export_artifact(tiny, tmp_path / "out", progress=False)
 
@@ -299,7 +313,7 @@ def test_a_folder_without_write_permission_is_named(tmp_path: Path, tiny: Path) 
                 for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, for nobody's eyes else
                     folder.chmod(folder.stat().st_mode | 0o011)
                 os.seteuid(65534)
-            with pytest.raises(OutputError, match="no permission"), export._written_aside(locked / "out", 0, False):
+            with pytest.raises(OutputError, match="no permission"), export._written_aside(locked / "out", False):
                 pass
             code = 0
         finally:
@@ -359,41 +373,69 @@ def test_graphs_and_checkpoint_that_differ_in_tensors_are_refused(
 KILLED = (
     PRELUDE
     + """
-source, root, overwrite = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "overwrite"
+from m0kit import files
+from m0kit.artifact import read_manifest, verify_files
+from m0kit.errors import OutputError
+from m0kit_export import export as export_module
+source, root, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+if mode == "two renames":
+    files.exchange = lambda *_: False
 
 def export(place):
     recipe = Recipe.default("fp16")
-    return lambda: export_artifact(source, place, recipe=recipe, overwrite=overwrite, progress=False)
+    return lambda: export_artifact(source, place, recipe=recipe, overwrite=mode != "new", progress=False)
+
+def state(place):
+    return read_manifest(place).scheme if place.exists() else "nothing"
 
 export_artifact(source, root / "old", progress=False)
-if overwrite:
+if mode != "new":
     shutil.copytree(root / "old", root / "all")
 total = operations(export(root / "all"))
 for k in sorted({*range(1, total - 20, max(1, total // 8)), *range(total - 20, total + 1)}):
     place = root / str(k) / "out"
     place.parent.mkdir()
-    if overwrite:
+    if mode != "new":
         shutil.copytree(root / "old", place)
-    print(k, exit_code(export(place), k))
+    code, left = exit_code(export(place), k), state(place)
+    if left != "nothing":
+        verify_files(place, read_manifest(place))
+    seen = "-"
+    if mode == "new" and left != "nothing":  # finished: it is not replaced, but what was left goes
+        try:
+            export(place)()
+        except OutputError:
+            pass
+    else:
+        build = export_module.build_graphs
+        def watched(*args):
+            global seen
+            seen = state(place)
+            return build(*args)
+        export_module.build_graphs = watched
+        export(place)()
+        export_module.build_graphs = build
+    names = sorted(path.name for path in place.parent.iterdir())
+    print(k, code, left, seen, state(place), *names)
 """
 )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("mode", ["new", "overwrite"])
-def test_killed_at_any_moment_it_leaves_no_artifact_that_looks_finished(tmp_path: Path, tiny: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["new", "overwrite", "two renames"])
+def test_killed_at_any_moment_the_same_command_makes_all_well(tmp_path: Path, tiny: Path, mode: str) -> None:
     command = [sys.executable, "-c", KILLED, str(tiny), str(tmp_path), mode]
     out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    killed = {int(k): int(code) for k, code in (line.split() for line in out.splitlines())}
-    assert list(killed.values()).count(-signal.SIGKILL) > 15
-    ends = set()
-    for k in killed:
-        place = tmp_path / str(k) / "out"
-        ends.add(assert_whole(place).scheme if place.exists() else "nothing")
-        for left in place.parent.glob(".*"):  # what a kill leaves says so by its name
-            assert left.name.startswith((".out.unfinished-", ".out.old-"))
-    # Between the two renames of a replacement there is nothing for a moment: the old one is in .out.old-*.
-    assert ends == ({"nothing", "fp16"} if mode == "new" else {"fp32", "nothing", "fp16"})
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[1] for row in rows].count(str(-signal.SIGKILL)) > 15
+    before = {row[2] for row in rows}
+    # Between two renames there is nothing for a moment; swapping names has no such moment.
+    assert before == {"new": {"nothing", "fp16"}, "overwrite": {"fp32", "fp16"}}.get(mode, {"fp32", "nothing", "fp16"})
+    for row in rows:
+        assert row[4:] == ["fp16", "out"], row
+        if mode == "two renames":
+            assert row[3] != "nothing", row  # the old one was put back before the work began
+    assert mode != "two renames" or any(row[2] == "nothing" and row[3] == "fp32" for row in rows)
 
 
 # Runs the command; at the first file that it opens after many weights were written, it says so and waits for its end.
@@ -408,7 +450,7 @@ def watch(event, args):
         said.append("weights are written")
         print(*said, flush=True)
         os.read(0, 1)
-    if str(args[0]).endswith(".data") and ".unfinished-" in str(args[0]):
+    if str(args[0]).endswith(".data") and ".unfinished" in str(args[0]):
         written.add(str(args[0]))
 
 sys.addaudithook(watch)
@@ -425,7 +467,7 @@ def test_ctrl_c_leaves_nothing_behind_and_exits_with_130(tmp_path: Path, heavy: 
     with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stdout is not None
         held = process.stdout.readline()
-        assert any(path.stat().st_size > 10 << 20 for path in tmp_path.glob(".out.unfinished-*/*.data"))
+        assert any(path.stat().st_size > 10 << 20 for path in tmp_path.glob(".out.unfinished/new/*.data"))
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert held == "weights are written\n"

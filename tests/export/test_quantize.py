@@ -513,6 +513,7 @@ source, root = Path(sys.argv[1]), Path(sys.argv[2])
 def quantize(place):
     return lambda: quantize_artifact(source, place, recipe=Recipe.default("int4"), progress=False)
 
+quantize(root / "first")()  # imports, and remembers the hashes of the source
 total = operations(quantize(root / "all"))
 for k in sorted({*range(1, total, max(1, total // 5)), *range(total - 5, total + 1)}):
     place = root / str(k) / "out"
@@ -538,7 +539,7 @@ def test_killed_at_any_moment_quantising_leaves_no_artifact_that_looks_finished(
             verify_files(place, read_manifest(place))
             assert data_hashes(place) == data_hashes(in_precision("int4"))
         for left in place.parent.glob(".*"):  # what a kill leaves says so by its name
-            assert left.name.startswith(".out.unfinished-")
+            assert left.name == ".out.unfinished"
     assert ends == {False, True}
     verify_files(tiny_artifact, read_manifest(tiny_artifact))
 

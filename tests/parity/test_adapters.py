@@ -127,8 +127,8 @@ def test_another_seed_is_another_adapter_and_the_same_seed_the_same(tiny: Path, 
 def test_what_cannot_be_made_is_refused_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'lokr'; there are plain, rslora"):
         write_adapter(tmp_path / "a", tiny, "lokr")
-    (tmp_path / "a").mkdir()
-    with pytest.raises(OutputError, match="exists"):
+    (tmp_path / "a" / "mine").mkdir(parents=True)
+    with pytest.raises(OutputError, match="exists and is not empty"):
         write_adapter(tmp_path / "a", tiny, "plain")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

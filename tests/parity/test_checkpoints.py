@@ -160,10 +160,10 @@ def test_the_licence_travels_with_it(tiny: Path) -> None:
 def test_a_folder_that_exists_is_not_touched_and_failure_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "c").mkdir()
-    with pytest.raises(OutputError, match="exists"):
+    (tmp_path / "c" / "mine").mkdir(parents=True)
+    with pytest.raises(OutputError, match="exists and is not empty"):
         write_checkpoint(tmp_path / "c", "tiny")
-    assert list((tmp_path / "c").iterdir()) == []
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["mine"]
     monkeypatch.setattr("m0kit_parity.checkpoints.write_small_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_checkpoint(tmp_path / "d", "tiny")

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tests._hub import cached
 
 from m0kit.artifact import read_manifest, write_manifest
 from m0kit.cli import cli
-from m0kit.errors import AdapterError, CheckpointError, InputError, M0kitError, OutputError
+from m0kit.errors import AdapterError, ArtifactNotFoundError, CheckpointError, InputError, M0kitError, OutputError
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
@@ -423,6 +424,15 @@ def test_a_checkpoint_is_written_and_opens(shape: str, tmp_path: Path) -> None:
     assert "exists" in str(done.exception)
 
 
+@pytest.mark.parametrize("options", [["small"], ["tiny"], ["tiny", "--outliers", "8"]])
+def test_a_link_means_the_folder_it_leads_to(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c").symlink_to(Path("disk") / "checkpoint")
+    invoke(checkpoint, options[0], tmp_path / "c", *options[1:])
+    assert (tmp_path / "c").is_symlink()
+    assert open_checkpoint(tmp_path / "disk" / "checkpoint").config.decoder.num_layers > 1
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["checkpoint"]
+
+
 def test_the_seed_of_a_checkpoint_is_an_option(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         invoke(checkpoint, "tiny", tmp_path / name, "--seed", seed)
@@ -440,3 +450,53 @@ def test_an_adapter_is_written_and_fits(names: list[str], tiny: Path, tmp_path: 
 def test_an_unknown_shape_or_form_exits_with_two_and_lists_the_known_ones(tiny: Path, tmp_path: Path) -> None:
     assert "'tiny', 'wide', 'full'" in invoke(checkpoint, "huge", tmp_path / "c", code=2).stderr
     assert "'plain', 'rslora', 'dora'" in invoke(adapter, tiny, "lokr", tmp_path / "a", code=2).stderr
+
+
+# --- what lies in a hub's cache --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tiny: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache with org/checkpoint and org/artifact, offline; the working folder is empty."""
+    from huggingface_hub import constants
+
+    cached(tiny, tmp_path / "home", "org/checkpoint", "v2")
+    cached(tiny_artifact, tmp_path / "home", "org/artifact")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.mark.usefixtures("hub")
+def test_checkpoints_and_artifacts_are_hub_ids_too(golden: Path) -> None:
+    invoke(parity, "record", "org/checkpoint", "--revision", "v2", "--cases", "tiny", "-o", "g")
+    recorded = json.loads(Path("g/manifest.json").read_text())
+    assert recorded["command"] == "m0kit parity record org/checkpoint --revision v2 --cases tiny -o g"
+    assert recorded["provenance"]["checkpoint"]["source"] == "org/checkpoint"
+    invoke(parity, "check", "org/artifact", "g", "--revision", "main")
+    invoke(parity, "check", "org/artifact", golden, "--engine", "onnx", "--cases", "tiny")
+    invoke(adapter, "org/checkpoint@v2", "plain", "a")
+    invoke(adapter, "org/checkpoint", "plain", "b", "--revision", "v2")
+    assert Path("a/adapter_model.safetensors").read_bytes() == Path("b/adapter_model.safetensors").read_bytes()
+    invoke(cli, "export", "org/checkpoint", "--revision", "v2", "-o", "x")
+    invoke(cli, "quantize", "org/artifact", "-o", "y", "--precision", "fp16")
+    invoke(cli, "bench", "ranking", "org/nothing", error=ArtifactNotFoundError)
+    done = invoke(parity, "record", "org/checkpoint", "-o", "z", error=CheckpointError)
+    assert "checkpoint 'org/checkpoint': HF_HUB_OFFLINE is set" in str(done.exception)
+
+
+@pytest.mark.usefixtures("hub")
+def test_both_halves_take_a_checkpoint_and_an_artifact_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch runs in a process of its own, which reads the cache's place from the environment."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    invoke(parity, "org/checkpoint", "org/artifact@main", "--revision", "v2", "--cases", "tiny")
+
+
+@pytest.mark.usefixtures("hub")
+def test_artifacts_of_an_evaluation_have_a_revision_each(tmp_path: Path) -> None:
+    Path("pairs.jsonl").write_text(json.dumps({"query": "q", "documents": ["a", "b"], "relevance": [1, 0]}) + "\n")
+    artifacts = ("org/artifact", "org/artifact@main")
+    done = invoke(cli, "evaluate", *artifacts, "--pairs", "pairs.jsonl", "--no-speed", "--json")
+    assert len(strict_json(done.stdout)["artifacts"]) == 2

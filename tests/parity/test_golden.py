@@ -145,6 +145,14 @@ def test_nothing_is_left_behind_when_the_reference_fails(tmp_path: Path) -> None
     assert (tmp_path / "g" / "manifest.json").read_bytes() == before
 
 
+def test_a_link_means_the_folder_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "g").symlink_to(Path("disk") / "golden")
+    recorded(tmp_path / "g")
+    assert recorded(tmp_path / "g", cases=CASES[:1]).case_names == ("texts",)
+    assert (tmp_path / "g").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["golden"]
+
+
 def test_a_golden_folder_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
     recorded(tmp_path / "g")
     assert recorded(tmp_path / "g", cases=CASES[:1]).case_names == ("texts",)
@@ -160,7 +168,7 @@ def test_a_golden_folder_is_replaced_and_anything_else_is_not(tmp_path: Path) ->
 
 def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot be written"):
         recorded(tmp_path / "file" / "golden")
 
 

@@ -288,9 +288,10 @@ def test_the_copy_says_what_it_is_and_keeps_its_licence(small, injected):
 
 
 def test_a_folder_that_exists_is_not_written_to(tiny, tmp_path):
-    with pytest.raises(OutputError, match="exists"):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="exists and is not empty"):
         write_injected(tiny, tmp_path, 8)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(tiny, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tests._hub import cached
 
 from m0kit import Reranker
 from m0kit.errors import DependencyError, M0kitError
@@ -36,6 +38,15 @@ def test_another_engine_stays_within_the_same_tolerances(engine: str, golden: Go
     failed = [(case.name, s) for case in report.cases for s in case.stages if s.verdict is Verdict.FAIL]
     assert not failed
     assert {case.kind for case in report.cases} == {"text-text", "text-image", "image-text", "image-image"}
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_another_engine_runs_what_lies_in_a_hub_cache(engine: str, tiny_artifact: Path, tmp_path: Path) -> None:
+    """These engines refuse weights that are links out of the folder."""
+    places = (tiny_artifact, cached(tiny_artifact, tmp_path))
+    here, there = (Reranker.load(place, open_graph=ENGINES[engine]) for place in places)
+    assert there.score([("q", "text")], raw=True) == here.score([("q", "text")], raw=True)
+    assert not list(Path(tempfile.gettempdir()).glob("m0kit-graph-*"))
 
 
 def test_another_engine_is_really_another(golden: Golden, tiny_artifact: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests._hub import cached
 
 from m0kit import artifact as module
 from m0kit.artifact import FileEntry, Manifest, read_manifest, sha256_of, verify_files, write_manifest
@@ -239,14 +240,43 @@ def test_a_folder_in_place_of_a_file_is_missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["the same content", "nowhere"])
-def test_a_link_is_refused(folder: Path, tmp_path: Path, target: str) -> None:
+def test_a_link_out_of_the_artifact_is_refused(folder: Path, tmp_path: Path, target: str) -> None:
     aside = tmp_path / target
     if target != "nowhere":
         shutil.copyfile(folder / "vision.onnx", aside)
     (folder / "vision.onnx").unlink()
     (folder / "vision.onnx").symlink_to(aside)
-    with pytest.raises(ArtifactDamagedError, match=f"^{folder / 'vision.onnx'}: is a link"):
+    with pytest.raises(ArtifactDamagedError, match=f"^{folder / 'vision.onnx'}: is a link to {aside}, outside of the"):
         verify_files(folder, read_manifest(folder))
+
+
+def test_a_link_within_the_artifact_counts_as_what_it_leads_to(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    (folder / "vision.onnx").rename(folder / "aside")
+    (folder / "vision.onnx").symlink_to("aside")
+    verify_files(folder, manifest)
+    (folder / "aside").write_bytes(b"x")
+    with pytest.raises(ArtifactDamagedError, match=r"vision\.onnx: its content has changed"):
+        verify_files(folder, manifest)
+    (folder / "aside").unlink()
+    with pytest.raises(ArtifactDamagedError, match=r"vision\.onnx: is missing"):
+        verify_files(folder, manifest)
+
+
+def test_the_links_of_a_hub_cache_lead_to_its_own_blobs(folder: Path, tmp_path: Path) -> None:
+    snapshot, other = cached(folder, tmp_path / "home"), cached(folder, tmp_path / "home", "org/other")
+    manifest = read_manifest(snapshot)
+    verify_files(snapshot, manifest)
+    (tmp_path / "here").symlink_to(snapshot)
+    verify_files(tmp_path / "here", manifest)
+    shutil.copytree(snapshot.parent.parent, tmp_path / "moved", symlinks=True)  # no cache any more, by its name
+    for target in (other / "vision.onnx", snapshot.parent.parent / "refs" / "main", Path("/etc/hostname")):
+        (snapshot / "vision.onnx").unlink()
+        (snapshot / "vision.onnx").symlink_to(target)
+        with pytest.raises(ArtifactDamagedError, match=r"vision\.onnx: is a link to .*, outside of the artifact"):
+            verify_files(snapshot, manifest)
+    with pytest.raises(ArtifactDamagedError, match="outside of the artifact"):
+        verify_files(tmp_path / "moved" / "snapshots" / snapshot.name, manifest)
 
 
 def test_another_size_is_named_with_both(folder: Path) -> None:

@@ -222,8 +222,8 @@ ARTIFACTS: dict[str, tuple[Callable[[Path], object], type[ArtifactError], list[s
     "newer version": (
         lambda a: _edit(a / MANIFEST, format_version=99), ArtifactVersionError, ["format version 99", "Update m0kit"]),
     "a link": (
-        lambda a: ((a / "head.onnx").rename(a / "aside"), (a / "head.onnx").symlink_to("aside")),
-        ArtifactDamagedError, ["head.onnx: is a link", "Copy the whole artifact again"]),
+        lambda a: ((a / "head.onnx").rename(a.parent / "aside"), (a / "head.onnx").symlink_to("../aside")),
+        ArtifactDamagedError, ["head.onnx: is a link to", "Copy the artifact with the files"]),
     "another JSON": (lambda a: (a / MANIFEST).write_text("{}"), ArtifactError, ["not an m0kit manifest"]),
     "no folder": (shutil.rmtree, ArtifactNotFoundError, ["no such folder", "m0kit export"]),
 }  # fmt: skip

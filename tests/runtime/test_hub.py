@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 from tests._hub import COMMIT, Hub, cached, served
 
+from m0kit import Reranker
 from m0kit.artifact import read_manifest
+from m0kit.cli import cli
 from m0kit.errors import AdapterError, ArtifactNotFoundError, CheckpointError
 from m0kit.hub import is_id, resolve
 
@@ -65,6 +70,7 @@ def test_only_a_string_of_two_plain_parts_that_is_not_here_is_a_hub_id(
     (tmp_path / "there" / "folder").mkdir(parents=True)
     assert is_id("org/name")
     assert is_id("org-1/name_2.x")
+    assert is_id("org/name@refs/pr/1")
     here = ["there/folder", "name", "./org/name", "../org/name", "~/name", "/org/name", "a/b/c", "org/", "org\\name"]
     assert not any(is_id(name) for name in [*here, ".hidden/name", "", "org/näme", "C:/name", Path("org/name")])
 
@@ -116,6 +122,10 @@ def test_the_token_of_the_environment_is_sent(ask: Asking, hub: Hub) -> None:
 def test_a_revision_is_asked_for_by_name(ask: Asking, hub: Hub) -> None:
     assert ask("org/name", "v2", HF_ENDPOINT=hub.url)["folder"].endswith(COMMIT)
     assert ("HEAD", "/org/name/resolve/v2/manifest.json") in hub.asked
+    hub.asked.clear()
+    assert ask("org/name@v2", HF_ENDPOINT=hub.url)["folder"].endswith(COMMIT)
+    assert ("HEAD", "/org/name/resolve/v2/manifest.json") in hub.asked
+    assert "names a revision, and 'v3' is given too" in ask("org/name@v2", "v3")["text"]
     answer = ask("org/name", "v3", HF_ENDPOINT=hub.url)
     assert answer["text"].startswith("artifact 'org/name' has no revision 'v3' on the hub.")
 
@@ -171,3 +181,84 @@ def test_a_cache_made_elsewhere_is_used_offline(ask: Asking, home: Path, artifac
     assert ask("org/name", COMMIT, HF_HUB_OFFLINE="1") == {"folder": str(snapshot)}
     (snapshot / "head.onnx").unlink()
     assert "holds no complete copy" in ask("org/name", HF_HUB_OFFLINE="1")["text"]
+
+
+# --- artifacts whose files are links -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached_artifact(artifact: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As it lies in the cache; in this process huggingface_hub is offline since it was imported."""
+    from huggingface_hub import constants
+
+    snapshot = cached(artifact, home)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    return snapshot
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_scores_from_a_cache_are_those_of_the_folder(
+    cached_artifact: Path, reranker: Reranker, picture: Callable[..., Image.Image], memory: Any
+) -> None:
+    pairs = [("q", "text"), ("q", picture(56, 84))]
+    for opened in (
+        Reranker.load("org/name", threads=1, memory=memory),
+        Reranker.load("org/name", threads=1, memory=memory, revision=COMMIT),
+        Reranker.load(cached_artifact, threads=1, memory=memory, kv="int8"),
+    ):
+        wanted = reranker if opened.kv == "fp32" else Reranker.load(reranker._folder, threads=1, kv="int8")
+        assert opened.score(pairs, raw=True).tolist() == wanted.score(pairs, raw=True).tolist()
+
+
+def test_inner_results_from_a_cache_are_those_of_the_folder(cached_artifact: Path, reranker: Reranker) -> None:
+    """Graphs changed on the way are opened from memory, where ONNX Runtime does not follow links to weights."""
+    pair = ("q", "text")
+    wanted = reranker.trace(pair, layers=True)
+    found = Reranker.load("org/name", threads=1).trace(pair, layers=True)
+    assert found.layers is not None
+    assert wanted.layers is not None
+    assert np.array_equal(found.layers, wanted.layers)
+
+
+def test_weights_that_are_links_stay_mapped(cached_artifact: Path) -> None:
+    reranker = Reranker.load(cached_artifact, threads=1)
+    reranker.score([("q", "text")])
+    if Path("/proc/self/maps").is_file():
+        blob = os.path.realpath(cached_artifact / "decoder.onnx.data")
+        assert blob in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect org/name --verify",
+        f"inspect org/name --revision {COMMIT}",
+        "inspect org/name@main",
+        "doctor org/name",
+        "score org/name pairs.jsonl",
+        "score org/name pairs.jsonl -o out.jsonl",
+        "rerank org/name --query q text.txt",
+        "index add org/name library text.txt",
+    ],
+)
+def test_every_command_takes_a_hub_id(
+    words: str, cached_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text('{"query": "q", "document": "text"}\n')
+    Path("text.txt").write_text("text")
+    done = CliRunner().invoke(cli, words.split())
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
+def test_a_command_says_what_is_not_in_the_cache(cached_artifact: Path) -> None:
+    done = CliRunner().invoke(cli, ["inspect", "org/name", "--revision", "v9"])
+    assert isinstance(done.exception, ArtifactNotFoundError)
+    assert "'org/name' at revision 'v9': HF_HUB_OFFLINE is set" in str(done.exception)
+
+
+def test_a_folder_here_wins(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    Path("org/name").symlink_to(artifact)
+    assert CliRunner().invoke(cli, ["inspect", "org/name"]).exit_code == 0

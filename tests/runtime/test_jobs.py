@@ -153,6 +153,21 @@ def test_scores_are_the_rerankers_own_for_all_kinds_of_pairs(
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_that_is_a_link_means_the_file_it_leads_to(
+    artifact: Path, source: Path, tmp_path: Path, exists: bool
+) -> None:
+    (tmp_path / "disk").mkdir()
+    place, link = tmp_path / "disk" / "scores.jsonl", tmp_path / "out.jsonl"
+    if exists:
+        place.write_text("of before")
+    link.symlink_to(place)
+    score_file(artifact, source, link, load=ONE, overwrite=exists)
+    assert link.is_symlink()
+    assert len(place.read_text().splitlines()) == 50
+    assert [path.name for path in place.parent.iterdir()] == ["scores.jsonl"]
+
+
 @pytest.mark.parametrize(
     "form",
     [

@@ -127,6 +127,19 @@ def test_the_hash_of_a_document_is_told_without_reading_it(folder: Path) -> None
         assert store.content("b") is None
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_means_the_place_it_leads_to(folder: Path, tmp_path: Path, exists: bool) -> None:
+    folder.symlink_to("place")
+    if exists:
+        (tmp_path / "place").mkdir()
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    assert folder.is_symlink()
+    for path in (folder, tmp_path / "place"):
+        with Store.open(path) as store:
+            assert content(store, "a") == record_of("a")
+
+
 def test_what_was_added_is_read(folder: Path) -> None:
     array = np.arange(24, dtype=np.float16).reshape(4, 6)
     scalar = np.array(1.5, np.float32)

@@ -1,0 +1,226 @@
+"""Folders that appear under their name when they are whole, and what a killed process left of them.
+
+Owns the work place beside an output, who holds it, flushing and renaming. What may be replaced is the caller's
+business.
+
+    with replacing(Path("m0-fp32")) as new:   # .m0-fp32.unfinished/new
+        (new / "manifest.json").write_text("{}")
+
+A work place belongs to whoever locks the file in it. The system frees that lock with the process, however that ends;
+so what nobody locks is a dead process's, and the next one that writes the same output clears it away.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from m0kit.errors import M0kitError, OutputError
+
+_LOCK: Final = "lock"
+_NEW: Final = "new"
+_OLD: Final = "old"
+# How a file system says that it has no locks, as some of those on a network do.
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def destination(path: Path) -> Path:
+    """The place that a path means: where its links lead, whether there is something yet or not."""
+    return Path(os.path.realpath(path))
+
+
+def occupied(path: Path) -> bool:
+    """Whether something is there, at the end of its links, that is no empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+@contextlib.contextmanager
+def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new empty folder that takes the place of `output` when the block ends well, and vanishes when not.
+
+    Where `output` is a link, that is the place it leads to. What lies beside the new folder goes in any case, as
+    `new.with_name("scratch")` would. Before the block, what a killed process left of this output is cleared away, and
+    an old folder that it had already moved comes back. An output that exists is replaced only with `overwrite`, an
+    empty folder always.
+
+    Raises OutputError when another process writes this output, or the file system refuses.
+    """
+    place = destination(output)
+    with named_errors(output):
+        if Path.cwd().is_relative_to(place):
+            raise OutputError(
+                f"{output}: holds the folder you are in, so it is not replaced. Choose a folder inside it."
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        space = place.with_name(f".{place.name}.unfinished")
+        lock = _hold(space, output)
+    try:
+        with named_errors(output):
+            _recover(space, place)
+            new = space / _NEW
+            new.mkdir()
+        yield new
+        with named_errors(output):
+            flush(new)
+            _put(new, place, overwrite)
+            _flush_one(place.parent)
+    finally:
+        _leave(space, place, lock)
+
+
+@contextlib.contextmanager
+def named_errors(output: Path) -> Iterator[None]:
+    """What the file system refuses comes out as an OutputError."""
+    try:
+        yield
+    except M0kitError:  # some of ours are OSErrors too
+        raise
+    except PermissionError as error:
+        raise OutputError(f"{output}: no permission to write there.") from error
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({os.strerror(error.errno or 0)}).") from error
+
+
+def flush(path: Path) -> None:
+    """Make a file, or all that is in a folder, durable."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            flush(inner)
+    _flush_one(path)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names so that neither is ever missing; False where the system cannot."""
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            failed = library.renamex_np(*names, 2)  # RENAME_SWAP
+        else:
+            failed = library.renameat2(-100, names[0], -100, names[1], 2)  # AT_FDCWD, RENAME_EXCHANGE
+    except (OSError, TypeError, AttributeError):  # no such library, no such function
+        return False
+    return bool(failed == 0)
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock an open file for this process; False when another one has it. Raises OSError where there are no locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def _hold(space: Path, output: Path) -> int:
+    """Make the work place this process's own; returns the descriptor of its lock."""
+    while True:
+        made = not space.is_dir()
+        space.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # whoever had it has just left
+            continue
+        try:
+            free = lock_file(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            free = made  # without locks nobody can tell a killed process's work place from a living one's
+        if not free:
+            os.close(descriptor)
+            raise OutputError(
+                f"{output}: another process is writing it, in {space}. Wait until it has finished, or stop it; "
+                "if there is none, remove that folder."
+            )
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(space / _LOCK)):
+                return descriptor
+        os.close(descriptor)  # of a work place that was removed meanwhile
+
+
+def _recover(space: Path, place: Path) -> None:
+    """An old folder comes back if nothing is in its place; whatever else a dead process left goes."""
+    if (space / _OLD).exists() and not os.path.lexists(place):
+        (space / _OLD).rename(place)
+        _flush_one(place.parent)
+    _clear(space)
+
+
+def _clear(space: Path) -> None:
+    for path in space.iterdir():
+        if path.name == _LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _put(new: Path, place: Path, overwrite: bool) -> None:
+    """Rename; what is there gives way, and comes back if that fails."""
+    if place.is_dir() and not overwrite:
+        with contextlib.suppress(OSError):  # not empty
+            place.rmdir()
+    if not os.path.lexists(place):
+        new.rename(place)
+        return
+    if not overwrite:
+        raise OutputError(f"{place}: exists and is not empty. Choose another folder.")
+    if exchange(new, place):
+        return
+    old = new.with_name(_OLD)
+    place.rename(old)
+    try:
+        new.rename(place)
+    except BaseException:
+        old.rename(place)
+        raise
+
+
+def _leave(space: Path, place: Path, lock: int) -> None:
+    """Remove the work place and let it go; what cannot be removed now goes when this output is written again."""
+    if (space / _OLD).exists() and not os.path.lexists(place):  # it could not come back now
+        os.close(lock)
+        return
+    windows = sys.platform == "win32"  # does not remove what is open, here or in another process
+    with contextlib.suppress(OSError):
+        _clear(space)
+        if not windows:
+            os.unlink(space / _LOCK)
+    os.close(lock)
+    with contextlib.suppress(OSError):
+        if windows:
+            os.unlink(space / _LOCK)
+        space.rmdir()
+
+
+def _flush_one(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return  # makes names durable by itself, and cannot open folders
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":  # where fsync stops at the drive's cache
+            import fcntl
+
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,301 @@
+"""A folder appears whole or not at all, a dead process's leftovers go, a living one's stay, on every system."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from m0kit import files
+from m0kit.errors import OutputError
+from m0kit.files import destination, exchange, flush, lock_file, occupied, replacing
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(params=["swap", "two renames"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "two renames":
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+
+
+def write(out: Path, text: str, overwrite: bool = False) -> None:
+    with replacing(out, overwrite=overwrite) as new:
+        (new / "file").write_text(text)
+        scratch = new.with_name("scratch")
+        scratch.mkdir()
+        (scratch / "large").touch()
+
+
+@pytest.mark.usefixtures("_way")
+def test_a_folder_appears_whole_and_alone(out: Path) -> None:
+    write(out, "1")
+    assert (out / "file").read_text() == "1"
+    write(out, "2", overwrite=True)
+    assert (out / "file").read_text() == "2"
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        write(out, "3")
+    assert (out / "file").read_text() == "2"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("_way")
+def test_what_fails_leaves_the_old_one(out: Path) -> None:
+    write(out, "1")
+    with pytest.raises(KeyboardInterrupt), replacing(out, overwrite=True):
+        raise KeyboardInterrupt
+    assert (out / "file").read_text() == "1"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_failed_second_renaming_brings_the_old_one_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(out, "1")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(errno.EIO, "")
+        return rename(self, target)
+
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write(out, "2", overwrite=True)
+    assert (out / "file").read_text() == "1"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_old_one_that_cannot_come_back_now_comes_back_next_time(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(out, "1")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == out:
+            raise OSError(errno.EIO, "")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "exchange", lambda *_: False)
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OutputError, match="cannot be written"):
+            write(out, "2", overwrite=True)
+    assert not out.exists()
+    with pytest.raises(OutputError, match="not empty"):
+        write(out, "3")
+    assert (out / "file").read_text() == "1"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_link_means_the_place_it_leads_to(tmp_path: Path) -> None:
+    place, link, empty = tmp_path / "disk" / "place", tmp_path / "link", tmp_path / "empty"
+    link.symlink_to(Path("disk") / "place")
+    write(link, "1")  # to nothing yet
+    assert link.is_symlink()
+    assert (place / "file").read_text() == "1"
+    write(link, "2", overwrite=True)
+    assert link.is_symlink()
+    assert (place / "file").read_text() == "2"
+    empty.mkdir()
+    (tmp_path / "second").symlink_to(empty)
+    write(tmp_path / "second", "3")
+    assert (tmp_path / "second").is_symlink()
+    assert (empty / "file").read_text() == "3"
+    assert destination(link) == place
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "empty", "link", "second"]
+    assert [path.name for path in place.parent.iterdir()] == ["place"]
+
+
+def test_the_folder_one_is_in_is_not_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (Path(), Path(".."), tmp_path / "here"):
+        with pytest.raises(OutputError, match="holds the folder you are in"):
+            write(place, "1", overwrite=True)
+    write(Path("inside"), "1")
+    assert [path.name for path in Path().iterdir()] == ["inside"]
+
+
+def test_occupied_is_what_is_no_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "to-file").symlink_to("file")
+    assert {name: occupied(tmp_path / name) for name in ("file", "empty", "dangling", "to-file", ".")} == {
+        "file": True, "empty": False, "dangling": False, "to-file": True, ".": True,
+    }  # fmt: skip
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from m0kit.files import replacing
+with replacing(Path(sys.argv[1]), overwrite=True) as new:
+    (new / "file").write_text("of another process")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(out: Path) -> Iterator[Callable[[], Any]]:
+    """Start a process that is writing `out` until it is killed or its stdin is closed."""
+    started: list[Any] = []
+
+    def start() -> Any:
+        command = [sys.executable, "-c", _HOLDER, str(out)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_what_a_living_process_writes_is_left_alone(out: Path, holder: Callable[[], Any]) -> None:
+    process = holder()
+    with pytest.raises(OutputError, match=r"out: another process is writing it, in .*\.out\.unfinished"):
+        write(out, "mine")
+    process.communicate("")
+    assert process.returncode == 0
+    assert (out / "file").read_text() == "of another process"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_what_a_killed_process_left_is_cleared_away(out: Path, holder: Callable[[], Any]) -> None:
+    process = holder()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path.name for path in out.parent.iterdir()] == [".out.unfinished"]
+    write(out, "mine")
+    assert (out / "file").read_text() == "mine"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_old_one_moved_by_a_killed_process_comes_back_first(out: Path) -> None:
+    write(out, "1")
+    space = out.with_name(".out.unfinished")
+    (space / "new").mkdir(parents=True)
+    (space / "lock").touch()
+    out.rename(space / "old")
+    with replacing(out, overwrite=True) as new:
+        assert (out / "file").read_text() == "1"
+        (new / "file").write_text("2")
+    assert (out / "file").read_text() == "2"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_place_is_written_once_at_a_time_in_one_process_too(out: Path) -> None:
+    with replacing(out), pytest.raises(OutputError, match="another process is writing it"):
+        write(out, "2")
+
+
+# --- systems -----------------------------------------------------------------------------------------------
+
+
+def test_swapping_leaves_both_names(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    (one / "file").touch()
+    if exchange(one, other):
+        assert (other / "file").exists()
+        assert not (one / "file").exists()
+    assert not exchange(one, tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("platform", "name"), [("darwin", "renamex_np"), ("linux", "renameat2")])
+def test_swapping_asks_the_system_by_its_own_name(monkeypatch: pytest.MonkeyPatch, platform: str, name: str) -> None:
+    asked: list[Any] = []
+    library = SimpleNamespace(**{name: lambda *args: asked.append(args) or 0})
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: library)
+    assert exchange(Path("/a"), Path("/b"))
+    wanted = {"darwin": (b"/a", b"/b", 2), "linux": (-100, b"/a", -100, b"/b", 2)}
+    assert asked == [wanted[platform]]
+
+
+def test_without_such_a_function_there_is_no_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert not exchange(Path("a"), Path("b"))
+
+
+def _no_locks(descriptor: int) -> bool:
+    raise OSError(errno.ENOLCK, "")
+
+
+def test_without_locks_a_place_is_written_but_a_work_place_that_is_there_is_not_touched(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "lock_file", _no_locks)
+    write(out, "1")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    (out.with_name(".out.unfinished") / "new").mkdir(parents=True)
+    with pytest.raises(OutputError, match="if there is none, remove that folder"):
+        write(out, "2", overwrite=True)
+    assert out.with_name(".out.unfinished").joinpath("new").is_dir()
+
+
+def test_windows_locks_a_byte_and_removes_the_lock_once_it_is_closed(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: list[Any] = []
+    fake = SimpleNamespace(LK_NBLCK=2, locking=lambda *args: locked.append(args[1:]))
+    monkeypatch.setitem(sys.modules, "msvcrt", fake)
+    unlink, close, order = os.unlink, os.close, []
+    monkeypatch.setattr(os, "close", lambda fd: (order.append("close"), close(fd))[1])
+    monkeypatch.setattr(os, "unlink", lambda path, **to: (order.append("unlink"), unlink(path, **to))[1])
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    write(out, "1")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert locked == [(2, 1)]
+    assert order[-2:] == ["close", "unlink"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_windows_says_busy_with_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=busy))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not lock_file(3)
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_files_and_folders_are_flushed_as_the_system_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").touch()
+    done: list[tuple[str, Any]] = []
+    modes: list[int] = []
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, mode: (modes.append(mode), opened(path, mode))[1])
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))))
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, what: done.append((what, os.readlink(f"/proc/self/fd/{fd}"))))
+    monkeypatch.setattr(sys, "platform", platform)
+    flush(tmp_path)
+    monkeypatch.setattr(sys, "platform", "linux")
+    names = [str(tmp_path / "inner" / "file"), str(tmp_path / "inner"), str(tmp_path)]
+    if platform == "win32":  # folders cannot be opened, and only what is open for writing is flushed
+        assert (done, modes) == ([("fsync", names[0])], [os.O_RDWR])
+    else:
+        assert done == [("fsync" if platform == "linux" else 51, name) for name in names]
