@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, sha256_of, write_manifest
 from m0kit.errors import CheckpointError, OutputError, RecipeError
+from m0kit_export.answers import known_answers
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.graphs import build_graphs, kept_decoders, schemes_of
@@ -142,6 +143,8 @@ def _write(
             for name in graphs:
                 _check_weights(folder, f"{name}.onnx", hashes, bar)
             shutil.copyfile(source.tokenizer_file, folder / TOKENIZER)
+            _begin("computing known answers", bar, num_bytes, progress)
+            known = known_answers(folder, source.config, graphs, bar.update)
             sizes = {path: path.stat().st_size for path in sorted(folder.iterdir())}
             _begin("hashing", bar, sum(sizes.values()), progress)
             files = {path.name: FileEntry(size, sha256_of(path, bar.update)) for path, size in sizes.items()}
@@ -156,6 +159,7 @@ def _write(
                 "tools": _tools(),
             },
             recipe=recipe.to_dict(),
+            known_answers=known,
         )
         for path in folder.iterdir():
             _flush(path)

@@ -10,16 +10,18 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from m0kit.answers import summary
 from m0kit.artifact import read_manifest, verify_files
 from m0kit.cli_options import ARTIFACT, DEVICE, JSON, MEMORY, PARTLY, PIXELS, SIZE, THREADS, text_or_path
 from m0kit.cli_options import load as load_reranker
-from m0kit.doctor import doctor
+from m0kit.doctor import answers_here, doctor
 from m0kit.errors import InputError, M0kitError
 from m0kit.index import index, read_ids
 from m0kit.inputs import beside
@@ -266,13 +268,14 @@ cli.add_command(index)
 
 @cli.command()
 @ARTIFACT
-@click.option("--verify", is_flag=True, help="Also check every file against its hash.")
+@click.option("--verify", is_flag=True, help="Also check every file against its hash, and score the known answers.")
 @JSON
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     """Show what an artifact is, what it was made from, and under which licence its weights stand."""
     manifest = read_manifest(artifact)
     if verify:
         verify_files(artifact, manifest)
+        answers = answers_here(artifact, manifest)
     if as_json:
         facts = {
             "artifact": str(artifact),
@@ -285,6 +288,8 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
             "provenance": dict(manifest.provenance),
             "graphs": dict(manifest.graphs),
         }
+        if verify:
+            facts["answers"] = [asdict(answer) for answer in answers]
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
@@ -306,6 +311,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     ]
     if verify:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
+        rows.append(("answers", summary(answers)))
     for name, value in rows:
         click.echo(f"{name:12} {value}")
 

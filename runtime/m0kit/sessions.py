@@ -98,7 +98,7 @@ def open_graph(
             raise
         raise ArtifactDamagedError(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it ({type(error).__name__}). "
-            "It needs version 1.24 or newer; export the artifact again if it still does not open."
+            "It needs version 1.29 or newer; export the artifact again if it still does not open."
         ) from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if wanted not in session.get_providers():
@@ -112,6 +112,11 @@ def open_graph(
         # grew to is given back when this run or the next ends, so that a long prompt does not cost for ever.
         run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return OnnxRuntimeGraph(session, name, run_options)
+
+
+def version() -> str:
+    """ONNX Runtime's own. Raises DependencyError."""
+    return str(_onnxruntime().__version__)
 
 
 def _onnxruntime() -> Any:
