@@ -6,8 +6,8 @@ are read back from the finished data files and decoded, so their packing is chec
 
     answers = known_answers(folder, config, graphs)                    # for the manifest
 
-Every weight is read once for all pairs: their tokens stand in one table, as in the graphs, and are kept apart by a
-mask. In memory is one matrix at a time. Where products round activations (int8, int4), everything is computed two
+Every weight is read once for all pairs: their tokens stand in one table, equal beginnings once, and a mask says who
+sees whom. In memory is one matrix at a time. Where products round activations (int8, int4), everything is computed two
 ways side by side, W = 2: with activations rounded as the products do it, which gives the answers, and without. How far
 the two are apart says how far any two right ways of computing may be: a last bit that falls otherwise early on grows
 to about as much through the layers. Elsewhere W = 1.
@@ -90,7 +90,7 @@ def known_answers(
     sequences += [_image_sequence(tokenizer, config, query, grid) for query in IMAGE_QUERIES]
     with np.errstate(all="ignore"):
         embeds = _image_embeds(stored, config, pixels)
-        hidden = _decode(stored, config, sequences, np.tile(embeds, (1, len(IMAGE_QUERIES), 1)))
+        hidden = _decode(stored, config, sequences, embeds)
         logits, unit = _head(stored, hidden)
     if not np.isfinite([*logits.reshape(-1), unit]).all():
         raise CheckpointError(
@@ -159,19 +159,19 @@ def _rounded(x: Float32, scheme: Scheme) -> Float32:
 
 
 def _decode(stored: _Stored, config: ModelConfig, sequences: Sequence[_Sequence], embeds: Float32) -> Float32:
-    """Hidden states (W, B, D) of the sequences' last tokens; embeds (W, V, D) of all their visual tokens in order."""
+    """Hidden states (W, B, D) of the sequences' last tokens; embeds (W, V, D) of the picture in those that have it."""
     decoder = config.decoder
     C, G = decoder.head_dim, decoder.num_heads // decoder.num_kv_heads
-    lengths = [len(s.token_ids) for s in sequences]
-    owner = np.repeat(np.arange(len(sequences)), lengths)
-    seen = (owner[:, None] == owner) & np.tri(len(owner), dtype=bool)
-    rows = stored.rows(EMBEDDING, np.concatenate([s.token_ids for s in sequences]))
-    x = np.repeat(rows[None], stored.ways, axis=0)
-    ends = np.cumsum(lengths)
-    visual = [end - n + s.images for end, n, s in zip(ends, lengths, sequences, strict=True)]
-    x[:, np.concatenate(visual)] = embeds
+    paths, seen = _paths(sequences)
+    num_rows = len(seen)
+    token_ids, positions = np.empty(num_rows, np.int64), np.empty((3, num_rows), np.int64)
+    for path, sequence in zip(paths, sequences, strict=True):
+        token_ids[path], positions[:, path] = sequence.token_ids, sequence.positions
+    x = np.repeat(stored.rows(EMBEDDING, token_ids)[None], stored.ways, axis=0)
+    visual = [path[s.images] for path, s in zip(paths, sequences, strict=True) if len(s.images)]
+    for rows in visual:
+        x[:, rows] = embeds
     axes = np.repeat([0, 1, 2], decoder.mrope_section)  # the position that each pair of a head turns with
-    positions = np.concatenate([s.positions for s in sequences], axis=1)
     angle = positions[axes].T * _frequencies(decoder.rope_theta, C)  # (T, C/2)
     for i in range(decoder.num_layers):
         layer = f"model.layers.{i}"
@@ -183,7 +183,23 @@ def _decode(stored: _Stored, config: ModelConfig, sequences: Sequence[_Sequence]
         h = _rms_norm(x, stored.read(f"{layer}.post_attention_layernorm.weight"), decoder.rms_norm_eps)
         gate, up = (stored.linear(f"{layer}.mlp.{name}_proj", h, bias=False) for name in ("gate", "up"))
         x = x + stored.linear(f"{layer}.mlp.down_proj", gate * _sigmoid(gate) * up, bias=False)
-    return _rms_norm(x[:, ends - 1], stored.read("model.norm.weight"), decoder.rms_norm_eps)
+    return _rms_norm(x[:, [path[-1] for path in paths]], stored.read("model.norm.weight"), decoder.rms_norm_eps)
+
+
+def _paths(sequences: Sequence[_Sequence]) -> tuple[list[Int64], NDArray[np.bool_]]:
+    """Where the tokens of each sequence stand in one table of T rows, and what each row sees (T, T).
+
+    Beginnings that are equal stand there once.
+    """
+    known: dict[bytes, int] = {}  # a beginning → the row of its last token
+    paths = []
+    for sequence in sequences:
+        starts = (sequence.token_ids[: end + 1].tobytes() for end in range(len(sequence.token_ids)))
+        paths.append(np.asarray([known.setdefault(start, len(known)) for start in starts], np.int64))
+    seen = np.zeros((len(known), len(known)), bool)
+    for path in paths:
+        seen[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
+    return paths, seen
 
 
 def _head(stored: _Stored, hidden: Float32) -> tuple[Float32, float]:
