@@ -48,15 +48,15 @@ IMAGE_QUERIES: Final = ("stone", "area", "lights")
 GRID: Final = (3, 4)
 
 
-# The tolerance of a logit is NOISE times how far the two ways of computing are apart, root mean square over the pairs,
-# and a share of what a logit moves by when hidden states are others altogether (`_head`), by the form in which
-# documents are kept. Measured on small (trained), tiny and full (random), ONNX Runtime 1.24 to 1.32, both settings of
-# memory: right kernels use half of it at most, fp32 products a hundredth; a kernel that loses the zero points of 4-bit
-# weights (ONNX Runtime 1.24 to 1.28) is beyond it 2 to 8 times.
-NOISE: Final = 4.0
+# The tolerance of a logit is NOISE times how far the two ways of computing are apart, and a share of what a logit moves
+# by when hidden states are others altogether (`_head`), by the form in which documents are kept. Measured on small
+# (trained), tiny and full (random), ONNX Runtime 1.24 to 1.32, both settings of memory: right kernels use half of it at
+# most, fp32 products a hundredth; a kernel that loses the zero points of 4-bit weights (ONNX Runtime 1.24 to 1.28) is
+# beyond it 1.9 to 7 times. Two right ways of computing differ by three times the noise now and then.
+NOISE: Final = 5.0
 SHARES: Final[Mapping[Kept, float]] = {"fp32": 0.02, "fp16": 0.05, "int8": 0.08}
 WHY: Final = (
-    "four times what rounding activations moves these logits by, and 2, 5 or 8 percent (documents kept as fp32, fp16, "
+    "five times what rounding activations moves these logits by, and 2, 5 or 8 percent (documents kept as fp32, fp16, "
     "int8) of what they move by when hidden states are others altogether"
 )
 
@@ -96,7 +96,9 @@ def known_answers(
         raise CheckpointError(
             "the checkpoint scores a plain pair as NaN or infinity. Look for the reason in its weights or adapters."
         )
-    noise = math.sqrt(np.mean((logits[0] - logits[-1]) ** 2))
+    # Few logits may be close to each other by chance, hidden states are not; but a trained head looks where it counts.
+    apart = np.linalg.norm(hidden[0] - hidden[-1], axis=1) / np.linalg.norm(hidden[0], axis=1)
+    noise = max(math.sqrt(np.mean((logits[0] - logits[-1]) ** 2)), float(apart.mean()) * unit)
     tolerance: dict[str, float] = {kv: float(f"{NOISE * noise + share * unit:.3g}") for kv, share in SHARES.items()}
     picture = {"image": _data_uri(pixels)}
     asked: list[tuple[str, str | dict[str, str]]] = [*texts, *((query, picture) for query in IMAGE_QUERIES)]
