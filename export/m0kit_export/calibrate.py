@@ -93,6 +93,8 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
         return _Observed(open_graph(folder, name, threads=threads, model=model), products, sums, kind)
 
     reranker = Reranker.load(folder, open_graph=opener)
+    reranker.try_answers()
+    sums.clear()  # of the known answers, which are no pairs to calibrate on
     reranker.tile = 1  # rows that fill up a run would count like those of the pair
     counts = dict.fromkeys(_KINDS, 0)
     for line, pair in tqdm(found, unit="pair", desc="calibrating", disable=None if progress else True):

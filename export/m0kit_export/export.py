@@ -31,6 +31,7 @@ from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manife
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, replacing
 from m0kit_export.adapter import AdapterSpec
+from m0kit_export.answers import known_answers
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.folder import find_folder
@@ -166,6 +167,8 @@ def _write(
             for name in graphs:
                 _check_weights(folder, f"{name}.onnx", hashes, bar)
             (folder / TOKENIZER).write_bytes(source.tokenizer)
+            _begin("computing known answers", bar, num_bytes, progress)
+            known = known_answers(folder, source.config, graphs, bar.update)
             sizes = {path: path.stat().st_size for path in sorted(folder.iterdir())}
             _begin("hashing", bar, sum(sizes.values()), progress)
             files = {path.name: FileEntry(size, sha256_of(path, bar.update)) for path, size in sizes.items()}
@@ -184,6 +187,7 @@ def _write(
                 "tools": _tools(),
             },
             recipe=recipe.to_dict(),
+            known_answers=known,
         )
         for path in folder.iterdir():
             flush(path)

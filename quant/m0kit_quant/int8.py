@@ -49,7 +49,7 @@ def quantize(weight: Float32, importance: Float32 | None = None) -> tuple[NDArra
 
 def dequantize(values: NDArray[np.int8], scale: Float32) -> Float32:
     """The weight (N, K) that the stored values stand for."""
-    return np.ascontiguousarray((values.astype(np.float32) * scale).T)
+    return (values.astype(np.float32) * scale).T
 
 
 def quantize_rows(table: Float32) -> tuple[NDArray[np.int8], Float32]:

@@ -9,10 +9,10 @@ its final place. Who reads one calls `read_manifest`, then `verify_files` before
 
 import hashlib
 import json
+import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -24,6 +24,7 @@ from m0kit.errors import (
     ArtifactVersionError,
 )
 from m0kit.precision import SCHEMES
+from m0kit.verified import Memory
 
 FORMAT = "m0kit-artifact"
 FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder rightly
@@ -44,6 +45,28 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownAnswer:
+    """A tiny pair and its logit, which the exporter computed without the engine that scores."""
+
+    query: str
+    document: str | Mapping[str, str]  # a text, or {"image": a data URI}
+    logit: float
+
+    @property
+    def is_image(self) -> bool:
+        return not isinstance(self.document, str)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAnswers:
+    """What an engine must come out at before it is trusted."""
+
+    pairs: tuple[KnownAnswer, ...]
+    tolerance: Mapping[str, float]  # how far a right logit may be off, by the form in which documents are kept
+    why: str  # the reason of the tolerance
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All the runtime needs to know of a model, and where it came from."""
 
@@ -53,6 +76,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]  # base, adapters with hashes, licence, tool versions
     recipe: Mapping[str, Any]  # which scheme stores which matrix: {"precision", "device", "equalize", "weights": […]}
+    known_answers: KnownAnswers | None = None  # None: exported before there were any
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -70,9 +94,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and hashes of all files: what a cached value may be keyed by."""
-        text = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
-        return hashlib.sha256(text.encode()).hexdigest()
+        """sha256 over all that a score depends on, files and settings: what a cached value may be keyed by.
+
+        Where the weights came from is not in it: the same weights from elsewhere are the same.
+        """
+        scoring = {name: value for name, value in _content(self).items() if name != "provenance"}
+        return _sha256_of_json(scoring)
 
 
 def decoder_name(kv: str) -> str:
@@ -111,6 +138,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactVersionError(
             f"{path}: format version {version}; this m0kit reads up to {FORMAT_VERSION}. Update m0kit."
         )
+    told = raw.pop("sha256", None)
+    if told != _sha256_of_json(raw) and (told is not None or "known_answers" in raw):  # the first ones had neither
+        raise ArtifactDamagedError(
+            f"{path}: has changed since the export (its own sha256 differs). Copy the artifact again, or export again; "
+            "limits can be changed when it is loaded."
+        )
     try:
         files = {str(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
         manifest = Manifest(
@@ -120,6 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
             files,
             _object(raw, "provenance"),
             _recipe(raw),
+            _known_answers(raw),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactDamagedError(f"{path}: {type(error).__name__}: {error}. Export again.") from error
@@ -133,17 +167,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` and flush it to disk. The caller renames the folder into place."""
-    raw = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "scheme": manifest.scheme,
-        "recipe": manifest.recipe,
-        "model": manifest.model.to_dict(),
-        "graphs": manifest.graphs,
-        "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(manifest.files.items())},
-        "provenance": manifest.provenance,
-    }
+    """Write `folder/manifest.json` and flush it to disk. The caller renames the folder into place.
+
+    It holds a hash of its own content, by which `read_manifest` finds it changed.
+    """
+    raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **_content(manifest)}
+    raw["sha256"] = _sha256_of_json(raw)
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(raw, file, indent=1, ensure_ascii=False)
         file.write("\n")
@@ -169,7 +198,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     inode in the user's cache folder, so a start does not reread gigabytes. Raises ArtifactDamagedError, and
     ArtifactError for a file that may not be read.
     """
-    memory = _Verified.load()
+    memory = Memory.load()
     for name, entry in manifest.files.items():
         path = folder / name
         if path.is_symlink() and not _stays_inside(path):
@@ -186,7 +215,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             )
         stamp = [entry.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         key = str(path.resolve())
-        if memory.stamps.get(key) == stamp:
+        if memory.knows_file(key, stamp):
             continue
         try:
             digest = sha256_of(path)
@@ -196,8 +225,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise ArtifactDamagedError(
                 f"{path}: its content has changed since the export (sha256 differs). Copy or export again."
             )
-        memory.stamps[key] = stamp
-        memory.changed = True
+        memory.remember_file(key, stamp)
     memory.save()
 
 
@@ -207,6 +235,35 @@ def _stays_inside(link: Path) -> bool:
     repository = folder.parent.parent  # models--org--name/snapshots/commit
     is_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
     return target.parent == folder or (is_cache and target.parent == repository / "blobs")
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as it stands in its file, but for format and hash."""
+    known = manifest.known_answers
+    content = {
+        "scheme": manifest.scheme,
+        "recipe": manifest.recipe,
+        "model": manifest.model.to_dict(),
+        "graphs": manifest.graphs,
+        "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(manifest.files.items())},
+        "provenance": manifest.provenance,
+    }
+    return content | ({} if known is None else {"known_answers": asdict(known)})
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _known_answers(raw: Mapping[str, Any]) -> KnownAnswers | None:
+    if "known_answers" not in raw:
+        return None
+    known = _object(raw, "known_answers")
+    pairs = tuple(KnownAnswer(str(p["query"]), p["document"], float(p["logit"])) for p in known["pairs"])
+    tolerance: dict[str, float] = {kv: float(known["tolerance"][kv]) for kv in KV}
+    if not all(map(math.isfinite, [*tolerance.values(), *(pair.logit for pair in pairs)])):
+        raise ValueError("known_answers: a number is not finite")
+    return KnownAnswers(pairs, tolerance, str(known["why"]))
 
 
 def _object(raw: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -230,35 +287,3 @@ def _recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: OSError) -> str:
     return f"{path}: cannot be read: {os.strerror(error.errno or 0)}. See to it that you may read the artifact's files."
-
-
-@dataclass(slots=True)
-class _Verified:
-    """Which files were hashed before: path → [sha256, size, mtime, ctime, inode]."""
-
-    path: Path
-    stamps: dict[str, list[Any]]
-    changed: bool = False
-
-    @classmethod
-    def load(cls) -> "_Verified":
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        path = Path(root) / "m0kit" / "verified.json"
-        try:
-            stamps = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
-            stamps = {}
-        return cls(path, stamps if isinstance(stamps, dict) else {})
-
-    def save(self) -> None:
-        """Best effort: without a writable cache folder the files are simply hashed again next time."""
-        if not self.changed:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=self.path.parent)
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({k: v for k, v in self.stamps.items() if os.path.exists(k)}, file)
-            os.replace(aside, self.path)
-        except OSError:
-            pass

@@ -11,17 +11,18 @@ import math
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from m0kit.answers import summary
 from m0kit.artifact import read_manifest, verify_files
 from m0kit.cli_options import ARTIFACT, DEVICE, DOCUMENTS, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, tell
 from m0kit.cli_options import load as load_reranker
-from m0kit.doctor import doctor
+from m0kit.doctor import answers_here, doctor
 from m0kit.documents import STDIN, find, read
 from m0kit.errors import InputError, M0kitError
 from m0kit.formats import read as read_file
@@ -275,13 +276,14 @@ cli.add_command(index)
 
 @cli.command()
 @ARTIFACT
-@click.option("--verify", is_flag=True, help="Also check every file against its hash.")
+@click.option("--verify", is_flag=True, help="Also check every file against its hash, and score the known answers.")
 @JSON
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     """Show what an artifact is, what it was made from, and under which licence its weights stand."""
     manifest = read_manifest(artifact)
     if verify:
         verify_files(artifact, manifest)
+        answers = answers_here(artifact, manifest)
     if as_json:
         facts = {
             "artifact": str(artifact),
@@ -294,6 +296,8 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
             "provenance": dict(manifest.provenance),
             "graphs": dict(manifest.graphs),
         }
+        if verify:
+            facts["answers"] = [asdict(answer) for answer in answers]
         click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
@@ -315,6 +319,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     ]
     if verify:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
+        rows.append(("answers", summary(answers)))
     for name, value in rows:
         click.echo(f"{name:12} {value}")
 

@@ -4,10 +4,10 @@ Owns what is known of a machine (`detect`), what the full model needs in each pr
 between the two (`advise`, `fit`: pure, so that they can be tested over machines nobody has at hand).
 
     m0kit doctor                  which precision to export for this machine
-    m0kit doctor m0-int8          whether that artifact suits it
+    m0kit doctor m0-int8          whether that artifact suits it, and comes out right on it
 
 What a system does not tell is said to be unknown and never guessed. GB are 10⁹ bytes. Exit code 1 when nothing can
-be scored here: no usable ONNX Runtime, or an artifact that cannot run.
+be scored here: no usable ONNX Runtime, or an artifact that cannot run or whose known answers come out wrong.
 """
 
 import ctypes
@@ -27,9 +27,12 @@ from typing import Any, Final, Literal
 import click
 
 from m0kit import sessions
-from m0kit.artifact import read_manifest
+from m0kit.answers import Answer, summary
+from m0kit.artifact import Manifest, read_manifest
 from m0kit.cli_options import artifact_argument
-from m0kit.errors import DependencyError
+from m0kit.errors import DependencyError, WrongAnswerError
+from m0kit.precision import provider_of
+from m0kit.reranker import Reranker
 
 Device = Literal["cpu", "cuda"]
 Features = Mapping[str, bool | None]
@@ -57,7 +60,7 @@ NEEDS: Final[Mapping[str, Need]] = {
 }
 # From here on int8's peak leaves the rest of the system as much again as it needs itself.
 INT8_MEMORY: Final = 4.8
-OLDEST_ONNXRUNTIME: Final = (1, 24)
+OLDEST_ONNXRUNTIME: Final = (1, 29)  # as in pyproject.toml, with the reason there
 _OPENED: Final = 0.15  # GB of a process that opened an artifact of any size; measured, README
 
 # Azure's is in every wheel and computes elsewhere.
@@ -490,6 +493,16 @@ def _output(*command: str) -> str:
         return ""
 
 
+def answers_here(folder: Path, manifest: Manifest) -> list[Answer]:
+    """Score all known answers of an artifact on the device that it was made for, or the CPU where that is not there.
+
+    Raises WrongAnswerError, and what Reranker.load raises.
+    """
+    device = str(manifest.recipe.get("device", "cpu"))
+    there = provider_of(device) == "cuda" and "CUDAExecutionProvider" in _engine()[1]
+    return Reranker.load(folder, device=device if there else "cpu").try_answers(again=True)
+
+
 # --- the command ---------------------------------------------------------------------------------------
 
 
@@ -526,11 +539,17 @@ def doctor(ctx: click.Context, artifact: Path | None, as_json: bool) -> None:
     machine = detect(artifact or Path())
     advice = advise(machine)
     suited = fit(machine, manifest.scheme, manifest.num_bytes) if manifest else None
+    answers: list[Answer] = []
+    if artifact and manifest and suited and suited.verdict != "cannot run":
+        try:
+            answers = answers_here(artifact, manifest)
+        except WrongAnswerError as error:
+            suited = Fit("cannot run", (str(error),))
     if as_json:
         facts: dict[str, Any] = {"machine": asdict(machine), "advice": asdict(advice)}
         if manifest and suited:
             facts["artifact"] = {"path": str(artifact), "scheme": manifest.scheme, "bytes": manifest.num_bytes}
-            facts["artifact"] |= asdict(suited)
+            facts["artifact"] |= asdict(suited) | {"answers": [asdict(answer) for answer in answers]}
         click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
     else:
         for name, value in _rows(machine):
@@ -544,4 +563,6 @@ def doctor(ctx: click.Context, artifact: Path | None, as_json: bool) -> None:
             click.echo(f"\n{artifact}: {manifest.scheme}, {_gb(manifest.num_bytes)}: {suited.verdict}")
             for reason in suited.why:
                 click.echo(f"  {reason}")
+            if suited.verdict != "cannot run":
+                click.echo(f"  known answers: {summary(answers)}")
     ctx.exit(1 if _engine_problem(machine) or (suited and suited.verdict == "cannot run") else 0)

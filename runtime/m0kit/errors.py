@@ -8,7 +8,8 @@
     ├── ArtifactError (ValueError)         a folder that is not a usable artifact
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactDamagedError           a file changed, missing or not as the manifest says
-    │   └── ArtifactVersionError           written by a newer m0kit
+    │   ├── ArtifactVersionError           written by a newer m0kit
+    │   └── WrongAnswerError               the engine does not come out at the artifact's known answers
     ├── CheckpointError (ValueError)       a checkpoint that cannot be read as jina-reranker-m0
     │   └── AdapterError                   … or an adapter that does not fit it
     ├── RecipeError (ValueError)           a quantisation recipe or calibration set that cannot be used
@@ -75,6 +76,10 @@ class ArtifactDamagedError(ArtifactError):
 
 class ArtifactVersionError(ArtifactError):
     """The artifact was written in a newer format than this m0kit reads."""
+
+
+class WrongAnswerError(ArtifactError):
+    """The engine computes the artifact wrongly: a known answer came out as another. Nothing was scored."""
 
 
 class CheckpointError(M0kitError, ValueError):

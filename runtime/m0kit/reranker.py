@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from m0kit import forks, sessions
+from m0kit.answers import KINDS, Answer, Engine, Kind, Trial
 from m0kit.artifact import KV, TOKENIZER, Kept, Manifest, decoder_name, read_manifest, verify_files
 from m0kit.cache import Cache, Once
 from m0kit.config import ModelConfig
@@ -61,6 +62,8 @@ OnError = Literal["raise", "mark"]
 # Bytes of pasts in one run: a query on 18 pages at a time in float16, enough rows for products at full speed.
 PAST_BYTES: Final = 384 << 20
 LOW_MEMORY_PAST_BYTES: Final = 96 << 20
+# For what the known answers' documents keep.
+_ANSWERS_BYTES: Final = 64 << 20
 # Documents whose states are read from disk ahead of the run that needs them.
 READ_AHEAD: Final = 8
 # Visual tokens whose embeddings wait for the decoder where it cannot be in memory beside the image encoder: 96 MiB.
@@ -148,7 +151,9 @@ class Reranker:
         kv: str = "fp32",
         store: Store | None = None,
         device: str = "cpu",
+        engine: Engine | None = None,
     ):
+        """`engine`: what the graphs run in; without it known answers are not asked for."""
         self.manifest = manifest
         self.config = config
         self._folder = folder
@@ -165,6 +170,8 @@ class Reranker:
             self._vision.rival, self._decoder.rival = self._decoder, self._vision
         else:
             self._decoder.open()
+        self._trial = Trial(folder, manifest, engine, kv) if engine else None
+        self._encoder: sessions.Graph = _Tried(self._vision, self) if engine else self._vision
         self.cache = Cache(cache_bytes) if cache_bytes else None
         self._once = Once()
         self.store = store
@@ -209,7 +216,10 @@ class Reranker:
         document's keys and values are kept, "fp32" as computed (56 KiB a token; the default without an index),
         "fp16" (28) or "int8" (14). A score depends on `kv`, never on what happens to be kept.
         `open_graph` runs the graphs in another engine than ONNX Runtime.
-        Raises ArtifactError, DeviceError, DependencyError, StoreError, ValueError for limits the model cannot have.
+        An artifact's known answers are scored first, where they were not right before; those with an image when the
+        first image comes.
+        Raises ArtifactError (WrongAnswerError where the engine computes wrongly), DeviceError, DependencyError,
+        StoreError, ValueError for limits the model cannot have.
         """
         if memory not in ("fast", "low"):
             raise ValueError(f'memory must be "fast" or "low", got {memory!r}')
@@ -226,8 +236,10 @@ class Reranker:
             config = replace(config, image=replace(config.image, max_pixels=max_pixels))
         if max_length is not None:
             config = replace(config, prompt=replace(config.prompt, max_length=max_length))
-        engine = open_graph
+        opener = open_graph
+        engine = Engine(None, device, memory)
         if open_graph is None:
+            engine = replace(engine, version=sessions.engine_version())
             check_device(device, manifest.schemes, str(folder))
             # 4-bit products are three times slower unpacked, int8 a little; packed floats gain nothing worth 9 GB.
             prepack = "int4" in manifest.schemes or ("int8" in manifest.schemes and memory == "fast")
@@ -235,10 +247,20 @@ class Reranker:
         verify_files(folder, manifest)
         low = memory == "low"
         reranker = cls(
-            folder, manifest, config, open_graph, low, cache_bytes=cache_bytes, kv=kv, store=store, device=device
+            folder,
+            manifest,
+            config,
+            open_graph,
+            low,
+            cache_bytes=cache_bytes,
+            kv=kv,
+            store=store,
+            device=device,
+            engine=engine,
         )
         if store:
             check_identity(store, reranker)
+        reranker.try_answers("text")
         reranker._loaded = {
             "path": folder.absolute(),
             "device": device,
@@ -249,7 +271,7 @@ class Reranker:
             "cache_bytes": cache_bytes,
             "kv": kv,
             "index": None if index is None else Path(index).absolute(),
-            "open_graph": engine,
+            "open_graph": opener,
         }
         return reranker
 
@@ -295,6 +317,31 @@ class Reranker:
             "kv": self.kv,
             "model": json.loads(json.dumps(self.config.to_dict())),  # as it comes back from a file
         }
+
+    def try_answers(self, *kinds: Kind, again: bool = False) -> list[Answer]:
+        """Score the artifact's known answers of these kinds, all by default, unless they were right before.
+
+        With `again` they are scored in any case. Limits and caches of this reranker play no part. Returns those that
+        were scored. Raises WrongAnswerError.
+        """
+        if self._trial is None:
+            return []
+        plain = copy.copy(self)
+        plain.config = self.manifest.model
+        plain._prompts = self._prompts.with_limits(self.manifest.model.prompt)
+        plain._encoder = self._vision
+        plain.store = None
+        plain._once = Once()  # a user's own call may be waiting for the very same image
+        found: list[Answer] = []
+        for kind in kinds or KINDS:
+            # Texts are computed as documents that are kept, many rows, and queries behind them, a few rows; images
+            # without, so that both ways through the decoder are taken.
+            plain.cache = Cache(_ANSWERS_BYTES) if kind == "text" else None
+            found += self._trial.check(kind, plain._known_logits, again=again)
+        return found
+
+    def _known_logits(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
+        return [result.logit for result in self.evaluate(pairs)]
 
     # --- the one method ----------------------------------------------------------------------------
 
@@ -388,7 +435,7 @@ class Reranker:
         """For the images of one call. Raises M0kitError after `close`."""
         if self._head.is_closed:
             raise M0kitError(f"{self._folder}: this reranker was closed. Load the artifact again.")
-        return Images(self.config.image, self._vision, self.cache, self._once, self._salt, half=self.kv != "fp32")
+        return Images(self.config.image, self._encoder, self.cache, self._once, self._salt, half=self.kv != "fp32")
 
     def _prepare(self, position: int, pair: Any, documents: Documents, images: Images) -> None:
         """Parse a pair, look at its images, build its prompt, add it to its document. Raises InputError."""
@@ -850,6 +897,20 @@ class _Opened:
 
     def run(self, feeds: Mapping[str, sessions.Array], outputs: Sequence[str]) -> dict[str, sessions.Array]:
         return self.open().run(feeds, outputs)
+
+
+class _Tried:
+    """The image encoder, which is not run for anything before the known answers that have an image are right."""
+
+    def __init__(self, encoder: sessions.Graph, reranker: Reranker) -> None:
+        self._encoder, self._reranker = encoder, reranker
+        self._right = False
+
+    def run(self, feeds: Mapping[str, sessions.Array], outputs: Sequence[str]) -> dict[str, sessions.Array]:
+        if not self._right:
+            self._reranker.try_answers("image")
+            self._right = True
+        return self._encoder.run(feeds, outputs)
 
 
 def check_identity(store: Store, reranker: "Reranker") -> None:

@@ -73,14 +73,15 @@ def preprocessor_config() -> dict[str, Any]:
 
 
 def tokenizer() -> dict[str, Any]:
+    """A character is a token."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": START, "content": "<|vision_start|>", "special": True},
-            {"id": END, "content": "<|vision_end|>", "special": True},
-            {"id": PAD, "content": "<|image_pad|>", "special": True},
+            {"id": number, "content": content, "special": True, **flags}
+            for number, content in ((START, "<|vision_start|>"), (END, "<|vision_end|>"), (PAD, "<|image_pad|>"))
         ],
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "model": {"type": "BPE", "vocab": {chr(33 + number): number for number in range(START)}, "merges": []},
     }
 
 

@@ -49,6 +49,15 @@ def picture() -> Callable[..., Image.Image]:
 
 
 @pytest.fixture(scope="session")
+def unasked(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny artifact without known answers, for tests that count what is run."""
+    folder = tmp_path_factory.mktemp("unasked") / "artifact"
+    shutil.copytree(artifact, folder)
+    write_manifest(folder, replace(read_manifest(folder), known_answers=None))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def old_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifact with the graphs and the manifest of the first version of the exporter."""
     folder = tmp_path_factory.mktemp("old") / "artifact"
@@ -61,5 +70,5 @@ def old_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             shutil.copy(file, folder)
     manifest = read_manifest(folder)
     files = {name: FileEntry((folder / name).stat().st_size, sha256_of(folder / name)) for name in manifest.files}
-    write_manifest(folder, replace(manifest, files=files))
+    write_manifest(folder, replace(manifest, files=files, known_answers=None))
     return folder

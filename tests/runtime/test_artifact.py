@@ -12,7 +12,17 @@ import pytest
 from tests._hub import cached
 
 from m0kit import artifact as module
-from m0kit.artifact import FileEntry, Manifest, read_manifest, sha256_of, verify_files, write_manifest
+from m0kit.artifact import (
+    KV,
+    FileEntry,
+    KnownAnswer,
+    KnownAnswers,
+    Manifest,
+    read_manifest,
+    sha256_of,
+    verify_files,
+    write_manifest,
+)
 from m0kit.errors import (
     ArtifactDamagedError,
     ArtifactError,
@@ -61,8 +71,10 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """As one who does not write a manifest's own hash, or knew nothing of it."""
     path = folder / "manifest.json"
     raw = json.loads(path.read_text("utf-8"))
+    raw.pop("sha256", None)
     change(raw)
     path.write_text(json.dumps(raw), "utf-8")
 
@@ -105,6 +117,63 @@ def test_a_real_artifact_is_whole(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     verify_files(artifact, manifest)
     assert {p.name for p in artifact.iterdir()} == {*manifest.files, "manifest.json"}
+
+
+def test_the_fingerprint_depends_on_every_setting_that_changes_a_score(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    model = manifest.model
+    changed = [
+        replace(manifest, model=replace(model, prompt=replace(model.prompt, logit_bias=0.5))),
+        replace(manifest, model=replace(model, image=replace(model.image, mean=(0.5, 0.5, 0.5)))),
+        replace(manifest, model=replace(model, decoder=replace(model.decoder, rope_theta=1e4))),
+        replace(manifest, graphs={"vision": {"inputs": [{"name": "patches"}]}}),
+        replace(manifest, recipe={**RECIPE, "equalize": False}),
+        replace(manifest, scheme="int8"),
+        replace(manifest, known_answers=KnownAnswers((), dict.fromkeys(KV, 0.1), "")),
+    ]
+    seen = {manifest.fingerprint, *(one.fingerprint for one in changed)}
+    assert len(seen) == len(changed) + 1
+    write_manifest(folder, manifest)
+    assert read_manifest(folder).fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("prompt", "logit_bias", 0.5), ("image", "mean", [0.5, 0.5, 0.5]), ("prompt", "score_token_id", 101)],
+)
+def test_a_manifest_that_was_edited_is_refused_by_name(folder: Path, section: str, name: str, value: Any) -> None:
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text("utf-8"))
+    raw["model"][section][name] = value
+    path.write_text(json.dumps(raw), "utf-8")
+    with pytest.raises(ArtifactDamagedError, match=r"manifest\.json: has changed since the export"):
+        read_manifest(folder)
+
+
+def test_a_manifest_may_be_laid_out_anew(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = read_manifest(folder)
+    raw = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(dict(reversed(raw.items()))), "utf-8")
+    assert read_manifest(folder) == manifest
+
+
+def test_only_a_manifest_of_the_first_form_may_lack_its_hash(folder: Path) -> None:
+    edit(folder, lambda _: None)
+    assert read_manifest(folder).known_answers is None
+    known = KnownAnswers((KnownAnswer("q", "d", 1.5),), dict.fromkeys(KV, 0.1), "why")
+    write_manifest(folder, replace(read_manifest(folder), known_answers=known))
+    assert read_manifest(folder).known_answers == known
+    edit(folder, lambda _: None)
+    with pytest.raises(ArtifactDamagedError, match="has changed since the export"):
+        read_manifest(folder)
+
+
+def test_the_first_manifests_are_read(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent / "first_format" / "manifest.json", tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert manifest.known_answers is None
+    assert len(manifest.fingerprint) == 64
 
 
 def test_the_fingerprint_depends_on_every_file(folder: Path) -> None:
@@ -345,7 +414,7 @@ def test_what_is_remembered_of_one_artifact_survives_another(folder: Path, hashe
     shutil.rmtree(folder)
     (second / "head.onnx").touch()
     verify_files(second, read_manifest(second))
-    assert {Path(path).parent for path in json.loads(memory.read_text())} == {second.resolve()}
+    assert {Path(path).parent for path in json.loads(memory.read_text())["files"]} == {second.resolve()}
     assert [p.name for p in memory.parent.iterdir()] == ["verified.json"]
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from m0kit import Reranker, __version__, sessions
-from m0kit.artifact import read_manifest
+from m0kit.artifact import read_manifest, write_manifest
 from m0kit.cli import main
 
 Make = Callable[..., Image.Image]
@@ -589,12 +589,12 @@ def test_inspect_names_the_adapters_that_were_merged(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(artifact, copy)
-    raw = json.loads((copy / "manifest.json").read_text("utf-8"))
-    raw["provenance"]["adapters"] = [
+    manifest = read_manifest(copy)
+    adapters = [
         {"name": "code", "weight": 1.0, "licence": None},
         {"name": "legal", "weight": 0.5, "licence": "mit"},
     ]
-    (copy / "manifest.json").write_text(json.dumps(raw), "utf-8")
+    write_manifest(copy, replace(manifest, provenance=dict(manifest.provenance) | {"adapters": adapters}))
     facts = {line[:12].strip(): line[13:] for line in m0kit("inspect", copy).lines}
     assert facts["adapters"] == "code, legal × 0.5 (mit)"
 

@@ -346,9 +346,9 @@ class Watching:
 
 
 @pytest.fixture(scope="module")
-def watched(artifact: Path) -> tuple[Reranker, Watching]:
+def watched(unasked: Path) -> tuple[Reranker, Watching]:
     watching = Watching()
-    return Reranker.load(artifact, cache_bytes=ROOM, open_graph=watching), watching
+    return Reranker.load(unasked, cache_bytes=ROOM, open_graph=watching), watching
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,344 @@
+"""Known answers: what a few tiny pairs score, computed in numpy from what an artifact's files hold.
+
+Owns the pairs, the forward pass and the tolerances; nothing of an engine. The runtime scores the pairs with the
+engine it runs on (`m0kit.answers`) before it scores anything else, so that a kernel that is wrong is found. Weights
+are read back from the finished data files and decoded, so their packing is checked as well.
+
+    answers = known_answers(folder, config, graphs)                    # for the manifest
+
+Every weight is read once for all pairs: their tokens stand in one table, equal beginnings once, and a mask says who
+sees whom. In memory is one matrix at a time. Where products round activations (int8, int4), everything is computed two
+ways side by side, W = 2: with activations rounded as the products do it, which gives the answers, and without. How far
+the two are apart says how far any two right ways of computing may be: a last bit that falls otherwise early on grows
+to about as much through the layers. Elsewhere W = 1.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from m0kit.artifact import TOKENIZER, Kept, KnownAnswer, KnownAnswers
+from m0kit.config import ModelConfig
+from m0kit.errors import CheckpointError
+from m0kit_export.builder import Graph, Weight
+from m0kit_quant import int8
+from m0kit_quant.recipe import EMBEDDING
+from m0kit_quant.schemes import Scheme
+from m0kit_quant.weights import Float32
+
+Int64 = NDArray[np.int64]
+
+# Short, because the first start on a machine pays for them: prefixes of some 40 rows, which one run computes, and
+# suffixes of a few, which follow them in the next. Several, because a wrong logit may be near the right one by chance.
+TEXTS: Final = {
+    "The harbour has a stone mole and two lights.": ("stone", "area", "港"),
+    "def area(w, h):\n    return w * h": ("area", "lights", "code"),
+}
+IMAGE_QUERIES: Final = ("stone", "area", "lights")
+# Rows and columns of visual tokens of the picture, where the limits of pixels leave room: 48 patches.
+GRID: Final = (3, 4)
+
+
+# The tolerance of a logit is NOISE times how far the two ways of computing are apart, and a share of what a logit moves
+# by when hidden states are others altogether (`_head`), by the form in which documents are kept. Measured on small
+# (trained), tiny and full (random), ONNX Runtime 1.24 to 1.32, both settings of memory: right kernels use half of it at
+# most, fp32 products a hundredth; a kernel that loses the zero points of 4-bit weights (ONNX Runtime 1.24 to 1.28) is
+# beyond it 1.9 to 7 times. Two right ways of computing differ by three times the noise now and then.
+NOISE: Final = 5.0
+SHARES: Final[Mapping[Kept, float]] = {"fp32": 0.02, "fp16": 0.05, "int8": 0.08}
+WHY: Final = (
+    "five times what rounding activations moves these logits by, and 2, 5 or 8 percent (documents kept as fp32, fp16, "
+    "int8) of what they move by when hidden states are others altogether"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One pair as the decoder sees it."""
+
+    token_ids: Int64  # (T,)
+    positions: Int64  # (3, T)
+    images: Int64  # (V,) its rows that are visual tokens
+
+
+def known_answers(
+    folder: Path, config: ModelConfig, graphs: Mapping[str, Graph], progress: Callable[[int], object] = lambda _: None
+) -> KnownAnswers:
+    """The answers of the graphs whose data files lie in `folder` with the tokenizer; `progress` is told bytes read.
+
+    Raises CheckpointError when a logit is not finite, or the tokenizer cannot be read.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"the checkpoint's {TOKENIZER} cannot be read as a tokenizer. Fetch it again.") from error
+    tokenizer.encode_special_tokens = True  # as text
+    stored = _Stored(folder, graphs, progress)
+    pixels = _picture(config)
+    grid = (pixels.shape[0] // config.image.factor, pixels.shape[1] // config.image.factor)
+    texts = [(query, document) for document, queries in TEXTS.items() for query in queries]
+    sequences = [_text_sequence(tokenizer, config, query, document) for query, document in texts]
+    sequences += [_image_sequence(tokenizer, config, query, grid) for query in IMAGE_QUERIES]
+    with np.errstate(all="ignore"):
+        embeds = _image_embeds(stored, config, pixels)
+        hidden = _decode(stored, config, sequences, embeds)
+        logits, unit = _head(stored, hidden)
+    if not np.isfinite([*logits.reshape(-1), unit]).all():
+        raise CheckpointError(
+            "the checkpoint scores a plain pair as NaN or infinity. Look for the reason in its weights or adapters."
+        )
+    # Few logits may be close to each other by chance, hidden states are not; but a trained head looks where it counts.
+    apart = np.linalg.norm(hidden[0] - hidden[-1], axis=1) / np.linalg.norm(hidden[0], axis=1)
+    noise = max(math.sqrt(np.mean((logits[0] - logits[-1]) ** 2)), float(apart.mean()) * unit)
+    tolerance: dict[str, float] = {kv: float(f"{NOISE * noise + share * unit:.3g}") for kv, share in SHARES.items()}
+    picture = {"image": _data_uri(pixels)}
+    asked: list[tuple[str, str | dict[str, str]]] = [*texts, *((query, picture) for query in IMAGE_QUERIES)]
+    pairs = [KnownAnswer(*pair, round(float(logit), 6)) for pair, logit in zip(asked, logits[0], strict=True)]
+    return KnownAnswers(tuple(pairs), tolerance, WHY)
+
+
+class _Stored:
+    """The tensors of an artifact's data files, decoded when they are asked for."""
+
+    def __init__(self, folder: Path, graphs: Mapping[str, Graph], progress: Callable[[int], object]) -> None:
+        self._progress = progress
+        self._places: dict[str, tuple[Path, Weight]] = {
+            weight.name: (folder / f"{name}.onnx.data", weight)
+            for name, graph in graphs.items()
+            for weight in graph.weights
+        }
+        rounding = {"int8", "int4"} & {w.scheme.name for _, w in self._places.values() if not w.scheme.table}
+        self.ways = 2 if rounding else 1  # W
+
+    def read(self, name: str) -> Float32:
+        """The whole tensor; matrices are (out, in)."""
+        _, weight = self._places[name]
+        return weight.scheme.decode(self._parts(name), weight.shape)
+
+    def rows(self, name: str, ids: Int64) -> Float32:
+        """Rows of a table (V, D) → (T, D)."""
+        _, weight = self._places[name]
+        parts = {key: part[ids] for key, part in self._parts(name).items()}
+        return weight.scheme.decode(parts, (len(ids), weight.shape[1]))
+
+    def linear(self, name: str, x: Float32, *, bias: bool) -> Float32:
+        """x (W, T, in) → (W, T, out)"""
+        scheme = self._places[f"{name}.weight"][1].scheme
+        if self.ways == 2:
+            x = np.stack([_rounded(x[0], scheme), x[1]])
+        y = x @ self.read(f"{name}.weight").T
+        return np.asarray(y + self.read(f"{name}.bias") if bias else y, np.float32)
+
+    def _parts(self, name: str) -> dict[str, NDArray[Any]]:
+        path, weight = self._places[name]
+        self._progress(weight.num_bytes)
+        return {p.key: np.asarray(np.memmap(path, p.dtype, "r", p.offset, p.shape)) for p in weight.parts}
+
+
+def _rounded(x: Float32, scheme: Scheme) -> Float32:
+    """x (T, K) as the scheme's product sees it."""
+    if scheme.name == "int8":
+        q, scale = int8.quantize_activation(x)
+        return (q.astype(np.float32) - int8.ZERO_POINT) * scale
+    if scheme.name == "int4":
+        assert scheme.block is not None
+        blocks = x.reshape(len(x), -1, scheme.block)
+        scale = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(int8.LEVELS)
+        return np.asarray(np.rint(blocks / np.where(scale > 0, scale, 1)) * scale, np.float32).reshape(x.shape)
+    return x
+
+
+# --- the model -------------------------------------------------------------------------------------
+
+
+def _decode(stored: _Stored, config: ModelConfig, sequences: Sequence[_Sequence], embeds: Float32) -> Float32:
+    """Hidden states (W, B, D) of the sequences' last tokens; embeds (W, V, D) of the picture in those that have it."""
+    decoder = config.decoder
+    C, G = decoder.head_dim, decoder.num_heads // decoder.num_kv_heads
+    paths, seen = _paths(sequences)
+    num_rows = len(seen)
+    token_ids, positions = np.empty(num_rows, np.int64), np.empty((3, num_rows), np.int64)
+    for path, sequence in zip(paths, sequences, strict=True):
+        token_ids[path], positions[:, path] = sequence.token_ids, sequence.positions
+    x = np.repeat(stored.rows(EMBEDDING, token_ids)[None], stored.ways, axis=0)
+    visual = [path[s.images] for path, s in zip(paths, sequences, strict=True) if len(s.images)]
+    for rows in visual:
+        x[:, rows] = embeds
+    axes = np.repeat([0, 1, 2], decoder.mrope_section)  # the position that each pair of a head turns with
+    angle = positions[axes].T * _frequencies(decoder.rope_theta, C)  # (T, C/2)
+    for i in range(decoder.num_layers):
+        layer = f"model.layers.{i}"
+        h = _rms_norm(x, stored.read(f"{layer}.input_layernorm.weight"), decoder.rms_norm_eps)
+        q, k, v = (_heads(stored.linear(f"{layer}.self_attn.{name}_proj", h, bias=True), C) for name in "qkv")
+        q, k = _rotate(q, angle), _rotate(k, angle)
+        a = _attention(q, np.repeat(k, G, axis=1), np.repeat(v, G, axis=1), seen)
+        x = x + stored.linear(f"{layer}.self_attn.o_proj", a, bias=False)
+        h = _rms_norm(x, stored.read(f"{layer}.post_attention_layernorm.weight"), decoder.rms_norm_eps)
+        gate, up = (stored.linear(f"{layer}.mlp.{name}_proj", h, bias=False) for name in ("gate", "up"))
+        x = x + stored.linear(f"{layer}.mlp.down_proj", gate * _sigmoid(gate) * up, bias=False)
+    return _rms_norm(x[:, [path[-1] for path in paths]], stored.read("model.norm.weight"), decoder.rms_norm_eps)
+
+
+def _paths(sequences: Sequence[_Sequence]) -> tuple[list[Int64], NDArray[np.bool_]]:
+    """Where the tokens of each sequence stand in one table of T rows, and what each row sees (T, T).
+
+    Beginnings that are equal stand there once.
+    """
+    known: dict[bytes, int] = {}  # a beginning → the row of its last token
+    paths = []
+    for sequence in sequences:
+        starts = (sequence.token_ids[: end + 1].tobytes() for end in range(len(sequence.token_ids)))
+        paths.append(np.asarray([known.setdefault(start, len(known)) for start in starts], np.int64))
+    seen = np.zeros((len(known), len(known)), bool)
+    for path in paths:
+        seen[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
+    return paths, seen
+
+
+def _head(stored: _Stored, hidden: Float32) -> tuple[Float32, float]:
+    """hidden (W, B, D) → logits (W, B), and what a logit moves by when the hidden state is another altogether.
+
+    That is the head's slope times the length of the hidden state, spread over all directions: a change as large as the
+    hidden state, which has nothing to do with the model, moves the logit by about so much, whatever the weights' scale.
+    """
+    inner = stored.linear("score.0", hidden, bias=True)
+    logits = stored.linear("score.2", np.maximum(inner, 0), bias=True)[:, :, 0]
+    slopes = np.where(inner[0] > 0, stored.read("score.2.weight"), 0) @ stored.read("score.0.weight")  # (B, D)
+    lengths = np.linalg.norm(slopes, axis=1) * np.linalg.norm(hidden[0], axis=1)
+    return logits, float(lengths.mean()) / math.sqrt(hidden.shape[2])
+
+
+def _image_embeds(stored: _Stored, config: ModelConfig, pixels: NDArray[np.uint8]) -> Float32:
+    """pixels (H, W, 3) → (W, V, D)"""
+    vision, eps = config.vision, config.vision.layer_norm_eps
+    patches, places = _patches(pixels, config)
+    x = stored.linear("visual.patch_embed.proj", np.repeat(patches[None], stored.ways, axis=0), bias=False)
+    # The first half of a head's pairs turns with the row, the second with the column.
+    frequencies = _frequencies(vision.rope_theta, vision.head_dim // 2)
+    angle = np.concatenate([places[:, :1] * frequencies, places[:, 1:] * frequencies], axis=1)
+    seen = np.ones((len(patches), len(patches)), bool)
+    for i in range(vision.depth):
+        block = f"visual.blocks.{i}"
+        qkv = stored.linear(f"{block}.attn.qkv", _layer_norm(stored, f"{block}.norm1", x, eps), bias=True)
+        q, k, v = (_heads(part, vision.head_dim) for part in np.split(qkv, 3, axis=2))
+        a = _attention(_rotate(q, angle), _rotate(k, angle), v, seen)
+        x = x + stored.linear(f"{block}.attn.proj", a, bias=True)
+        h = stored.linear(f"{block}.mlp.fc1", _layer_norm(stored, f"{block}.norm2", x, eps), bias=True)
+        x = x + stored.linear(f"{block}.mlp.fc2", h * _sigmoid(np.float32(1.702) * h), bias=True)
+    h = _layer_norm(stored, "visual.merger.ln_q", x, eps)
+    h = stored.linear("visual.merger.mlp.0", h.reshape(stored.ways, -1, vision.width * vision.merge_size**2), bias=True)
+    return stored.linear("visual.merger.mlp.2", _gelu(h), bias=True)
+
+
+def _attention(q: Float32, k: Float32, v: Float32, seen: NDArray[np.bool_]) -> Float32:
+    """q, k, v (W, H, T, C) → (W, T, H·C); row i looks at the columns of seen[i]."""
+    scores = np.where(seen, q @ k.swapaxes(2, 3) / np.float32(math.sqrt(q.shape[3])), np.float32(-np.inf))
+    share = np.exp(scores - scores.max(axis=3, keepdims=True))
+    answers = share / share.sum(axis=3, keepdims=True) @ v
+    return np.asarray(answers.swapaxes(1, 2).reshape(len(q), q.shape[2], -1), np.float32)
+
+
+def _heads(x: Float32, width: int) -> Float32:
+    """(W, T, H·C) → (W, H, T, C)"""
+    return x.reshape(*x.shape[:2], -1, width).swapaxes(1, 2)
+
+
+def _rotate(x: Float32, angle: NDArray[np.float64]) -> Float32:
+    """Turn the two halves of each head of x (W, H, T, C) by angle (T, C/2)."""
+    a, b = np.split(x, 2, axis=3)
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=3)
+
+
+def _frequencies(theta: float, width: int) -> NDArray[np.float64]:
+    return np.asarray(theta ** (-np.arange(0, width, 2) / width), np.float64)
+
+
+def _rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=2, keepdims=True) + np.float32(eps)) * weight, np.float32)
+
+
+def _layer_norm(stored: _Stored, name: str, x: Float32, eps: float) -> Float32:
+    x = x - x.mean(axis=2, keepdims=True)
+    x = x / np.sqrt(np.mean(x * x, axis=2, keepdims=True) + np.float32(eps))
+    return np.asarray(x * stored.read(f"{name}.weight") + stored.read(f"{name}.bias"), np.float32)
+
+
+def _sigmoid(x: Float32) -> Float32:
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)), np.float32)
+
+
+def _gelu(x: Float32) -> Float32:
+    erf = np.asarray([math.erf(value) for value in (x / math.sqrt(2)).reshape(-1)], np.float32)
+    return np.asarray(0.5 * x * (1 + erf.reshape(x.shape)), np.float32)
+
+
+# --- the pairs -------------------------------------------------------------------------------------
+
+
+def _text_sequence(tokenizer: Tokenizer, config: ModelConfig, query: str, document: str) -> _Sequence:
+    prompt = config.prompt
+    text = prompt.document_header + document + prompt.query_header + query
+    token_ids = np.asarray([*_encode(tokenizer, text), prompt.score_token_id], np.int64)
+    return _Sequence(token_ids, np.tile(np.arange(len(token_ids)), (3, 1)), np.zeros(0, np.int64))
+
+
+def _image_sequence(tokenizer: Tokenizer, config: ModelConfig, query: str, grid: tuple[int, int]) -> _Sequence:
+    """`grid`: rows and columns of visual tokens, whose positions count from where the image starts."""
+    prompt = config.prompt
+    before = [*_encode(tokenizer, prompt.document_header), prompt.vision_start_id]
+    after = [prompt.vision_end_id, *_encode(tokenizer, prompt.query_header + query), prompt.score_token_id]
+    first, count = len(before), grid[0] * grid[1]
+    inside = np.stack([np.zeros(count, np.int64), *np.indices(grid).reshape(2, -1)]) + first
+    behind = np.arange(len(after)) + first + max(grid)
+    positions = np.concatenate([np.tile(np.arange(first), (3, 1)), inside, np.tile(behind, (3, 1))], axis=1)
+    token_ids = np.asarray([*before, *[prompt.image_pad_id] * count, *after], np.int64)
+    return _Sequence(token_ids, positions, first + np.arange(count))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _picture(config: ModelConfig) -> NDArray[np.uint8]:
+    """(H, W, 3): lines of dark bars on paper, in a size that the model takes as it is."""
+    factor, image = config.image.factor, config.image
+    rows, columns = GRID
+    while rows * columns * factor**2 < image.min_pixels:
+        rows, columns = rows + 1, columns + 1
+    while rows * columns * factor**2 > image.max_pixels and columns > 1:
+        rows, columns = max(rows - 1, 1), columns - 1
+    y, x = np.mgrid[: rows * factor, : columns * factor]
+    ink = (y // 7 % 2 == 1) & ((x * 5 + y // 14 * 11) // 16 % 4 != 0)
+    return np.where(ink[..., None], [60, 60, 80], [250, 250, 245]).astype(np.uint8)
+
+
+def _data_uri(pixels: NDArray[np.uint8]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _patches(pixels: NDArray[np.uint8], config: ModelConfig) -> tuple[Float32, Int64]:
+    """pixels (H, W, 3) → patches (P, 1176), the four of a visual token one after the other, and their places (P, 2)."""
+    image, side, merge = config.image, config.image.patch_size, config.image.merge_size
+    mean, std = np.asarray(image.mean, np.float32), np.asarray(image.std, np.float32)
+    values = (pixels * np.float32(image.rescale) - mean) / std
+    rows, columns = (size // side // merge for size in pixels.shape[:2])
+    split = values.reshape(rows, merge, side, columns, merge, side, -1)
+    split = split.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, row and column within, channel, y, x
+    still = np.repeat(split[:, :, :, :, :, None], image.temporal_patch_size, axis=5)
+    row, inner_row, column, inner_column = np.indices((rows, merge, columns, merge))
+    places = np.stack([row * merge + inner_row, column * merge + inner_column], axis=-1)
+    patches = still.reshape(rows * columns * merge**2, -1)
+    return patches.astype(np.float32), places.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
