@@ -9,13 +9,16 @@ kilobytes. `start` tokenises no more than it must, and gives exactly the ids of 
 - Qwen2's pattern is matched from left to right without looking back, and each of its alternatives but those for blanks
   looks one character beyond its end at most, those for blanks not beyond the blanks. So in a text that is cut, all
   pieces are those of the whole but the last, or the blanks at the end.
-- Byte pair encoding of a piece never merges across a boundary between two tokens of its result, so up to a boundary the
-  result is that of the text up to there. Which boundary follows a place in the piece is not known before its end is
-  seen, but it can only be where some token ends that reaches across the place; what all of those agree on is certain.
+- Byte pair encoding always joins the pair of lowest rank, the leftmost of equals. So tokens side by side are the
+  encoding of their text if, and only if, each two neighbours are that of theirs: the first join across a boundary in
+  the whole would be made in the text of those two alone as well. A boundary in a piece whose end is not in sight is
+  certain if the token before it goes with whatever token can follow; to know these, a little more of the piece is
+  encoded up to each place where a token may end.
 
 For another tokenizer than Qwen2's, and where all this finds nothing, the whole text is tokenised.
 """
 
+import itertools
 import json
 import re
 from typing import Any, Final
@@ -34,6 +37,7 @@ _PIECES: Final = [
 ]
 # Characters per token of a first try: most texts have fewer.
 _WIDTH: Final = 6
+_LOOK_BACK: Final = 8  # lengths of the longest token, for a boundary that is certain
 _SEARCH: Final = 256  # characters from the end of a part, among which a place for NFC is looked for
 # The pattern's \s.
 BLANKS: Final = frozenset(
@@ -70,7 +74,7 @@ class Encoder:
             ids = self._certain(text, size, count)
             if len(ids) >= count:
                 return ids
-            size *= 4
+            size *= 2
         return self.all(text)
 
     def _has_known_rules(self) -> bool:
@@ -111,31 +115,39 @@ class Encoder:
             if len(ids) >= count:
                 return ids
         if not open_blanks:
-            return ids + self._certain_of_piece(pieces[last][0])
+            return ids + self._certain_of_piece(pieces[last][0], count - len(ids))
         blanks = part[pieces[last][1][0] :]
         if not set(blanks) & {"\r", "\n"}:
             blanks = blanks[:-1]  # the last one may belong to what follows
         elif set(blanks) - {"\r", "\n"}:
             return ids  # what follows decides where the piece ends
         letters = "".join(letters for letters, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(blanks))
-        return ids + self._certain_of_piece(letters)
+        return ids + self._certain_of_piece(letters, count - len(ids))
 
-    def _certain_of_piece(self, letters: str) -> list[int]:
-        """Ids that a piece begins with, whatever follows these letters in it."""
+    def _certain_of_piece(self, letters: str, count: int) -> list[int]:
+        """The first `count` ids of a piece that begins with these letters, or none where that is not certain."""
         vocabulary, longest = self._tokens()
         place = len(letters) - longest
-        if place <= 0:
+        found: list[Any] = self._model.tokenize(letters[:place]) if place > 0 else []
+        if len(found) < count:
             return []
+        # Where the token ends, whatever the letters that follow, that reaches across the place or ends there.
         ends = [place]
         for end in range(place + 1, len(letters) + 1):
             if any(letters[start:end] in vocabulary for start in range(max(end - longest, 0), place)):
                 ends.append(end)
-        common = self._piece(letters[:place])
-        for end in ends[1:]:
-            ids = self._piece(letters[:end])
-            length = next((i for i, (a, b) in enumerate(zip(common, ids, strict=False)) if a != b), len(common))
-            common = common[: min(length, len(ids))]
-        return common
+        boundaries = list(itertools.accumulate(len(token.value) for token in found))  # its offsets count bytes
+        for last in range(len(found) - 1, count - 2, -1):
+            token, boundary = found[last], boundaries[last]
+            if place - boundary > _LOOK_BACK * longest:
+                return []
+            nexts = {self._model.tokenize(letters[boundary:end])[0].value for end in ends if end > boundary}
+            if boundary < place and all(self._go_together(token.value, next_one) for next_one in nexts):
+                return [token.id for token in found[: last + 1]]
+        return []
+
+    def _go_together(self, one: str, other: str) -> bool:
+        return [token.value for token in self._model.tokenize(one + other)] == [one, other]
 
     def _piece(self, letters: str) -> list[int]:
         return [token.id for token in self._model.tokenize(letters)]

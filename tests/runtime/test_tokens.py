@@ -82,7 +82,7 @@ texts = st.lists(
 
 
 @pytest.mark.parametrize("name", ["small", "real", "tricky"])
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts, st.integers(1, 40), st.integers(1, 3))
 @example("word  \n" + " " * 90 + "\nx", 8, 1)
 @example("word  \n" + " " * 90 + "x", 8, 1)
@@ -124,7 +124,8 @@ def test_of_a_large_text_little_is_tokenised(
     expected = encoder.all(text[: 200 * count])[:count]  # a token has 128 letters at most
     monkeypatch.setattr(encoder, "all", lambda text: pytest.fail(f"{len(text)} characters"))
     assert encoder.start(text, count)[:count] == expected
-    assert encoder.start("head " * 100 + text, 90)[:90] == Encoder(tokenizer).all("head " * 90)[:90]
+    headed = f"a head\n{text}"  # of which the first tokens are certain, and the many that follow not so soon
+    assert encoder.start(headed, count)[:count] == Encoder(tokenizer).all(headed[: 200 * count])[:count]
 
 
 def test_texts_that_are_short_or_of_another_tokenizer_are_tokenised_whole(small: Tokenizer) -> None:
