@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import OutputError
-from m0kit_export.checkpoint import expected_shapes
 from m0kit_parity.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
 
 Shape = Literal["tiny", "wide", "full"]
@@ -32,7 +30,7 @@ ConfigForm = Literal["published", "defaults_left_out", "nested"]
 
 FULL_PARAMETERS = 2_444_721_665  # with lm_head, the published total
 USED_PARAMETERS = 2_211_347_969
-_DTYPES = {"float32": (torch.float32, "F32"), "float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16")}
+_SPELLED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the files' headers
 # Bias of the head's last layer that brings the middle of the logits of seed 0 to 2.65, the middle of the
 # scores to one half. Measured: deep random networks give all prompts a common direction.
 _HEAD_BIAS = {"tiny": 4.3, "wide": 1.4, "full": -4.5}
@@ -80,6 +78,8 @@ def write_checkpoint(
     """
     if folder.exists():
         raise OutputError(f"{folder}: exists. Choose another folder.")
+    from m0kit_export.checkpoint import expected_shapes
+
     config = model_config(shape, num_layers, vision_depth)
     shapes = expected_shapes(config)
     if lm_head or (lm_head is None and shape == "full"):
@@ -114,7 +114,9 @@ def _write_weights(
     progress: bool,
 ) -> None:
     """Shards as transformers cuts them: a new file when the next tensor would pass the limit, and an index."""
-    torch_type, spelled = _DTYPES[dtype]
+    import torch
+
+    torch_type: torch.dtype = getattr(torch, dtype)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = max_shard_bytes
     for name, shape in shapes.items():
@@ -134,7 +136,7 @@ def _write_weights(
             for name, shape in shard.items():
                 start, end = end, end + math.prod(shape) * torch_type.itemsize
                 header[_spell(name, naming)] = {
-                    "dtype": spelled,
+                    "dtype": _SPELLED[dtype],
                     "shape": list(shape),
                     "data_offsets": [start, end],
                 }

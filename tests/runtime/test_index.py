@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ from m0kit.cli import cli
 from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
 from m0kit.index import Given, add, open_index
 from m0kit.store import Store
-from m0kit_export.export import export_artifact
-from m0kit_quant.recipe import Recipe
 
 QUERIES = ["what is it?", "\n\nwhat", {"image": Image.new("RGB", (70, 90), "blue")}]
 
@@ -135,10 +134,11 @@ def test_low_memory_keeps_the_same(artifact: Path, library: Path, documents: lis
 # --- an index that does not belong, or is damaged ---------------------------------------------------------
 
 
-def test_an_index_of_something_else_is_refused(library: Path, artifact: Path, tmp_path: Path, tiny: Path) -> None:
-    export_artifact(tiny, tmp_path / "int8", recipe=Recipe.default("int8"), progress=False)
+def test_an_index_of_something_else_is_refused(
+    library: Path, artifact: Path, tmp_path: Path, in_precision: Callable[[str], Path]
+) -> None:
     with pytest.raises(StoreError, match=r"the files of the artifact, precision \(fp32 there, int8 here\)"):
-        Reranker.load(tmp_path / "int8", threads=1, index=library)
+        Reranker.load(in_precision("int8"), threads=1, index=library)
     with pytest.raises(StoreError, match="kv \\(fp16 there, int8 here\\)"):
         Reranker.load(artifact, threads=1, index=library, kv="int8")
     with pytest.raises(StoreError, match="limits of pixels"):
