@@ -204,10 +204,11 @@ def test_a_damaged_state_is_found_computed_and_reported(
     expected = reranker_fp16.score(pairs_of(documents, by_id=False))
     damage_states(library, ["page", "tail"])
     opened = Reranker.load(artifact, threads=1, index=library)
-    with pytest.warns(UserWarning, match="'page'.*computed anew") as found:
+    with pytest.warns(UserWarning, match="computed anew") as found:
         scores = opened.score(pairs_of(documents, by_id=True))
     np.testing.assert_array_equal(scores, expected)
-    assert any("'tail'" in str(warning.message) for warning in found)
+    for name in ("'page'", "'tail'"):
+        assert any(name in str(warning.message) for warning in found)
 
     result = run("index", "verify", library)
     assert result.exit_code == 1
