@@ -100,7 +100,13 @@ class Kept:
 
 
 WAYS = [
-    *((precision, kv, 1, 0.0) for precision in PRECISIONS for kv in KV),
+    *((precision, "fp32", 1, 0.0) for precision in PRECISIONS),
+    *((precision, kv, 1, 0.0) for precision in ("fp32", "int8") for kv in ("fp16", "int8")),
+    *(  # the same code keeps them, behind other weights
+        pytest.param((precision, kv, 1, 0.0), marks=pytest.mark.slow)
+        for precision in ("int4", "nf4")
+        for kv in ("fp16", "int8")
+    ),
     ("int8", "fp16", 2, 0.0),  # weights are packed
     ("int4", "int8", 2, 0.0),
     ("fp32", "fp32", 2, FLOAT),
