@@ -2,14 +2,18 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=25
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-all check bench clean
 
 demo: $(VENV)/.export        ## set up; export the embedded checkpoint + adapter, rerank, show parity
 	$(BIN)/python -m m0kit_parity.demo
 
-test: $(VENV)/.dev check     ## set up; the whole test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+test: $(VENV)/.dev check     ## set up; the test suite, the installed runtime's own among it
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.dev check ## the same with the long tables and every Python
+	$(PYTEST)
 
 check: $(VENV)/.dev          ## set up; linter, formatter, types, import rules
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
@@ -31,7 +30,7 @@ ConfigForm = Literal["published", "defaults_left_out", "nested"]
 
 FULL_PARAMETERS = 2_444_721_665  # with lm_head, the published total
 USED_PARAMETERS = 2_211_347_969
-_DTYPES = {"float32": (torch.float32, "F32"), "float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16")}
+_SPELLED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the files' headers
 # Bias of the head's last layer that brings the middle of the logits of seed 0 to 2.65, the middle of the
 # scores to one half. Measured: deep random networks give all prompts a common direction.
 _HEAD_BIAS = {"tiny": 4.3, "wide": 1.4, "full": -4.5}
@@ -107,7 +106,9 @@ def _write_weights(
     progress: bool,
 ) -> None:
     """Shards as transformers cuts them: a new file when the next tensor would pass the limit, and an index."""
-    torch_type, spelled = _DTYPES[dtype]
+    import torch
+
+    torch_type: torch.dtype = getattr(torch, dtype)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = max_shard_bytes
     for name, shape in shapes.items():
@@ -127,7 +128,7 @@ def _write_weights(
             for name, shape in shard.items():
                 start, end = end, end + math.prod(shape) * torch_type.itemsize
                 header[_spell(name, naming)] = {
-                    "dtype": spelled,
+                    "dtype": _SPELLED[dtype],
                     "shape": list(shape),
                     "data_offsets": [start, end],
                 }

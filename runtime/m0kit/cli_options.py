@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -72,7 +72,13 @@ DOCUMENTS = click.argument("documents", nargs=-1, type=click.Path())  # for `m0k
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-class _Size(click.ParamType[int]):
+if TYPE_CHECKING:
+    _IntType = click.ParamType[int]
+else:
+    _IntType = click.ParamType  # up to click 8.3 it says nothing of what comes out
+
+
+class _Size(_IntType):
     """Bytes, with K, M, G or T for powers of 1024."""
 
     name = "SIZE"

@@ -371,6 +371,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # One that nobody holds any more lets its files go; Python 3.13 would warn that it did not.
+        if hasattr(self, "_writer") and hasattr(self, "_db"):
+            self.close()
+
     # Reading
 
     def __len__(self) -> int:
@@ -899,9 +904,13 @@ def _connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
     """A connection without implicit transactions, as durable as SQLite can be."""
     uri = f"{path.as_uri()}?mode={mode}"
     db = sqlite3.connect(uri, timeout=wait_s, isolation_level=None, check_same_thread=False, uri=True)
-    # EXTRA also flushes the journal's removal: a segment is only unlinked after what replaces it is on disk.
-    for setting in ("synchronous = EXTRA", "fullfsync = ON", "cell_size_check = ON"):
-        db.execute(f"PRAGMA {setting}")
+    try:
+        # EXTRA also flushes the journal's removal: a segment is only unlinked after what replaces it is on disk.
+        for setting in ("synchronous = EXTRA", "fullfsync = ON", "cell_size_check = ON"):
+            db.execute(f"PRAGMA {setting}")
+    except BaseException:
+        db.close()
+        raise
     return db
 
 

@@ -4,15 +4,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests._alone import ALONE
 
 from m0kit import Reranker
 from m0kit.artifact import FileEntry, read_manifest, sha256_of, write_manifest
 from m0kit.config import ModelConfig
-from m0kit_parity.reference import Reference
+
+if TYPE_CHECKING:
+    from m0kit_parity.reference import Reference
 
 
 @pytest.fixture(scope="session")
@@ -21,12 +25,25 @@ def artifact(tiny_artifact: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def in_precision(request: pytest.FixtureRequest, tiny_artifact: Path) -> Callable[[str], Path]:
+    """precision → the artifact of the tiny model in it, by its default recipe; not to be written to."""
+    if ALONE:
+        committed: Path = request.getfixturevalue("committed")
+        return lambda precision: committed / precision
+    from tests.export._artifacts import artifacts_of
+
+    return artifacts_of(request.getfixturevalue("tiny"), "artifact", {"fp32": tiny_artifact})
+
+
+@pytest.fixture(scope="session")
 def reranker(artifact: Path) -> Reranker:
     return Reranker.load(artifact, threads=1)
 
 
 @pytest.fixture(scope="session")
-def reference(tiny: Path) -> Reference:
+def reference(tiny: Path) -> "Reference":
+    from m0kit_parity.reference import Reference
+
     return Reference.load(tiny)
 
 

@@ -113,6 +113,7 @@ def test_a_bad_pair_is_named_and_the_others_are_scored(reranker: Reranker, case:
         reranker.evaluate([GOOD, pair], on_error="raise")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_all_bad_pairs_together_cost_a_good_one_nothing(reranker: Reranker) -> None:
     with pytest.warns(UserWarning, match=r"^not scored: ") as caught:
         scores = reranker.score([*(pair for pair, _, _ in PAIRS.values()), GOOD], on_error="mark")

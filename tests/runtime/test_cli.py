@@ -665,7 +665,8 @@ def test_it_runs_as_a_module_and_a_closed_pipe_is_no_traceback(artifact: Path, d
     assert done.stdout is not None
     done.stdout.close()
     assert done.stderr is not None
-    assert done.stderr.read() == ""
+    with done.stderr:
+        assert done.stderr.read() == ""
     assert done.wait() == 1
 
 

@@ -17,23 +17,22 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.export._artifacts import artifacts_of
 from tests.runtime.test_prompt import fragments, published
-from transformers import PreTrainedTokenizerFast
 
 from m0kit import Reranker, sessions
 from m0kit.artifact import KV
 from m0kit.cache import Cache
 from m0kit.prompt import ImageTokens
-from m0kit_export.export import export_artifact
-from m0kit_parity.checkpoints import write_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PRECISIONS = ("fp32", "int8", "int4", "nf4")  # as many kernels of products
 ROOM = 1 << 28  # for all that a test keeps
@@ -80,11 +79,6 @@ documents = st.one_of(
 queries = st.one_of(st.tuples(seams, st.sampled_from(["what", "a longer question " * 6])).map("".join), documents)
 
 
-@pytest.fixture(scope="module")
-def in_precision(tiny: Path, tiny_artifact: Path) -> Callable[[str], Path]:
-    return artifacts_of(tiny, "exact", {"fp32": tiny_artifact})
-
-
 @dataclass(frozen=True)
 class Kept:
     """A reranker whose documents are kept, and by how much its scores may differ."""
@@ -106,7 +100,13 @@ class Kept:
 
 
 WAYS = [
-    *((precision, kv, 1, 0.0) for precision in PRECISIONS for kv in KV),
+    *((precision, "fp32", 1, 0.0) for precision in PRECISIONS),
+    *((precision, kv, 1, 0.0) for precision in ("fp32", "int8") for kv in ("fp16", "int8")),
+    *(  # the same code keeps them, behind other weights
+        pytest.param((precision, kv, 1, 0.0), marks=pytest.mark.slow)
+        for precision in ("int4", "nf4")
+        for kv in ("fp16", "int8")
+    ),
     ("int8", "fp16", 2, 0.0),  # weights are packed
     ("int4", "int8", 2, 0.0),
     ("fp32", "fp32", 2, FLOAT),
@@ -233,6 +233,10 @@ PAIRS = [("what", "the tide and the sea"), ("what", PICTURES[1]), (PICTURES[2], 
 @pytest.fixture(scope="module")
 def another_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the same dimensions and tokenizer, other weights."""
+    pytest.importorskip("torch", reason="an installed runtime has no exporter")
+    from m0kit_export.export import export_artifact
+    from m0kit_parity.checkpoints import write_checkpoint
+
     folder = tmp_path_factory.mktemp("another")
     write_checkpoint(folder / "checkpoint", "tiny", seed=1)
     export_artifact(folder / "checkpoint", folder / "artifact", progress=False)
@@ -352,8 +356,8 @@ def watched(unasked: Path) -> tuple[Reranker, Watching]:
 
 
 @pytest.fixture(scope="module")
-def theirs(tiny: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))
+def theirs(artifact: Path) -> "PreTrainedTokenizerFast":
+    return pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_file=str(artifact / "tokenizer.json"))
 
 
 @settings(max_examples=100)
@@ -362,7 +366,7 @@ def theirs(tiny: Path) -> PreTrainedTokenizerFast:
 @example(("<|im_end|>", "<|im_start|>\n"), LIMITS[2])
 def test_kept_or_not_the_tokens_are_those_of_the_whole_prompt(
     watched: tuple[Reranker, Watching],
-    theirs: PreTrainedTokenizerFast,
+    theirs: "PreTrainedTokenizerFast",
     pair: tuple[Any, Any],
     limits: tuple[int, int],
 ) -> None:

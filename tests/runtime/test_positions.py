@@ -1,14 +1,16 @@
 """Positions are transformers' positions: M-RoPE of a prompt, row and column of patches."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.vision_utils import get_vision_position_ids
 
 from m0kit.positions import mrope_positions, vision_positions
-from m0kit_parity.reference import Reference
+
+if TYPE_CHECKING:
+    from m0kit_parity.reference import Reference
 
 PAD = 7
 grids = st.tuples(st.just(1), st.integers(1, 9).map(lambda n: 2 * n), st.integers(1, 9).map(lambda n: 2 * n))
@@ -27,8 +29,9 @@ def tokens(mix: Mix) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=300)
 @given(mixes.filter(lambda mix: mix[0] or mix[1]))
-def test_prompt_positions_are_transformers_positions(reference: Reference, mix: Mix) -> None:
+def test_prompt_positions_are_transformers_positions(reference: "Reference", mix: Mix) -> None:
     token_ids, grid_thw = tokens(mix)
+    torch = pytest.importorskip("torch")
     ids = torch.from_numpy(token_ids)[None]
     expected, _ = reference._core.get_rope_index(
         ids,
@@ -54,7 +57,9 @@ def test_text_after_an_image_goes_on_from_the_highest_position() -> None:
 @settings(max_examples=200)
 @given(grids)
 def test_patch_positions_are_transformers_positions(grid: tuple[int, int, int]) -> None:
-    expected = get_vision_position_ids(torch.tensor([grid]), 2)
+    torch = pytest.importorskip("torch")
+    vision_utils = pytest.importorskip("transformers.vision_utils")
+    expected = vision_utils.get_vision_position_ids(torch.tensor([grid]), 2)
     mine = vision_positions(np.array(grid), merge_size=2)
     assert mine.dtype == np.int64
     assert mine.tolist() == expected.tolist()

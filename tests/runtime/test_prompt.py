@@ -1,11 +1,11 @@
 """Prompts are those of the published procedure, token by token, at every edge of truncation."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from m0kit.config import PromptConfig
 from m0kit.errors import ArtifactDamagedError, InputError
@@ -13,6 +13,9 @@ from m0kit.prompt import ImageTokens, PromptBuilder
 from m0kit_parity.checkpoints import model_config
 from m0kit_parity.small.tokenizer import SPECIAL_TOKENS
 from m0kit_parity.vocabulary import write_qwen2_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LIMITS = [(10240, 512), (60, 20), (41, 20), (40, 20), (64, 1), (30, 5)]  # max_length, max_query_length
 Part = str | ImageTokens
@@ -31,8 +34,8 @@ def prompt_config(max_length: int = 10240, max_query_length: int = 512, shape: s
 
 
 @pytest.fixture(scope="session")
-def tokenizer_file(tiny: Path) -> Path:
-    return tiny / "tokenizer.json"
+def tokenizer_file(tiny_artifact: Path) -> Path:
+    return tiny_artifact / "tokenizer.json"
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +44,12 @@ def builders(tokenizer_file: Path) -> Builders:
 
 
 @pytest.fixture(scope="session")
-def theirs(tokenizer_file: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+def theirs(tokenizer_file: Path) -> "PreTrainedTokenizerFast":
+    return pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
 
 
 def published(
-    tokenizer: PreTrainedTokenizerFast, config: PromptConfig, query: Part, document: Part
+    tokenizer: "PreTrainedTokenizerFast", config: PromptConfig, query: Part, document: Part
 ) -> tuple[list[int], bool]:
     """The published procedure written down once more, with transformers' tokenizer: ids, image tokens lost?"""
 
@@ -99,7 +102,7 @@ parts = st.one_of(texts, texts, st.integers(1, 30).map(ImageTokens))
 @example("\nq", "d\n", LIMITS[0])
 @example("\u0301q", "d", LIMITS[0])
 def test_prompts_are_the_published_ones(
-    builders: Builders, theirs: PreTrainedTokenizerFast, query: Part, document: Part, limits: tuple[int, int]
+    builders: Builders, theirs: "PreTrainedTokenizerFast", query: Part, document: Part, limits: tuple[int, int]
 ) -> None:
     config = prompt_config(*limits)
     expected, image_is_cut = published(theirs, config, query, document)
@@ -162,7 +165,7 @@ def test_the_prefix_belongs_to_the_document(
 @settings(max_examples=100)
 @given(parts)
 def test_the_prefix_is_the_prompt_of_the_document_alone(
-    builders: Builders, theirs: PreTrainedTokenizerFast, document: Part
+    builders: Builders, theirs: "PreTrainedTokenizerFast", document: Part
 ) -> None:
     alone, _ = published(theirs, prompt_config(*LIMITS[0]), "", document)
     assert builders[LIMITS[0]].document(document).prefix.tolist() == alone[:-1]
@@ -176,7 +179,7 @@ def test_a_document_prepared_once_gives_the_prompts_of_the_document(builders: Bu
         assert repr(builder.build(query, fixed)) == repr(builder.build(query, document))
 
 
-def test_the_prefix_is_all_but_the_query(builders: Builders, theirs: PreTrainedTokenizerFast) -> None:
+def test_the_prefix_is_all_but_the_query(builders: Builders, theirs: "PreTrainedTokenizerFast") -> None:
     """That it is long matters: it is what queries share."""
     builder = builders[LIMITS[0]]
     header = len(theirs("**Document**:\nsome text\n**Query**:\n")["input_ids"])
@@ -187,7 +190,7 @@ def test_the_prefix_is_all_but_the_query(builders: Builders, theirs: PreTrainedT
     assert builder.build(ImageTokens(4), ImageTokens(7)).prefix_length == pieces
 
 
-def of_tokens(tokenizer: PreTrainedTokenizerFast, count: int, letters: str = "zqxjkv") -> str:
+def of_tokens(tokenizer: "PreTrainedTokenizerFast", count: int, letters: str = "zqxjkv") -> str:
     """A text of exactly so many tokens, one per letter, no two neighbours alike."""
     text = "".join(letters[(i * i + i // 5) % len(letters)] for i in range(count))
     assert len(tokenizer(text)["input_ids"]) == count
@@ -196,7 +199,7 @@ def of_tokens(tokenizer: PreTrainedTokenizerFast, count: int, letters: str = "zq
 
 @pytest.mark.parametrize("over", [-1, 0, 1, 2, 30])
 def test_a_document_at_its_limit_is_kept_and_one_over_is_cut(
-    builders: Builders, theirs: PreTrainedTokenizerFast, over: int
+    builders: Builders, theirs: "PreTrainedTokenizerFast", over: int
 ) -> None:
     limits = (60, 20)
     document = of_tokens(theirs, 40 + over)
@@ -211,7 +214,7 @@ def test_a_document_at_its_limit_is_kept_and_one_over_is_cut(
 
 @pytest.mark.parametrize("over", [-2, -1, 0, 1, 2, 50])
 def test_a_prompt_at_its_limit_is_whole_and_one_over_loses_the_end_of_the_query(
-    builders: Builders, theirs: PreTrainedTokenizerFast, over: int
+    builders: Builders, theirs: "PreTrainedTokenizerFast", over: int
 ) -> None:
     fixed = len(theirs("**Document**:\nd\n**Query**:\n")["input_ids"])
     query = of_tokens(theirs, 60 - 1 - fixed + over)  # one place for the score token
@@ -224,7 +227,7 @@ def test_a_prompt_at_its_limit_is_whole_and_one_over_loses_the_end_of_the_query(
 
 
 def test_behind_a_full_document_only_part_of_the_query_limit_is_left(
-    tokenizer_file: Path, theirs: PreTrainedTokenizerFast
+    tokenizer_file: Path, theirs: "PreTrainedTokenizerFast"
 ) -> None:
     config = prompt_config()
     document, query = of_tokens(theirs, 9728), of_tokens(theirs, 512)
@@ -234,7 +237,7 @@ def test_behind_a_full_document_only_part_of_the_query_limit_is_left(
     assert (prompt.document_truncated, prompt.query_truncated) == (False, True)
 
 
-def test_a_cut_inside_a_letter_is_the_published_cut(builders: Builders, theirs: PreTrainedTokenizerFast) -> None:
+def test_a_cut_inside_a_letter_is_the_published_cut(builders: Builders, theirs: "PreTrainedTokenizerFast") -> None:
     """The document is decoded back to text, where half a letter becomes U+FFFD."""
     document = "x" * 39 + "漢字漢字"
     prompt = builders[(60, 20)].build("q", document)
@@ -244,7 +247,7 @@ def test_a_cut_inside_a_letter_is_the_published_cut(builders: Builders, theirs: 
 
 
 def test_an_image_that_does_not_fit_is_refused_and_a_lost_vision_end_is_not(
-    builders: Builders, theirs: PreTrainedTokenizerFast
+    builders: Builders, theirs: "PreTrainedTokenizerFast"
 ) -> None:
     builder, config = builders[(60, 20)], prompt_config(60, 20)
     before = len(theirs("**Document**:\n")["input_ids"]) + 1
@@ -272,10 +275,11 @@ def test_a_file_that_is_no_tokenizer_is_named(content: str | bytes, tmp_path: Pa
 
 
 def test_with_the_real_vocabulary_prompts_are_the_published_ones(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
     write_qwen2_tokenizer(tmp_path)
     config = prompt_config(shape="wide")
     assert (config.vision_start_id, config.vision_end_id, config.image_pad_id) == (151652, 151653, 151655)
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     builder = PromptBuilder(tmp_path / "tokenizer.json", config)
     contents: list[Part] = [
         "slm markdown",

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -31,7 +31,9 @@ from m0kit.artifact import KV
 from m0kit.cache import Cache
 from m0kit.errors import DependencyError, ImageError, InputError, M0kitError, ScoreError
 from m0kit.reranker import best_first, sigmoid
-from m0kit_parity.reference import Reference
+
+if TYPE_CHECKING:
+    from m0kit_parity.reference import Reference
 
 # fp32 noise of another batch; the tiny model's scores of different pairs lie 1e-2 to 1 apart.
 SAME = 1e-5
@@ -76,7 +78,7 @@ def alone(reranker: Reranker, pairs: list[Any]) -> list[float]:
 
 
 def test_scores_are_the_references_and_differ_between_pairs(
-    reranker: Reranker, reference: Reference, pairs: list[Any], alone: list[float]
+    reranker: Reranker, reference: "Reference", pairs: list[Any], alone: list[float]
 ) -> None:
     assert np.abs(np.asarray(alone) - reference.score(pairs)).max() < 1e-4  # the tolerance of parity in fp32
     gaps = np.diff(np.sort(alone))

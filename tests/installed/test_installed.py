@@ -1,0 +1,133 @@
+"""The runtime as users get it: the built wheel and its `[cpu]` in an environment that holds nothing else.
+
+Its own tests run there, without PyTorch, on the committed artifacts; once with the lowest versions that pyproject.toml
+names, once with the newest it allows.
+"""
+
+import shutil
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from packaging.requirements import Requirement
+from tests.artifacts.make import unpack
+from tests.installed._environment import (
+    ROOT,
+    Environment,
+    build_wheel,
+    find_python,
+    lowest,
+    make_environment,
+    requirements,
+)
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "onnx", "safetensors", "ml-dtypes", "optimum", "openvino")
+# Files of the runtime's tests of which nothing can run there, and why. One that is new here is a loss to look at.
+SKIPPED_WHOLE = {"tests/runtime/test_ray_engine.py": "needs psutil"}
+# What single tests may miss: what the runtime is held against, and extras that `[cpu]` does not bring.
+MISSING = ("torch", "transformers", "pyarrow", "m0kit[parquet]", "m0kit[ray]", "an installed runtime has no")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="class")
+def environment(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Of the class's Python, with the versions it asks for."""
+    python = find_python(request.cls.version)
+    if python is None:
+        pytest.skip(f"there is no python{request.cls.version} on this machine")
+    return make_environment(tmp_path_factory.mktemp("installed") / "venv", python, wheel, request.cls.pins)
+
+
+class Installed:
+    """What is tried in each environment."""
+
+    version: str
+    pins: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ("tests/artifacts", "tests/runtime")
+
+    def test_it_brings_what_is_named_and_nothing_heavy(self, environment: Environment) -> None:
+        versions = environment.versions()
+        assert not [name for name in HEAVY if name in versions]
+        for requirement in [*requirements(), *requirements("cpu"), *map(Requirement, self.pins)]:
+            found = versions[requirement.name.lower().replace("_", "-")]
+            assert requirement.specifier.contains(found), f"{requirement}: {found}"
+
+    def test_the_command_ranks(self, environment: Environment, tmp_path: Path) -> None:
+        unpack(tmp_path)
+        (tmp_path / "notes.txt").write_text("notes on markdown", "utf-8")
+        done = environment.run("m0kit", "rerank", tmp_path / "int8", "--query", "markdown", tmp_path / "notes.txt")
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+        assert "notes.txt" in done.stdout
+        done = environment.run("m0kit", "export", "nowhere", "-o", tmp_path / "out")
+        assert done.returncode == 1
+        assert "m0kit[export]" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_the_runtimes_own_tests_pass(self, environment: Environment, tmp_path: Path) -> None:
+        shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", tmp_path)  # pytest's settings
+        report = tmp_path / "report.xml"
+        words = ("-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junit-xml={report}")
+        done = environment.run("python", "-m", "pytest", *words, *self.tests, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+        whole, single, num_passed = {}, [], 0
+        for case in ET.parse(report).iter("testcase"):
+            skipped = case.find("skipped")
+            if skipped is None:
+                num_passed += 1
+            elif not case.get("classname"):  # a file that could not be imported
+                whole[str(case.get("name")).replace(".", "/") + ".py"] = str(skipped.get("message"))
+            else:
+                single.append(f"{case.get('classname')}.{case.get('name')}: {skipped.get('message')}")
+        assert whole == {name: why for name, why in SKIPPED_WHOLE.items() if name.startswith(self.tests)}
+        assert not [line for line in single if not any(name in line for name in MISSING)]
+        assert num_passed > len(single)
+
+
+class TestTheLowestVersions(Installed):
+    """On the oldest Python: newer ones have no wheels of the oldest numpy."""
+
+    version = "3.11"
+    pins = tuple(lowest([*requirements(), *requirements("cpu")]))
+
+
+class TestTheNewestVersions(Installed):
+    version = "3.13"
+
+
+class TestAPythonBetween(Installed):
+    """What loads, scores and prints; the rest differs little between two Pythons that pass all of it."""
+
+    version = "3.12"
+    tests = ("tests/artifacts", "tests/runtime/test_cli.py", "tests/runtime/test_reranker.py")
+
+
+@pytest.mark.slow
+class TestAllOfItOnAPythonBetween(Installed):
+    version = "3.12"
+
+
+@pytest.mark.slow
+class TestTheNewestVersionsOnTheOldestPython(Installed):
+    version = "3.11"
+
+
+def test_the_wheel_holds_the_packages_and_no_tests(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {"m0kit", "m0kit_export", "m0kit_quant", "m0kit_parity"} <= tops
+    assert not [top for top in tops if "test" in top]
+    for package in ("m0kit", "m0kit_export", "m0kit_quant", "m0kit_parity"):
+        assert f"{package}/py.typed" in names
+
+
+def test_the_lowest_versions_are_read_from_the_bounds() -> None:
+    wanted = [Requirement("numpy>=1.26,<3"), Requirement("tokenizers>=0.23.1,<0.24"), Requirement("x~=2.1")]
+    assert lowest(wanted) == ["numpy==1.26", "tokenizers==0.23.1", "x==2.1"]
+    with pytest.raises(AssertionError, match="from which version on"):
+        lowest([Requirement("numpy<3")])
