@@ -23,6 +23,7 @@ from m0kit.errors import (
     ArtifactNotFoundError,
     ArtifactVersionError,
 )
+from m0kit.files import sync
 from m0kit.precision import SCHEMES
 from m0kit.verified import Memory
 
@@ -177,7 +178,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         json.dump(raw, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:

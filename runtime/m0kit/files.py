@@ -68,7 +68,7 @@ def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         with named_errors(output):
             flush(new)
             _put(new, place, overwrite)
-            _flush_one(place.parent)
+            sync_path(place.parent)
     finally:
         _leave(space, place, lock)
 
@@ -91,7 +91,29 @@ def flush(path: Path) -> None:
     if path.is_dir():
         for inner in path.iterdir():
             flush(inner)
-    _flush_one(path)
+    sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Make one file, or the names in one folder, durable."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # makes names durable by itself, and cannot open folders
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Make an open file durable."""
+    if sys.platform == "darwin":  # where fsync stops at the drive's cache
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -158,7 +180,7 @@ def _recover(space: Path, place: Path) -> None:
     """An old folder comes back if nothing is in its place; whatever else a dead process left goes."""
     if (space / _OLD).exists() and not os.path.lexists(place):
         (space / _OLD).rename(place)
-        _flush_one(place.parent)
+        sync_path(place.parent)
     _clear(space)
 
 
@@ -208,19 +230,3 @@ def _leave(space: Path, place: Path, lock: int) -> None:
         if windows:
             os.unlink(space / _LOCK)
         space.rmdir()
-
-
-def _flush_one(path: Path) -> None:
-    if sys.platform == "win32" and path.is_dir():
-        return  # makes names durable by itself, and cannot open folders
-    # Windows flushes only what is open for writing.
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        if sys.platform == "darwin":  # where fsync stops at the drive's cache
-            import fcntl
-
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,14 +34,14 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
-from m0kit.files import destination
+from m0kit.files import destination, sync, sync_path
 from m0kit.hub import resolve
 from m0kit.inputs import unplaced
 from m0kit.lines import JSON_NAMES
 from m0kit.reranker import Reranker
 from m0kit.rows import PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
 from m0kit.sessions import engine_version
-from m0kit.store import Store, sync_folder
+from m0kit.store import Store
 
 # What a window may hold: enough rows to meet most pairs of a document, little enough to stay in memory.
 _WINDOW_ROWS = 8192
@@ -523,11 +523,11 @@ def _written_aside(path: Path, journal: _Journal | None = None) -> Iterator[Any]
         with aside.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if journal is not None:
             journal.claim_output()
         os.replace(aside, path)
-        sync_folder(path.absolute().parent)
+        sync_path(path.absolute().parent)
     except OutputError:
         raise
     except OSError as error:

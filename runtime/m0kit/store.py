@@ -36,9 +36,7 @@ import mmap
 import os
 import re
 import secrets
-import shutil
 import sqlite3
-import sys
 import threading
 import time
 import zlib
@@ -55,6 +53,7 @@ from numpy.typing import NDArray
 
 from m0kit import forks
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
+from m0kit.files import destination, occupied, replacing, sync, sync_path
 
 FORMAT_VERSION = 2  # raised when an older m0kit could no longer read the folder rightly
 INDEX, LOCK, SEGMENTS = "index.sqlite", "lock.sqlite", "segments"
@@ -298,36 +297,28 @@ class Store:
 
         `identity` (JSON) is kept for the caller to compare. Raises OutputError; StoreError for too small a limit.
         """
-        path = Path(os.path.realpath(path))  # a link means the place it leads to
+        path = destination(Path(path))
         if max_bytes is not None and max_bytes < MIN_LIMIT:
             raise StoreError(f"{path}: a limit of {max_bytes} bytes is too small, expected at least {MIN_LIMIT}.")
         values = {"identity": dict(identity), "max_bytes": max_bytes, "id": secrets.token_hex(8)}
-        # Made aside and renamed, so that a killed `create` leaves nothing that looks like a store.
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-        if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        if occupied(path):
             raise OutputError(f"{path}: exists already. Open it, remove it, or give another folder.")
-        try:
-            (aside / SEGMENTS).mkdir(parents=True)
-            (aside / LOCK).touch()
-            db = _connect(aside / INDEX, "rwc", 0)
+        # Made aside and renamed, so that a killed `create` leaves nothing that looks like a store.
+        with replacing(path) as aside:
             try:
-                db.executescript(f"BEGIN; {_SCHEMA}")
-                db.executemany("INSERT INTO meta VALUES (?, ?)", ((n, json.dumps(v)) for n, v in values.items()))
-                db.execute("COMMIT")
-            finally:
-                db.close()
-            for folder in (aside / SEGMENTS, aside):
-                sync_folder(folder)
-            if path.is_dir():
-                path.rmdir()  # Windows does not rename onto a folder, even an empty one
-            aside.rename(path)
-            sync_folder(path.parent)
-        except sqlite3.Error as error:
-            raise _translated(path, error, writing=True) from error
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+                (aside / SEGMENTS).mkdir()
+                (aside / LOCK).touch()
+                db = _connect(aside / INDEX, "rwc", 0)
+                try:
+                    db.executescript(f"BEGIN; {_SCHEMA}")
+                    db.executemany("INSERT INTO meta VALUES (?, ?)", ((n, json.dumps(v)) for n, v in values.items()))
+                    db.execute("COMMIT")
+                finally:
+                    db.close()
+            except sqlite3.Error as error:
+                raise _translated(path, error, writing=True) from error
+            except OSError as error:
+                raise _unwritable(path, error) from error
         return cls(path, writable=True)
 
     @classmethod
@@ -831,10 +822,10 @@ class Store:
                     pieces.append(_Piece(item.content, item.key, number, start, item.size, crc, item.used, item.warm))
                     end += _room(item.size)
                     ends[number] = end
-                _sync(file.fileno())
+                sync(file.fileno())
             number, end = number + 1, 0
         if ends:
-            sync_folder(self.path / SEGMENTS)
+            sync_path(self.path / SEGMENTS)
         return pieces, ends
 
     def _rewrite(self, number: int, drop: Collection[bytes] = ()) -> list[bytes]:
@@ -971,26 +962,6 @@ def _bytes_of(buffer: Buffer) -> memoryview:
 def _write(file: Any, data: memoryview) -> None:
     while data.nbytes:
         data = data[file.write(data) :]
-
-
-def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":  # where fsync stops at the drive's cache
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Make new names in a folder durable; Windows does that by itself and cannot open folders."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size_of(path: Path) -> int:

@@ -30,6 +30,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from m0kit import files
 from m0kit import store as module
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
 from m0kit.store import MIN_LIMIT, Document, Store
@@ -538,7 +539,7 @@ class Limited(Kept):
         super().create()
         self.fill = 0
         self.peak = 0
-        for name in ("_write", "_sync"):
+        for name in ("_write", "sync"):
             self.patch.setattr(module, name, self.measured(getattr(module, name)))
         self.watch()
 
@@ -1092,7 +1093,7 @@ def unharmed(store: Store, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
-@pytest.mark.parametrize("step", ["_write", "_sync", "sync_folder"])
+@pytest.mark.parametrize("step", ["_write", "sync", "sync_path"])
 def test_no_step_that_fails_leaves_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
 ) -> None:
@@ -1125,7 +1126,7 @@ def test_no_step_that_fails_leaves_anything(
             failed += 1
             left = 0
             unharmed(store, folder)
-        assert failed >= {"_write": 8, "_sync": 3, "sync_folder": 1}[step]
+        assert failed >= {"_write": 8, "sync": 3, "sync_path": 1}[step]
         assert store.ids() == ["da", "db", "dc"]
 
 
@@ -1403,10 +1404,9 @@ def test_a_create_that_fails_or_is_killed_leaves_no_store(folder: Path, monkeypa
         else:
             assert killed
     assert not killed, "the last one went through"
-    monkeypatch.setattr(module, "sync_folder", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
-    for aside in folder.parent.iterdir():
-        shutil.rmtree(aside)
-    refuses(OutputError, "Make room", lambda: Store.create(folder, {}))
+    assert list(folder.parent.iterdir()) == []  # what the killed ones left, the next one cleared away
+    monkeypatch.setattr(files, "sync_path", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
+    refuses(OutputError, "cannot be written", lambda: Store.create(folder, {}))
     assert list(folder.parent.iterdir()) == []
 
 
@@ -1587,7 +1587,7 @@ def kill_at_step(store: Store, kill_at: int) -> None:
 
     whole_write = module._write
     module._write = write
-    module._sync = before(module._sync)
+    module.sync = before(module.sync)
     os.unlink = before(os.unlink)
     os.truncate = before(os.truncate)
     assert store._db is not None
