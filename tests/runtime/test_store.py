@@ -1308,6 +1308,16 @@ def test_a_damaged_database_is_our_error_whatever_is_wrong(
         shutil.rmtree(damaged)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is open")
+def test_a_database_that_cannot_be_opened_is_closed_again(folder: Path) -> None:
+    Store.create(folder, {}).close()
+    (folder / "index.sqlite").write_bytes(b"not a database" * 1000)
+    with pytest.raises(StoreError) as caught:  # its traceback keeps alive what the frames held
+        Store.open(folder)
+    opened = [str(path.resolve()) for path in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in opened if name.startswith(str(folder))], caught.value
+
+
 @pytest.mark.parametrize("length", [0, 1, 99, 100, 4096, 20_000, 60_000])
 @pytest.mark.parametrize("checked_bytes", [0, 1 << 20])
 def test_a_cut_off_database_is_refused(
