@@ -31,7 +31,7 @@ from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manife
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, replacing
 from m0kit_export.adapter import AdapterSpec
-from m0kit_export.answers import known_answers
+from m0kit_export.answers import known_answers, open_tokenizer
 from m0kit_export.builder import Graph, Port, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.folder import find_folder
@@ -131,6 +131,7 @@ def _write(
     frequencies = source.frequencies
     graphs = build_graphs(source.config, recipe, frequencies=frequencies)
     _check_complete(source, graphs)
+    open_tokenizer(source.tokenizer)  # before minutes of work
     if calibration is not None:
         _check_seen(calibration, graphs)
     num_bytes = sum(graph.data_bytes for graph in graphs.values())

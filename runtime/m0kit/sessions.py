@@ -113,7 +113,7 @@ def open_graph(
             raise
         raise ArtifactDamagedError(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it ({type(error).__name__}). "
-            "It needs version 1.29 or newer; export the artifact again if it still does not open."
+            "It needs version 1.30 or newer; export the artifact again if it still does not open."
         ) from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if wanted not in session.get_providers():

@@ -18,7 +18,7 @@ from m0kit.errors import CheckpointError
 from m0kit.inputs import parse_content
 from m0kit.precision import SCHEMES
 from m0kit_export import answers as module
-from m0kit_export.answers import IMAGE_QUERIES, TEXTS, known_answers
+from m0kit_export.answers import IMAGE_QUERIES, QUERIES, known_answers
 from m0kit_export.export import export_artifact
 from m0kit_export.graphs import build_graphs
 from m0kit_parity.checkpoints import model_config
@@ -39,7 +39,7 @@ def pairs_of(folder: Path) -> list[KnownAnswer]:
 def test_they_are_the_logits_of_pytorch(tiny: Path, tiny_artifact: Path) -> None:
     reference = Reference.load(tiny)
     pairs = pairs_of(tiny_artifact)
-    assert len(pairs) == sum(map(len, TEXTS.values())) + len(IMAGE_QUERIES)
+    assert len(pairs) == len(QUERIES) + len(IMAGE_QUERIES)
     for pair in pairs:
         document: Any = pair.document
         if pair.is_image:

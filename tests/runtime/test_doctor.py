@@ -84,7 +84,7 @@ machines = st.sampled_from(["x86_64", "arm64", "ppc64le"]).flatmap(
         sizes,
         sizes,
         st.lists(st.builds(Gpu, st.just("gpu"), sizes), max_size=2).map(tuple),
-        st.sampled_from([None, "1.22.1", "1.29.0", "1.32.0", "2.0", "odd"]),
+        st.sampled_from([None, "1.22.1", "1.30.0", "1.32.0", "2.0", "odd"]),
         st.sampled_from([(), CPU, CUDA, ("CoreMLExecutionProvider", *CPU)]),
         sizes,
     )
@@ -154,7 +154,7 @@ def test_reasons_against_are_those_of_the_machine() -> None:
 
 NOTES = [
     ({"onnxruntime": None}, "not installed: pip install 'm0kit"),
-    ({"onnxruntime": "1.28.1"}, "1.28.1 is too old: artifacts need 1.29"),
+    ({"onnxruntime": "1.29.1"}, "1.29.1 is too old: artifacts need 1.30"),
     ({"gpus": (Gpu("T4", 16 * GB),)}, "T4 is not used: .* pip install 'm0kit.gpu.'"),
     ({"providers": CUDA}, "no NVIDIA driver answered"),
     ({"providers": CUDA, "gpus": (Gpu("MX", 2 * GB),)}, "MX is not used: its memory"),
@@ -178,9 +178,9 @@ def test_what_else_is_worth_knowing_is_said_where_it_holds(known: dict[str, Any]
 
 def test_onnxruntime_is_held_to_its_oldest_version() -> None:
     verdicts = {
-        version: fit(machine(onnxruntime=version), "int8", GB).verdict for version in ("1.28.9", "1.29.0", "2.0")
+        version: fit(machine(onnxruntime=version), "int8", GB).verdict for version in ("1.29.9", "1.30.0", "2.0")
     }
-    assert verdicts == {"1.28.9": "cannot run", "1.29.0": "suits", "2.0": "suits"}
+    assert verdicts == {"1.29.9": "cannot run", "1.30.0": "suits", "2.0": "suits"}
 
 
 FITS = [
