@@ -51,7 +51,8 @@ GRID: Final = (2, 3)
 # by when hidden states are others altogether (`_head`), by the form in which documents are kept. Measured on small
 # (trained), tiny and full (random), ONNX Runtime 1.27 to 1.32 on one CPU: right kernels use 0.4 of it at most, fp32
 # products a hundredth, sums in float16 (1.29) 0.74; a kernel that loses the zero points of 4-bit weights (up to 1.28)
-# is beyond it 2.5 (tiny) and 14 times (small). Two right ways of computing differ by three times the noise now and then.
+# is beyond it 2.5 (tiny) and 14 times (small). Two right ways of computing
+# differ by three times the noise now and then.
 NOISE: Final = 5.0
 SHARES: Final[Mapping[Kept, float]] = {"fp32": 0.02, "fp16": 0.05, "int8": 0.08}
 WHY: Final = (
