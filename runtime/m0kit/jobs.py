@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import m0kit
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, OutputError
 from m0kit.files import destination, sync, sync_path
@@ -175,7 +176,8 @@ def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
         "device": str(load.get("device") or "cpu").split(":")[0],
         "open_graph": own_engine and getattr(own_engine, "__qualname__", type(own_engine).__qualname__),
         "onnxruntime": engine_version(),
-        **{name: version(name) for name in ("m0kit", "pillow", "tokenizers")},
+        "m0kit": m0kit.__version__,
+        **{name: version(name) for name in ("pillow", "tokenizers")},
     }
     return {name: str(value) for name, value in facts.items()}
 
