@@ -68,7 +68,7 @@ def test_an_image_that_comes_again_is_encoded_once(
     assert np.isfinite(other)
 
 
-def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, pages: list[Path]) -> None:
+def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, unasked: Path, pages: list[Path]) -> None:
     encoded: list[int] = []
     asked = threading.Semaphore(0)
 
@@ -93,7 +93,7 @@ def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, page
                 asked.release()
             return value
 
-    kept = Reranker.load(artifact, cache_bytes=1 << 24, open_graph=opener)
+    kept = Reranker.load(unasked, cache_bytes=1 << 24, open_graph=opener)
     seen = kept.open_images()
     picture = parse_content(pages[0], "page")
     assert isinstance(picture, Picture)

@@ -586,7 +586,7 @@ def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, r
     np.testing.assert_array_equal(scores, expected)
 
 
-def test_a_document_whose_state_is_not_finite_is_an_error_and_not_kept(artifact: Path, tmp_path: Path) -> None:
+def test_a_document_whose_state_is_not_finite_is_an_error_and_not_kept(unasked: Path, tmp_path: Path) -> None:
     def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> sessions.Graph:
         inner = sessions.open_graph(folder, name, threads=1, also=also)
 
@@ -600,7 +600,7 @@ def test_a_document_whose_state_is_not_finite_is_an_error_and_not_kept(artifact:
 
         return Graph()
 
-    overflowing = Reranker.load(artifact, kv="fp16", open_graph=opener)
+    overflowing = Reranker.load(unasked, kv="fp16", open_graph=opener)
     with open_index(tmp_path / "library", overflowing) as store:
         done = add(overflowing, store, [("bad", "one", ""), ("bad too", "one", ""), ("good", "two", "")])
         assert store.ids() == ["good"]
