@@ -42,7 +42,7 @@ INLINE = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _UNFENCED)
 COMMANDS = sorted({line for line in [*INDENTED, *INLINE] if line.startswith("m0kit ")})
 OTHERS = sorted(
     {line for line in INDENTED if not line.startswith("m0kit ")}
-    | {line for line in INLINE if line.startswith(("pip ", "python ", "make ", "optimum-cli ", "opt_in_out "))}
+    | {line for line in INLINE if line.startswith(("pip ", "python ", "make ", "optimum-cli "))}
 )
 
 # Beginnings of commands of which only the options are looked at, and why.
@@ -67,7 +67,6 @@ ELSEWHERE = {
     "make ": "targets are looked up below",
     "pip install ": "extras are looked up below; tests/installed installs [cpu]",
     "optimum-cli export m0": "tests/export/test_optimum.py runs it",
-    "opt_in_out": "OpenVINO's own",
     "python -m m0kit_parity.small.train": "an hour; tests/parity/test_small.py trains for seconds",
 }
 

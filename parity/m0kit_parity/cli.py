@@ -33,8 +33,6 @@ from m0kit.cli_options import ARTIFACT, PARTLY, REVISION_HELP, require_place, te
 from m0kit.errors import CheckpointError, M0kitError, OutputError
 from m0kit.files import named_errors, occupied, replacing
 from m0kit.hub import resolve
-from m0kit_export.adapter import AdapterSpec
-from m0kit_export.folder import find_folder
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.child import Child
 from m0kit_parity.compare import Verdict
@@ -364,6 +362,9 @@ def _require_new(output: Path) -> None:
 
 def _look(checkpoint: str, adapters: Sequence[str] = (), revision: str | None = None) -> None:
     """Whether a checkpoint and adapters are there at all, before PyTorch is imported to read them."""
+    from m0kit_export.adapter import AdapterSpec  # which the check of an artifact does without
+    from m0kit_export.folder import find_folder
+
     find_folder(checkpoint, revision)
     for text in adapters:
         AdapterSpec.parse(text).check()
@@ -416,6 +417,7 @@ def _record_here(
     """Load the reference in this process and record; first see that `artifact` was made from the same weights."""
     import torch
 
+    from m0kit_export.adapter import AdapterSpec
     from m0kit_export.checkpoint import open_checkpoint
     from m0kit_export.merge import AdapterStack
     from m0kit_parity.reference import Reference

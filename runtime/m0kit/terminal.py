@@ -219,7 +219,8 @@ def _import_failed(error: ImportError) -> str:
         return f"this command needs {package}, a part of m0kit itself. Install m0kit again."
     wanted = f"'m0kit[{_EXTRAS[package]}]'" if package in _EXTRAS else package
     try:
-        there = importlib.util.find_spec(package) is not None
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        there = not is_missing and importlib.util.find_spec(package) is not None
     except ValueError:  # imported by hand, without a specification
         there = True
     if not there:

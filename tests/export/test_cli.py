@@ -479,7 +479,7 @@ CHEAP = {
     "output exists": (["export", "{tiny}", "-o", "{tiny}"], 1, "{tiny}: exists and is not empty"),
     "no device": (["export", "{tiny}", "-o", "{root}/out", "--precision", "int8", "--device", "cuda"], 1, "no kernels"),
     "no recipe": (["export", "{tiny}", "-o", "{root}/out", "--recipe", "{root}/gone"], 1, "gone: cannot be read"),
-    "no pairs": (["export", "{tiny}", "-o", "{root}/out", "--calibrate", "{root}/gone"], 1, "gone: cannot be read"),
+    "no pairs": (["export", "{tiny}", "-o", "{root}/out", "--calibrate", "{root}/gone"], 1, "gone: No such file"),
     "QLoRA": (["export", "{tiny}", "-o", "{root}/out", "--qlora", "single"], 1, "pip install 'm0kit[nf4]'"),
     "no artifact": (["quantize", "{root}/gone", "-o", "{root}/out", "--precision", "int8"], 1, "gone"),
     "output there": (["quantize", "{artifact}", "-o", "{tiny}", "--precision", "int8"], 1, "exists and is not empty"),
@@ -487,7 +487,7 @@ CHEAP = {
     "no pairs there": (
         ["quantize", "{artifact}", "-o", "{root}/out", "--precision", "int8", "--calibrate", "{root}/gone"],
         1,
-        "gone: cannot be read",
+        "gone: No such file",
     ),
 }
 

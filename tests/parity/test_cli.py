@@ -230,7 +230,7 @@ def test_the_command_that_is_kept_makes_the_same_recording_again(tiny: Path, tmp
     [
         (["record", "TINY", "--cases", "nope", "-o", "OUT"], InputError, "no case is called nope; there are code"),
         (["record", "NOWHERE", "-o", "OUT"], CheckpointError, "nowhere"),
-        (["record", "TINY", "--adapter", "NOWHERE", "-o", "OUT"], AdapterError, "no adapter folder 'nowhere'"),
+        (["record", "TINY", "--adapter", "NOWHERE", "-o", "OUT"], AdapterError, "there is no adapter folder"),
         (["check", "ARTIFACT", "NOWHERE"], InputError, "make one with: m0kit parity record"),
         (["check", "NOWHERE", "GOLDEN"], M0kitError, "nowhere"),
         (["check", "ARTIFACT", "GOLDEN", "--cases", "code"], InputError, "no case 'code'; it holds tiny, image_text"),
@@ -351,7 +351,7 @@ def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
         parity CKPT ART -o HERE                          | not a golden folder
         parity CKPT ART --html PAGE                      | there is no folder
         parity CKPT ART --adapter NONE                   | no adapter folder
-        parity CKPT ART --adapter HERE                   | side has the adapter here
+        parity CKPT ART --adapter HERE                   | here has no adapter_config.json
         parity CKPT INT8 --engine openvino               | MatMulIntegerToFloat
         parity check NONE GOLD                           | no such folder
         parity check ART NONE                            | no golden folder

@@ -556,8 +556,8 @@ def test_an_error_that_many_lines_share_is_told_once(m0kit: Callable[..., Done],
     )
     different = jsonl(*[{"query": "q", "document": {"image": f"{i}.png"}} for i in range(50)])
     done = m0kit("score", artifact, stdin=different)
-    assert (len(done.rows), done.err.count("\n")) == (50, 21)
-    assert done.err.endswith("error: and 30 more\n")
+    assert (len(done.rows), done.err.count("\n")) == (50, 22)
+    assert done.err.endswith("error: and 30 more\nerror: nothing could be scored\n")
 
 
 def test_a_missing_file_of_pairs_is_wrong_usage(m0kit: Callable[..., Done], artifact: Path) -> None:
@@ -715,14 +715,14 @@ def test_a_logit_that_is_not_finite_is_an_error_of_its_pair_wherever_it_goes(
     done = m0kit("score", artifact, pairs)
     assert done.code == 3
     assert [sorted(row) for row in strictly(done.out)] == [["error"], ["score"], ["score"]]
-    assert f"error: line 1: pair 0: {said}" in done.err
+    assert f"line 1: {said}" in done.err
     assert m0kit("score", artifact, pairs, "--strict").code == 1
     output = tmp_path / "scores.jsonl"
     done = m0kit("score", artifact, pairs, "-o", output)
     assert (done.code, "1 could not be scored" in done.err) == (3, True)
     first, *rest = strictly(output.read_text("utf-8"))
     assert (first["score"], first["logit"]) == (None, None)
-    assert first["error"].startswith(said)
+    assert first["error"].startswith(f"line 1: {said}")
     assert all(row["score"] is not None and row["error"] is None for row in rest)
     (listed,) = strictly((tmp_path / "scores.jsonl.errors.jsonl").read_text("utf-8"))
     assert listed["error"].startswith(said)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from PIL import Image
 from tests._alone import optional
 
 from m0kit import Reranker, jobs, lines
-from m0kit.artifact import MANIFEST, read_manifest
+from m0kit.artifact import read_manifest, write_manifest
 from m0kit.errors import DependencyError, InputError, M0kitError, OutputError
 from m0kit.index import add, open_index
 from m0kit.jobs import Scored, Summary, Work, local_engine, score_file
@@ -433,9 +434,9 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(artifact: Path, source
 
 def another_artifact(artifact: Path, folder: Path) -> Path:
     shutil.copytree(artifact, folder)
-    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    manifest["files"]["head.onnx"]["sha256"] = "0" * 64
-    (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    manifest = read_manifest(folder)
+    head = replace(manifest.files["head.onnx"], sha256="0" * 64)
+    write_manifest(folder, replace(manifest, files={**manifest.files, "head.onnx": head}))
     return folder
 
 

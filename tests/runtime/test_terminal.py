@@ -234,6 +234,7 @@ def test_whatever_is_raised_is_one_line_and_an_exit_code(
 def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     package: str, text: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setitem(sys.modules, package.partition(".")[0], None)
     assert terminal.run(lambda: importlib.import_module(package)) == 1
     assert capfd.readouterr().err == f"error: {text}\n"
