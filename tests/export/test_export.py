@@ -26,7 +26,17 @@ from tests.export._killed import PRELUDE
 from torch import nn
 
 from m0kit import Reranker, files
-from m0kit.artifact import GRAPHS, KV, MANIFEST, TOKENIZER, Manifest, decoder_name, read_manifest, verify_files
+from m0kit.artifact import (
+    GRAPHS,
+    KV,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    decoder_name,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from m0kit.errors import CheckpointError, OutputError
 from m0kit_export import export
 from m0kit_export.adapter import AdapterSpec

@@ -363,7 +363,7 @@ def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
         parity published ART --inputs HERE               | exactly one file each
         checkpoint tiny HERE                             | exists
         checkpoint full FILE                             | exists
-        checkpoint tiny OUT --outliers 9999              | not in the range
+        checkpoint tiny OUT --outliers 99999             | not in the range
         adapter NONE plain OUT                           | there is no folder
         adapter CKPT plain HERE                          | exists
         adapter CKPT nope OUT                            | is not one of

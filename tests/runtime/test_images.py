@@ -101,7 +101,8 @@ def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, unas
     images_asked = {seen._cache_key(picture.key)}
     kept.cache = Asked(1 << 24)
     with ThreadPoolExecutor(4) as pool:
-        scores = list(pool.map(lambda i: kept.score([(f"query {i}", pages[0])])[0], range(4)))
+        # As a query: who asks about one document waits for that as a whole.
+        scores = list(pool.map(lambda i: kept.score([(pages[0], f"text {i}")])[0], range(4)))
     assert encoded == [1]
-    expected = Reranker.load(artifact, threads=1).score([(f"query {i}", pages[0]) for i in range(4)])
+    expected = Reranker.load(artifact, threads=1).score([(pages[0], f"text {i}") for i in range(4)])
     np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
