@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manifest, sha256_of, write_manifest
 from m0kit.errors import CheckpointError, OutputError, RecipeError
-from m0kit.files import destination, flush, named_errors, occupied, replacing
+from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.answers import known_answers, open_tokenizer
 from m0kit_export.builder import Graph, Port, Weight
@@ -74,8 +74,7 @@ def export_artifact(
     """
     # What is wrong with the place, the folder or the pairs is said before PyTorch comes, and what is wrong with the
     # recipe before minutes of work.
-    with named_errors(output):
-        _check_place(output, overwrite)
+    _look_at_place(output, overwrite)
     find_folder(checkpoint, revision, cache_dir)
     for adapter in adapters:
         adapter.check()
@@ -112,8 +111,7 @@ def quantize_artifact(
     check_recipe(recipe, read_manifest(folder).model)
     if output.resolve() == folder.resolve():
         raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
-    with named_errors(output):
-        _check_place(output, overwrite)
+    _look_at_place(output, overwrite)
     if calibration is not None:
         read_pairs(calibration)
     source = ArtifactSource.open(folder)  # hashes every file
@@ -357,6 +355,13 @@ def _check_room(folder: Path, output: Path, num_bytes: int) -> None:
         raise OutputError(
             f"{output}: the artifact takes {num_bytes / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there."
         )
+
+
+def _look_at_place(output: Path, overwrite: bool) -> None:
+    """Before anything heavy; what a killed run left there is cleared away first, since it may hold the old artifact."""
+    recover(output)
+    with named_errors(output):
+        _check_place(output, overwrite)
 
 
 def _check_place(output: Path, overwrite: bool) -> None:

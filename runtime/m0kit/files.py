@@ -57,11 +57,11 @@ def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"{output}: holds the folder you are in, so it is not replaced. Choose a folder inside it."
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        space = place.with_name(f".{place.name}.unfinished")
+        space = _work_place(place)
         lock = _hold(space, output)
     try:
         with named_errors(output):
-            _recover(space, place)
+            _restore(space, place)
             new = space / _NEW
             new.mkdir()
         yield new
@@ -71,6 +71,22 @@ def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
             sync_path(place.parent)
     finally:
         _leave(space, place, lock)
+
+
+def recover(output: Path) -> None:
+    """Clear away what a killed process left of `output`, and put an old folder back where it had moved one.
+
+    `replacing` does the same; this is for who looks at the output before. Raises OutputError as that does.
+    """
+    place = destination(output)
+    space = _work_place(place)
+    if space.is_dir():
+        with named_errors(output):
+            lock = _hold(space, output)
+            try:
+                _restore(space, place)
+            finally:
+                _leave(space, place, lock)
 
 
 @contextlib.contextmanager
@@ -148,6 +164,10 @@ def lock_file(descriptor: int) -> bool:
     return True
 
 
+def _work_place(place: Path) -> Path:
+    return place.with_name(f".{place.name}.unfinished")
+
+
 def _hold(space: Path, output: Path) -> int:
     """Make the work place this process's own; returns the descriptor of its lock."""
     while True:
@@ -176,7 +196,7 @@ def _hold(space: Path, output: Path) -> int:
         os.close(descriptor)  # of a work place that was removed meanwhile
 
 
-def _recover(space: Path, place: Path) -> None:
+def _restore(space: Path, place: Path) -> None:
     """An old folder comes back if nothing is in its place; whatever else a dead process left goes."""
     if (space / _OLD).exists() and not os.path.lexists(place):
         (space / _OLD).rename(place)
