@@ -682,7 +682,7 @@ def test_fp16_survives_what_overflows_a_naive_fp16_graph(
     expected = score(tmp_path / "fp32", where, "onnxruntime")
     assert np.isfinite(expected).all()
     assert np.ptp(expected) > 0.1  # the outliers leave something to tell apart
-    with pytest.raises((WrongAnswerError, ScoreError), match="artifact wrongly|not a finite number"):
+    with pytest.raises((WrongAnswerError, ScoreError), match=r"artifact wrongly|not a finite number"):
         score(tmp_path / "naive", where, "onnx")
     # Weights are exact in float16; a product rounds to 2⁻¹¹, and the layers add that up: measured 0.004.
     for engine in ("onnx", "onnxruntime"):
