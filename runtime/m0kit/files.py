@@ -78,10 +78,10 @@ def recover(output: Path) -> None:
 
     `replacing` does the same; this is for who looks at the output before. Raises OutputError as that does.
     """
-    place = destination(output)
-    space = _work_place(place)
-    if space.is_dir():
-        with named_errors(output):
+    with named_errors(output):
+        place = destination(output)
+        space = _work_place(place)
+        if space.is_dir():
             lock = _hold(space, output)
             try:
                 _restore(space, place)

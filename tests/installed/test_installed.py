@@ -26,7 +26,15 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "onnx", "safetensors", "
 # Files of the runtime's tests of which nothing can run there, and why. One that is new here is a loss to look at.
 SKIPPED_WHOLE = {"tests/runtime/test_ray_engine.py": "needs Ray, pyarrow and psutil"}
 # What single tests may miss: what the runtime is held against, and extras that `[cpu]` does not bring.
-MISSING = ("torch", "transformers", "pyarrow", "m0kit[parquet]", "m0kit[ray]", "an installed runtime has no")
+MISSING = (
+    "torch",
+    "transformers",
+    "pyarrow",
+    "m0kit[parquet]",
+    "m0kit[ray]",
+    "an installed runtime has no",
+    "needs onnx",
+)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tests._alone import optional
 
 from m0kit import Reranker, sessions
 from m0kit.artifact import read_manifest, write_manifest
@@ -20,6 +20,7 @@ from m0kit.cli import cli
 from m0kit.doctor import doctor
 from m0kit.errors import ArtifactError, WrongAnswerError
 
+onnx = optional("onnx")
 OPEN = sessions.open_graph  # before a test puts another in its place
 TEXT = ("slm markdown", "some text about small language models")
 

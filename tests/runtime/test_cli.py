@@ -707,29 +707,29 @@ def strictly(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("overflowing")
 def test_a_logit_that_is_not_finite_is_an_error_of_its_pair_wherever_it_goes(
-    m0kit: Callable[..., Done], artifact: Path, tmp_path: Path
+    m0kit: Callable[..., Done], unasked: Path, tmp_path: Path
 ) -> None:
     said = "the model's answer is not a finite number"
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"query": "q", "document": d}) + "\n" for d in ("one", "two", "three")))
-    done = m0kit("score", artifact, pairs)
+    done = m0kit("score", unasked, pairs)
     assert done.code == 3
     assert [sorted(row) for row in strictly(done.out)] == [["error"], ["score"], ["score"]]
     assert f"line 1: {said}" in done.err
-    assert m0kit("score", artifact, pairs, "--strict").code == 1
+    assert m0kit("score", unasked, pairs, "--strict").code == 1
     output = tmp_path / "scores.jsonl"
-    done = m0kit("score", artifact, pairs, "-o", output)
+    done = m0kit("score", unasked, pairs, "-o", output)
     assert (done.code, "1 could not be scored" in done.err) == (3, True)
     first, *rest = strictly(output.read_text("utf-8"))
     assert (first["score"], first["logit"]) == (None, None)
     assert first["error"].startswith(f"line 1: {said}")
     assert all(row["score"] is not None and row["error"] is None for row in rest)
     (listed,) = strictly((tmp_path / "scores.jsonl.errors.jsonl").read_text("utf-8"))
-    assert listed["error"].startswith(said)
+    assert listed["error"].startswith(f"line 1: {said}")
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    done = m0kit("rerank", artifact, "--query", "q", "--json", tmp_path / "a.txt", tmp_path / "b.txt")
+    done = m0kit("rerank", unasked, "--query", "q", "--json", tmp_path / "a.txt", tmp_path / "b.txt")
     assert done.code == 3
     assert [("error" in row, row["document"][-5:]) for row in strictly(done.out)] == [(False, "b.txt"), (True, "a.txt")]
-    done = m0kit("rerank", artifact, "--query", "q", tmp_path / "a.txt", tmp_path / "b.txt")
+    done = m0kit("rerank", unasked, "--query", "q", tmp_path / "a.txt", tmp_path / "b.txt")
     assert done.lines[1].split()[0] == "error"

@@ -317,7 +317,7 @@ def test_with_the_real_vocabulary_prompts_are_the_published_ones(tmp_path: Path)
 @given(parts, parts, st.sampled_from(LIMITS[1:]), st.integers(20, 60))
 def test_of_large_parts_the_prompt_is_the_published_one(
     builders: Builders,
-    theirs: PreTrainedTokenizerFast,
+    theirs: "PreTrainedTokenizerFast",
     query: Part,
     document: Part,
     limits: tuple[int, int],
@@ -334,7 +334,7 @@ def test_of_large_parts_the_prompt_is_the_published_one(
             assert prompt.query_truncated == (len(whole) > limits[0])
 
 
-def test_a_query_of_megabytes_is_cut_like_any_other(builders: Builders, theirs: PreTrainedTokenizerFast) -> None:
+def test_a_query_of_megabytes_is_cut_like_any_other(builders: Builders, theirs: "PreTrainedTokenizerFast") -> None:
     config = prompt_config()
     long, longer = ("what is it " * n for n in (20_000, 2_000_000))
     for query, document in ((longer, "d"), ("q", longer), (longer, longer)):

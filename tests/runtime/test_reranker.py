@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests._alone import optional
 
 from m0kit import Reranker, Result, sessions
 from m0kit.artifact import KV
@@ -34,6 +34,8 @@ from m0kit.reranker import best_first, sigmoid
 
 if TYPE_CHECKING:
     from m0kit_parity.reference import Reference
+
+torch = optional("torch")
 
 # fp32 noise of another batch; the tiny model's scores of different pairs lie 1e-2 to 1 apart.
 SAME = 1e-5
