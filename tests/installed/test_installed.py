@@ -30,6 +30,7 @@ MISSING = (
     "torch",
     "transformers",
     "pyarrow",
+    "dashscope",
     "m0kit[parquet]",
     "m0kit[ray]",
     "an installed runtime has no",
