@@ -21,8 +21,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from m0kit.errors import AdapterError, OutputError
-from m0kit.files import named_errors, occupied, replacing
+from m0kit.errors import AdapterError
+from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.names import canonical_name
 from m0kit_parity.checkpoints import Naming
@@ -64,8 +64,7 @@ def write_adapter(folder: Path, source: str | Path, form: str, *, seed: int = 0,
     """
     if form not in FORMS:
         raise AdapterError(f"no form of adapter is called {form!r}; there are {', '.join(FORMS)}")
-    if occupied(folder):
-        raise OutputError(f"{folder}: exists and is not empty. Choose another folder.")
+    require_unoccupied(folder)
     checkpoint = open_checkpoint(source)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **copy.deepcopy(dict(FORMS[form])))
     with replacing(folder) as aside, warnings.catch_warnings(), torch.no_grad():

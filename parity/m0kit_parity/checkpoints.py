@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
-from m0kit.errors import OutputError
-from m0kit.files import named_errors, occupied, replacing
+from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.terminal import bar
 from m0kit_export.names import expected_shapes
 from m0kit_parity.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
@@ -76,8 +75,7 @@ def write_checkpoint(
     `lm_head` adds the tensor that the published files very likely hold and scoring has no use for
     (default: for `full` only). Raises OutputError when the folder is not empty.
     """
-    if occupied(folder):
-        raise OutputError(f"{folder}: exists and is not empty. Choose another folder.")
+    require_unoccupied(folder)
     config = model_config(shape, num_layers, vision_depth)
     shapes = expected_shapes(config)
     if lm_head or (lm_head is None and shape == "full"):

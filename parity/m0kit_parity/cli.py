@@ -31,7 +31,7 @@ import click
 from m0kit.artifact import Manifest, read_manifest
 from m0kit.cli_options import ARTIFACT, PARTLY, REVISION_HELP, require_place, tell
 from m0kit.errors import CheckpointError, M0kitError, OutputError
-from m0kit.files import named_errors, occupied, replacing
+from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.hub import resolve
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.child import Child
@@ -309,7 +309,7 @@ def checkpoint(
     small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
     has the published widths and few layers, full every dimension of the published model.
     """
-    _require_new(output)
+    require_unoccupied(output)
     with replacing(output) as new, named_errors(output):
         if outliers is None:
             _write_shape(shape, new, seed)
@@ -342,7 +342,7 @@ def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, 
 def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool, revision: str | None) -> None:
     """Write a LoRA adapter for CHECKPOINT to try things on, made by PEFT with random trained values."""
     _look(checkpoint, revision=revision)
-    _require_new(output)
+    require_unoccupied(output)
     from m0kit_parity.adapters import write_adapter
 
     write_adapter(
@@ -353,11 +353,6 @@ def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool
         naming="published" if old_names else "new",
     )
     click.echo(str(output))
-
-
-def _require_new(output: Path) -> None:
-    if occupied(output):
-        raise OutputError(f"{output}: exists and is not empty. Choose another folder.")
 
 
 def _look(checkpoint: str, adapters: Sequence[str] = (), revision: str | None = None) -> None:

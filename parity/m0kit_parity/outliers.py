@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from m0kit.config import ModelConfig
-from m0kit.errors import OutputError
-from m0kit.files import named_errors, occupied, replacing
+from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.terminal import bar
 from m0kit_export.checkpoint import (
     INDEX,
@@ -88,8 +87,7 @@ def write_injected(
     copy then computes what the original computes, and not what rounding made of it. One tensor is in memory
     at a time. Raises CheckpointError, OutputError when the folder is not empty, and ValueError as `outlier_scales`.
     """
-    if occupied(folder):
-        raise OutputError(f"{folder}: exists and is not empty. Choose another folder.")
+    require_unoccupied(folder)
     checkpoint = open_checkpoint(source)
     tensors = _Injected(checkpoint, inject(_AsFloat32(checkpoint), checkpoint.config, strength, seed, fraction))
     with replacing(folder) as aside, named_errors(folder):

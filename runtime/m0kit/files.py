@@ -39,6 +39,12 @@ def occupied(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
+def require_unoccupied(path: Path) -> None:
+    """Raises OutputError where something is there already, but for an empty folder."""
+    if occupied(path):
+        raise OutputError(f"{path}: exists and is not empty. Choose another folder.")
+
+
 @contextlib.contextmanager
 def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new empty folder that takes the place of `output` when the block ends well, and vanishes when not.

@@ -10,14 +10,12 @@ files and durability to `m0kit.store`.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import click
-from tqdm import tqdm
 
 from m0kit.artifact import KV, Kept
 from m0kit.cli_options import (
@@ -51,6 +49,7 @@ from m0kit.reranker import (
 )
 from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
+from m0kit.terminal import bar
 
 
 @dataclass(slots=True)
@@ -268,9 +267,8 @@ def add_command(
     with open_index(index_folder, reranker, max_bytes) as store:
         files, passed = find(documents), list[tuple[str, str]]()
         these = _named(read(files, passed)) if documents else _pending(store)
-        bar = tqdm(unit="document", disable=not sys.stderr.isatty(), total=count(files) or None)
-        with bar:
-            done = add(reranker, store, these, bar.update, again=not documents)
+        with bar(unit="document", total=count(files) or None) as shown:
+            done = add(reranker, store, these, shown.update, again=not documents)
     tell("note", passed)
     tell("note", ((name, "was too long and was cut") for name in done.truncated))
     tell("error", (_place_and_reason(name, error) for name, error in done.failed))
@@ -317,8 +315,8 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
     """Read everything in INDEX against its checksums. Exit code 1 when something is damaged."""
     with Store.open(index_folder) as store:
         total = store.stats().live_bytes
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-            found = store.verify(bar.update)
+        with bar(total=total, unit="B", unit_scale=True) as shown:
+            found = store.verify(shown.update)
     damaged = sorted({name for names in found.damaged.values() for name in names})
     if as_json:
         facts = {"states": found.records, "damaged": damaged, "damaged_contents": list(found.contents)}
@@ -376,8 +374,8 @@ def compact(index_folder: Path) -> None:
     """Give the space of dropped states in INDEX back to the file system."""
     with Store.open(index_folder, writable=True) as store:
         total = store.stats().dead_bytes
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-            found = store.compact(bar.update)
+        with bar(total=total, unit="B", unit_scale=True) as shown:
+            found = store.compact(shown.update)
     for names in found.damaged.values():
         click.echo(f"note: the damaged state of {', '.join(names)} was left out", err=True)
     click.echo(f"{index_folder}: {_size(found.freed_bytes)} given back")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.export import _tiny
 from tests.export._artifacts import artifacts_of
 
 from m0kit.config import DecoderConfig, ModelConfig, VisionConfig
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.export import export_artifact
 from m0kit_parity import checkpoints
 from m0kit_parity.checkpoints import write_checkpoint
@@ -21,6 +23,17 @@ def broad_config() -> ModelConfig:
     decoder = DecoderConfig(512, 2, 4, 2, 128, 1536, 1e-6, 1e6, (16, 24, 24), small.decoder.vocab_size, 32768)
     vision = VisionConfig(2, 160, 2, 640, 3, 14, 2, 2, 1e-6, 1e4)
     return ModelConfig(decoder, vision, small.image, small.prompt)
+
+
+@pytest.fixture(scope="module")
+def model() -> _tiny.Reranker:
+    return _tiny.make_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: _tiny.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return open_checkpoint(_tiny.write_checkpoint(folder, _tiny.published_tensors(model)))
 
 
 @pytest.fixture(scope="session")

@@ -12,19 +12,8 @@ from tests.export.test_merge import FORMS, save_adapter
 
 from m0kit.errors import AdapterError
 from m0kit_export.adapter import AdapterSpec
-from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit_export.checkpoint import Checkpoint
 from m0kit_export.merge import AdapterStack
-
-
-@pytest.fixture(scope="module")
-def model() -> _tiny.Reranker:
-    return _tiny.make_model()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model: _tiny.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return open_checkpoint(_tiny.write_checkpoint(folder, _tiny.published_tensors(model)))
 
 
 @pytest.fixture

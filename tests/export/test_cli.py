@@ -57,11 +57,6 @@ def m0kit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture(scope="module")
-def model() -> _tiny.Reranker:
-    return _tiny.make_model()
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, model: _tiny.Reranker) -> Path:
     return _tiny.write_checkpoint(tmp_path_factory.mktemp("cli") / "base", _tiny.published_tensors(model))
 

@@ -78,17 +78,6 @@ class Published(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         self.score = nn.Sequential(nn.Linear(_tiny.HIDDEN, _tiny.HIDDEN), nn.ReLU(), nn.Linear(_tiny.HIDDEN, 1))
 
 
-@pytest.fixture(scope="module")
-def model() -> _tiny.Reranker:
-    return _tiny.make_model()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model: _tiny.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return open_checkpoint(_tiny.write_checkpoint(folder, _tiny.published_tensors(model)))
-
-
 def save_adapter(folder: Path, model: nn.Module, options: Mapping[str, Any], seed: int = 1) -> Path:
     """An adapter with every trained tensor random: PEFT starts B at zero, where a lost A would go unseen."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 7, **copy.deepcopy(dict(options))})
