@@ -140,9 +140,10 @@ def _write(
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
             weights: Weights = source
             scales: dict[str, NDArray[np.float32]] = {}
-            if recipe.equalize:
+            schemes = schemes_of(graphs)
+            if recipe.equalize and not all(scheme.is_float for scheme in schemes.values()):
                 groups = channel_groups(source.config)
-                scales = _equalized(source, groups, schemes_of(graphs), calibration, bar, progress)
+                scales = _equalized(source, groups, schemes, calibration, bar, progress)
                 weights = Rescaled(source, groups, scales)
             fit = _fitted(source, weights, graphs, recipe.equalize, bar, progress)
             if fit.scales:

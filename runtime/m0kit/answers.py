@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from m0kit import forks
 from m0kit.artifact import KnownAnswer, Manifest
 from m0kit.errors import WrongAnswerError
 from m0kit.verified import Memory
@@ -76,6 +77,11 @@ class Trial:
         self._folder, self._manifest, self._engine, self._kv = folder, manifest, engine, kv
         self._lock = threading.Lock()
         self._passed: set[Kind] = set()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """A thread that asked them is not there; whether they came out right was not known."""
+        self._lock = threading.Lock()
 
     def check(
         self, kind: Kind, logits: Callable[[Sequence[tuple[Any, Any]]], Sequence[float]], *, again: bool = False

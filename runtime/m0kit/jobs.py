@@ -158,7 +158,7 @@ def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
 def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
     """What scores depend on besides the input, with the options of Reranker.load: name → value.
 
-    An int8 score may differ by 0.03 between versions of ONNX Runtime, and a page by what decodes it. Raises
+    Versions of ONNX Runtime may round otherwise, and a page depends on what decodes it. Raises
     ArtifactError, StoreError, DependencyError.
     """
     manifest = read_manifest(artifact)
