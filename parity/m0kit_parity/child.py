@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
 from m0kit.errors import M0kitError
-from m0kit.terminal import ended, run
+from m0kit.terminal import debugging, ended, run
 
 # For one turn, or for loading: it ends what hangs, and must not end what is slow, such as PyTorch at full depth.
 PATIENCE_S: Final = 2 * 3600.0
@@ -128,7 +128,7 @@ def _answer_all(make: Maker, pipe: Connection) -> None:
         except MemoryError:
             answer = M0kitError("out of memory."), None
         except Exception as error:
-            if os.environ.get("M0KIT_DEBUG"):
+            if debugging():
                 raise
             text = " ".join(str(error).split())
             answer = M0kitError(f"{type(error).__name__}{f': {text[:300]}' if text else ''}"), None

@@ -61,7 +61,7 @@ def run(command: Callable[[], object]) -> int:
             code = result if isinstance(result, int) else 0
         except BaseException as error:
             code, text = _told(error)
-            if os.environ.get(DEBUG, "0").lower() not in ("", "0", "false", "no", "off") and text.startswith("error"):
+            if debugging() and text.startswith("error"):
                 with contextlib.suppress(OSError, ValueError):
                     traceback.print_exception(error)
             _say(text)
@@ -75,6 +75,11 @@ def bar(items: Iterable[T], *, shown: bool = True, **options: Any) -> "tqdm[T]":
 def bar(items: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
     """A progress bar of tqdm on stderr, for a terminal only: in a file or a pipe it would be noise."""
     return tqdm(items, disable=not (shown and sys.stderr is not None and sys.stderr.isatty()), **options)
+
+
+def debugging() -> bool:
+    """Whether errors are to show where in the code they came from."""
+    return os.environ.get(DEBUG, "0").lower() not in ("", "0", "false", "no", "off")
 
 
 def ended(code: int) -> str:
