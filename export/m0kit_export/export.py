@@ -140,10 +140,9 @@ def _write(
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
             weights: Weights = source
             scales: dict[str, NDArray[np.float32]] = {}
-            schemes = schemes_of(graphs)
-            if recipe.equalize and not all(scheme.is_float for scheme in schemes.values()):
+            if recipe.equalize:
                 groups = channel_groups(source.config)
-                scales = _equalized(source, groups, schemes, calibration, bar, progress)
+                scales = _equalized(source, groups, schemes_of(graphs), calibration, bar, progress)
                 weights = Rescaled(source, groups, scales)
             fit = _fitted(source, weights, graphs, recipe.equalize, bar, progress)
             if fit.scales:
@@ -204,9 +203,14 @@ def _equalized(
     progress: bool,
 ) -> dict[str, NDArray[np.float32]]:
     """The scales that share the ranges of channels between layers, with the bar moving."""
-    num_bytes = {group.name: sum(4 * math.prod(source.shape(name)) for name in group.consumers) for group in groups}
-    _begin("equalizing", bar, sum(num_bytes.values()), progress)
-    return channel_scales(source, source.config, schemes, calibration, lambda name: bar.update(num_bytes[name]))
+    num_bytes = {
+        group.name: sum(4 * math.prod(source.shape(name)) for name in group.consumers)
+        for group in groups
+        if not all(schemes[name].is_float for name in group.consumers)
+    }
+    if num_bytes:  # with floats alone there is nothing to do, hence nothing to announce
+        _begin("equalizing", bar, sum(num_bytes.values()), progress)
+    return channel_scales(source, source.config, schemes, calibration, lambda name: bar.update(num_bytes.get(name, 0)))
 
 
 def _fitted(
