@@ -1,7 +1,7 @@
-"""Folders that appear under their name when they are whole, and what a killed process left of them.
+"""Files that are opened only where they are files, and folders that appear under their name when they are whole.
 
-Owns the work place beside an output, who holds it, flushing and renaming. What may be replaced is the caller's
-business.
+Owns which files are read at all, the work place beside an output, who holds it, flushing and renaming. What may be
+replaced is the caller's business.
 
     with replacing(Path("m0-fp32")) as new:   # .m0-fp32.unfinished/new
         (new / "manifest.json").write_text("{}")
@@ -15,10 +15,11 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from m0kit.errors import M0kitError, OutputError
 
@@ -27,6 +28,37 @@ _NEW: Final = "new"
 _OLD: Final = "old"
 # How a file system says that it has no locks, as some of those on a network do.
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file to read, at the end of its links: a regular one, since others may never end, or never begin.
+
+    Raises OSError, whose `strerror` says so where it is another kind of file.
+    """
+    _must_be_regular(os.stat(path), path)  # before it is opened, which may be an act by itself
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115
+    try:
+        _must_be_regular(os.fstat(file.fileno()), path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """The bytes of a regular file that has at most so many. Raises OSError, whose `strerror` says what is wrong."""
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)  # it may grow, and some of the system's files do not tell their size
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than the {max_bytes} bytes that are read of it", os.fspath(path))
+    return data
+
+
+def _must_be_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
+        raise OSError(errno.EINVAL, f"is {what}, and no file", os.fspath(path))
 
 
 def destination(path: Path) -> Path:

@@ -1,0 +1,75 @@
+"""JSON that may come from somebody else: what is read of it, and that it has the form it should have.
+
+    raw = parse(data)                         # strict JSON, or ValueError that says what is wrong
+    entry = fitting(raw["file"], FileEntry)   # a dataclass, or ValueError that names the field
+
+Owns what m0kit takes for JSON wherever a program wrote it: a key stands once, numbers are finite and of at most 64
+bits, text is valid Unicode. The forms themselves are types, each where its format is owned.
+"""
+
+import json
+import math
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+_INT_DIGITS: Final = 19  # of 2⁶³
+_FLOAT_LETTERS: Final = 40  # twice what a float64 can tell apart
+
+
+def parse(data: bytes | str) -> Any:
+    """The value of a JSON text in UTF-8. Raises ValueError with a reason that can stand in a message."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_whole, parse_float=_number
+        )
+        if "\\ud" in text or "\\uD" in text:  # else nothing in it can be half of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text in it holds half of a surrogate pair") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def fitting(value: Any, form: type[T]) -> T:
+    """A value of JSON as a dataclass or another type of msgspec. Raises ValueError that names what does not fit."""
+    try:
+        return msgspec.convert(value, form, strict=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it has the key {twice[:60]!r} twice")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _INT_DIGITS + 1 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"it holds a whole number of more than 64 bits ({text[:20]}…)")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text) if len(text) <= _FLOAT_LETTERS else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"it holds a number that is too large or too long ({text[:20]}…)")
+    return value
