@@ -1,6 +1,5 @@
 """`m0kit export` and `m0kit quantize`. Owns option names and what is printed, nothing else."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import click
 from m0kit.artifact import Manifest
 from m0kit.hub import resolve
 from m0kit.precision import SCHEMES
+from m0kit.terminal import say, show, show_json
 
 if TYPE_CHECKING:
     from m0kit_quant.recipe import Recipe
@@ -149,19 +149,19 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
             "fingerprint": manifest.fingerprint,
             "provenance": dict(manifest.provenance),
         }
-        click.echo(json.dumps(summary, ensure_ascii=False, allow_nan=False))
+        show_json(summary)
         return
-    click.echo(f"{output}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}")
-    click.echo(f"licence of the weights: {manifest.licence}", err=True)
+    show(f"{output}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}")
+    say(f"licence of the weights: {manifest.licence}")
     if dropped := manifest.provenance["dropped_tensors"]:
-        click.echo(f"left out, scoring does not use it: {', '.join(dropped)}", err=True)
+        say(f"left out, scoring does not use it: {', '.join(dropped)}")
     for adapter in manifest.provenance["adapters"]:
         if left_out := adapter.get("left_out"):  # not in artifacts of earlier versions
-            click.echo(f"left out of adapter {adapter['name']}: {', '.join(left_out)}", err=True)
+            say(f"left out of adapter {adapter['name']}: {', '.join(left_out)}")
     if wider := manifest.provenance["stored_wider"]:
         shown = [f"{name} ({each['scheme']}, {_loss(each['lost'])})" for name, each in list(wider.items())[:5]]
         more = f", and {len(wider) - 5} more, which the manifest names" if len(wider) > 5 else ""
-        click.echo(f"stored wider, for what float16 would lose of a row or column: {', '.join(shown)}{more}", err=True)
+        say(f"stored wider, for what float16 would lose of a row or column: {', '.join(shown)}{more}")
 
 
 def _loss(lost: float | None) -> str:

@@ -12,7 +12,6 @@ import math
 import platform
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manifest, sha256_of, write_manifest
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
+from m0kit.terminal import say
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.answers import known_answers, open_tokenizer
 from m0kit_export.builder import Graph, Port, Weight
@@ -258,7 +258,7 @@ def _begin(phase: str, bar: Any, num_bytes: int, progress: bool) -> None:
     bar.reset(num_bytes)
     bar.set_description(phase)
     if progress and bar.disable:
-        print(f"{phase}: {num_bytes / 2**20:.1f} MiB", file=sys.stderr, flush=True)
+        say(f"{phase}: {num_bytes / 2**20:.1f} MiB")
 
 
 def _check_complete(source: Source, graphs: dict[str, Graph]) -> None:

@@ -5,7 +5,6 @@ stands beside them. With a limit that is always hit every add makes room; withou
 """
 
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import click
 
 from m0kit.store import MIN_LIMIT, Store
+from m0kit.terminal import show, show_json
 from m0kit_parity.bench import bench, table
 
 _SIZE = 3000  # bytes of a record, which takes one page of a segment
@@ -84,7 +84,7 @@ def store_command(max_records: int, adds: int, as_json: bool) -> None:
             with tempfile.TemporaryDirectory() as root:
                 found.append(measure(Path(root) / "store", records, limited, adds))
     if as_json:
-        click.echo(json.dumps([asdict(one) for one in found]))
+        show_json([asdict(one) for one in found])
         return
     rows = [["records", "limit", "adds/s", "processor ms", "longest ms", "dropped", "open ms"]]
     for one in found:
@@ -92,4 +92,4 @@ def store_command(max_records: int, adds: int, as_json: bool) -> None:
         processor, longest, opening = times
         limit = "hit" if one.limited else "none"
         rows.append([f"{one.records:,}", limit, f"{one.per_second:.0f}", processor, longest, str(one.dropped), opening])
-    click.echo(table(rows))
+    show(*table(rows).split("\n"))

@@ -12,7 +12,6 @@ turns in one run, because machines are noisy and differ; nothing here passes or 
 
 import bisect
 import importlib.util
-import json
 import os
 import platform
 import random
@@ -32,9 +31,10 @@ import click
 from m0kit.cli_options import ARTIFACT, PARTLY, require_place
 from m0kit.config import ModelConfig
 from m0kit.errors import DependencyError, InputError, M0kitError
+from m0kit.plain import MAX_CELL, plain
 from m0kit.precision import SCHEMES
 from m0kit.prompt import PromptBuilder
-from m0kit.terminal import bar
+from m0kit.terminal import bar, say, show, show_json
 from m0kit_parity import plot
 from m0kit_parity.child import Child, Maker
 from m0kit_parity.measure import Pair, measure_memory
@@ -192,7 +192,11 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need be; the first row is the heading, the first column is set left."""
+    """Columns as wide as they need be; the first row is the heading, the first column is set left.
+
+    No cell, whatever it holds, is more than a part of its line.
+    """
+    rows = [[plain(cell, MAX_CELL) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -282,18 +286,14 @@ def pairs(
         results = side_by_side(makers, loads, repeats)
     about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
     if as_json:
-        click.echo(
-            json.dumps({"about": about, "results": [asdict(r) for r in results]}, ensure_ascii=False, allow_nan=False)
-        )
+        show_json({"about": about, "results": [asdict(r) for r in results]})
     else:
         rows = [["whole pairs", "seconds", f"against {_TORCH}", "range"]]
         for name in loads:
             rows.append([name, "", "", ""])
             rows += [_row(r) for r in results if r.workload == name]
-        click.echo(table(rows))
-        for text in dict.fromkeys(r.error for r in results if isinstance(r, Missing)):
-            click.echo(text)
-        click.echo(_about(about), err=True)
+        show(*table(rows).split("\n"), *dict.fromkeys(r.error for r in results if isinstance(r, Missing)))
+        say(_about(about))
     ctx.exit(PARTLY if any(isinstance(r, Missing) for r in results) else 0)
 
 
@@ -414,13 +414,13 @@ def growth(
         write_plot(plot_file, [plot.lines({kind: list(p.items())}, kind, "seconds") for kind, p in measured.items()])
     about = {**machine(), "threads": threads, "artifact": str(artifact), "repeats": repeats}
     if as_json:
-        click.echo(json.dumps({"about": about, "seconds": measured}, ensure_ascii=False, allow_nan=False))
+        show_json({"about": about, "seconds": measured})
         return
     for kind, seconds in measured.items():
         rows = [[kind, "seconds", "per thousand"]]
         rows += [[str(n), f"{s:.3f}", f"{1000 * s / n:.2f}"] for n, s in seconds.items()]
-        click.echo(table(rows) + "\n")
-    click.echo(_about(about), err=True)
+        show(*table(rows).split("\n"), "")
+    say(_about(about))
 
 
 @bench.command()
@@ -471,7 +471,7 @@ def memory(
     about = {**machine(), "threads": threads, "memory": mode, "artifact": str(artifact)}
     if as_json:
         facts = {"about": about, "mebibytes": measured, "failed": failed}
-        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+        show_json(facts)
     else:
         for kind, label in (("text", "tokens of a text pair"), ("page", "visual tokens of a page")):
             rows = [[label, "after load MiB", "peak MiB", "private peak MiB", "seconds"]]
@@ -481,8 +481,8 @@ def memory(
                     continue
                 m = measured[kind][n]
                 rows.append([str(n), *(f"{m[k]:.0f}" for k in ("loaded", "peak", "private")), f"{m['seconds']:.1f}"])
-            click.echo("\n".join([table(rows), *dict.fromkeys(failed[kind].values())]) + "\n")
-        click.echo(_about(about), err=True)
+            show(*table(rows).split("\n"), *dict.fromkeys(failed[kind].values()), "")
+        say(_about(about))
     ctx.exit(PARTLY if any(failed.values()) else 0)
 
 
@@ -508,12 +508,12 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
             values["chance"].append(evaluate.chance_ndcg(item.relevance))
         results[kind] = {"queries": len(items), **{name: statistics.fmean(v) for name, v in values.items()}}
     if as_json:
-        click.echo(json.dumps(results, allow_nan=False))
+        show_json(results)
         return
     rows = [["nDCG@10", "queries", "m0kit", "BM25", "chance"]]
     for kind, r in results.items():
         rows.append([kind, str(int(r["queries"])), *(f"{r[name]:.3f}" for name in ("m0kit", "bm25", "chance"))])
-    click.echo(table(rows))
+    show(*table(rows).split("\n"))
 
 
 def _prompts(artifact: Path) -> PromptBuilder:

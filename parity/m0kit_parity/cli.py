@@ -33,13 +33,14 @@ from m0kit.cli_options import ARTIFACT, PARTLY, REVISION_HELP, require_place, te
 from m0kit.errors import CheckpointError, M0kitError, OutputError
 from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.hub import resolve
+from m0kit.terminal import say, show, show_json
 from m0kit_parity.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.child import Child
 from m0kit_parity.compare import Verdict
 from m0kit_parity.golden import Golden, record, require_free
 from m0kit_parity.origin import require_same_origin
 from m0kit_parity.portable import ENGINES, require_standard
-from m0kit_parity.report import Report, check, check_published, to_html, to_json, to_text
+from m0kit_parity.report import Report, check, check_published, to_dict, to_html, to_text
 from m0kit_parity.tolerances import tolerances
 
 # The trained checkpoint that comes with the package, its adapters and its evaluation set.
@@ -237,7 +238,7 @@ def record_command(
     command = shlex.join(["m0kit", "parity", "record", *arguments])
     chosen, code = _cases(cases, heavy, pairs)
     _record_here(checkpoint, revision, output, adapter, chosen, layers, command, threads)
-    click.echo(str(output))
+    show(str(output))
     click.get_current_context().exit(code)
 
 
@@ -320,7 +321,7 @@ def checkpoint(
             plain.mkdir()
             _write_shape(shape, plain, seed)
             write_injected(plain, new, outliers, seed=seed, progress=True)
-    click.echo(str(output))
+    show(str(output))
 
 
 def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
@@ -352,7 +353,7 @@ def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool
         seed=seed,
         naming="published" if old_names else "new",
     )
-    click.echo(str(output))
+    show(str(output))
 
 
 def _look(checkpoint: str, adapters: Sequence[str] = (), revision: str | None = None) -> None:
@@ -437,7 +438,7 @@ def _record_here(
     }
     if artifact is not None:
         require_same_origin(artifact, read_manifest(artifact).provenance, provenance, "or give another artifact.")
-    _say(f"loading {source} in PyTorch")
+    say(f"loading {source} in PyTorch")
     reference = Reference.load(opened.folder, adapters=[(spec.path, spec.weight) for spec in specs])
     record(
         folder,
@@ -447,7 +448,7 @@ def _record_here(
         command=command,
         provenance=provenance,
         layers=layers,
-        progress=_say,
+        progress=say,
     )
 
 
@@ -471,7 +472,7 @@ def _check_here(
     _require(artifact, manifest, engine, html)
     advice = f"{folder} was recorded by: {golden.command}"
     require_same_origin(artifact, manifest.provenance, golden.provenance, advice)
-    _say(f"opening {artifact} on {device}")
+    say(f"opening {artifact} on {device}")
     reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
     about = {
         "artifact": str(artifact),
@@ -486,7 +487,7 @@ def _check_here(
             "provenance": golden.provenance,
         },
     }
-    report = check(golden, reranker, manifest.scheme, about, names=names, layers=layers, progress=_say)
+    report = check(golden, reranker, manifest.scheme, about, names=names, layers=layers, progress=say)
     _finish(report, html, as_json)
 
 
@@ -497,7 +498,10 @@ def _finish(report: Report, html: Path | None, as_json: bool) -> None:
             html.write_text(to_html(report), encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{html}: {error.strerror or 'cannot be written'}. Choose another file.") from error
-    click.echo(to_json(report) if as_json else to_text(report))
+    if as_json:
+        show_json(to_dict(report), indent=1)
+    else:
+        show(*to_text(report).split("\n"))
     if report.verdict is Verdict.FAIL:
         click.get_current_context().exit(1)
 
@@ -521,7 +525,3 @@ def _hashes(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)

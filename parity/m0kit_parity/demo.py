@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from m0kit.terminal import run
+from m0kit.terminal import run, show
 
 SMALL = Path(__file__).parent / "data" / "small"
 TEXT, CODE, PAGES = "text", "code", "pages"
@@ -79,7 +79,7 @@ def _rerank(artifact: Path, kind: str, root: Path) -> list[Path]:
         paths.append(path)
     if kind == PAGES:
         best = [paths[i].name for i, relevance in enumerate(case["relevance"]) if relevance]
-        print(f"(the right answer is {' or '.join(best)})")
+        show(f"(the right answer is {' or '.join(best)})")
     _m0kit("rerank", artifact, "--query", case["query"], "--top-n", "5", *paths)
     return paths
 
@@ -87,14 +87,14 @@ def _rerank(artifact: Path, kind: str, root: Path) -> list[Path]:
 def _m0kit(*arguments: object) -> None:
     words = [str(argument) for argument in arguments]
     shown = shlex.join(words) if len(words) < 12 else shlex.join(words[:7]) + " …"
-    print(f"$ m0kit {shown}", flush=True)
+    show(f"$ m0kit {shown}")
     done = subprocess.run([sys.executable, "-m", "m0kit", *words], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
 
 def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+    show("", f"== {text}")
 
 
 if __name__ == "__main__":

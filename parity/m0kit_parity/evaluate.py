@@ -18,7 +18,6 @@ Exit codes: 0 all well, 3 some lines or measurements failed and the others are r
 """
 
 import itertools
-import json
 import math
 import os
 import re
@@ -42,7 +41,7 @@ from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
 from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker, sigmoid
-from m0kit.terminal import bar
+from m0kit.terminal import bar, say, show, show_json
 from m0kit_parity import bench, plot, report
 from m0kit_parity.measure import Memory, Pair, measure_memory, measure_seconds
 from m0kit_parity.small import evaluate as ranking
@@ -529,11 +528,6 @@ def to_text(evaluation: Evaluation) -> str:
     return "\n\n".join([*parts, "\n".join(notes_of(evaluation))])
 
 
-def to_json(evaluation: Evaluation) -> str:
-    """Everything, as strict JSON."""
-    return json.dumps({**asdict(evaluation), "judged": evaluation.judged}, ensure_ascii=False, allow_nan=False)
-
-
 def to_html(evaluation: Evaluation) -> str:
     """One page without scripts or anything to fetch, in light and dark. All text from outside is escaped."""
     names = ", ".join(a.label for a in evaluation.artifacts)
@@ -684,13 +678,15 @@ def evaluate(
             folders, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
             about=about, bad=list(bad.values()), kvs=kvs,
         )  # fmt: skip
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    say(*(f"note: {note}" for note in notes))
     tell("error", map(_place_and_reason, evaluation.errors))
     if html:
         try:
             html.write_text(to_html(evaluation), "utf-8")
         except OSError as error:
             raise OutputError(f"{html}: {os.strerror(error.errno or 0)}. Name a file that may be written.") from error
-    click.echo(to_json(evaluation) if as_json else to_text(evaluation))
+    if as_json:
+        show_json({**asdict(evaluation), "judged": evaluation.judged})
+    else:
+        show(*to_text(evaluation).split("\n"))
     ctx.exit(PARTLY if evaluation.errors else 0)

@@ -4,7 +4,7 @@ Owns running an artifact over golden cases and rendering what came out. Measurin
 limits are in `tolerances.py`.
 
     report = check(Golden.open(folder), reranker, "fp32", about)
-    print(to_text(report)); report.verdict is Verdict.PASS
+    show(*to_text(report).split("\n")); report.verdict is Verdict.PASS
 """
 
 import json
@@ -15,6 +15,7 @@ from html import escape
 from typing import Any, Final, Protocol
 
 from m0kit.errors import InputError
+from m0kit.plain import MAX_CELL, plain
 from m0kit.reranker import best_first
 from m0kit_parity import plot
 from m0kit_parity.cases import Published
@@ -202,14 +203,14 @@ def to_text(report: Report) -> str:
         "",
         "Share of each tolerance used, worst pair of the case; – where a case has no such stage.",
     ]
-    out += [f"{verdict}: {where}" for verdict, where in _findings(report)]
+    out += [plain(f"{verdict}: {where}") for verdict, where in _findings(report)]
     out.append(f"verdict: {report.verdict.value}")
     return "\n".join(out)
 
 
-def to_json(report: Report) -> str:
-    """Everything, as strict JSON: figures that are not finite are null."""
-    tree = {
+def to_dict(report: Report) -> dict[str, Any]:
+    """Everything, for strict JSON: figures that are not finite are null."""
+    return {
         "verdict": report.verdict.value,
         **report.about,
         "tolerances": {
@@ -246,7 +247,6 @@ def to_json(report: Report) -> str:
             for case in report.cases
         ],
     }
-    return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def to_html(report: Report) -> str:
@@ -315,6 +315,7 @@ def _cell(result: StageResult | None) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[plain(cell, MAX_CELL) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -12,7 +12,6 @@ read, and their scores are nobody's business here. Nothing passes or fails.
 
 import gc
 import itertools
-import json
 import os
 import random
 import shutil
@@ -42,7 +41,7 @@ from m0kit.prompt import ImageTokens, PromptBuilder
 from m0kit.reranker import PAST_BYTES, Document, Reranker
 from m0kit.states import Pasts, State
 from m0kit.store import Store
-from m0kit.terminal import bar
+from m0kit.terminal import bar, say, show, show_json
 from m0kit_parity import plot
 from m0kit_parity.bench import (
     _JSON,
@@ -712,7 +711,7 @@ def reuse(
         plain = {
             part: [asdict(r) for r in found] if part == "cached" else asdict(found) for part, found in results.items()
         }
-        click.echo(json.dumps({"about": about, **plain}, ensure_ascii=False, allow_nan=False))
+        show_json({"about": about, **plain})
         return
-    click.echo("\n\n".join(tables(results)) + "\n")
-    click.echo(_about(about), err=True)
+    show(*"\n\n".join(tables(results)).split("\n"), "")
+    say(_about(about))

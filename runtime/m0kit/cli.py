@@ -28,9 +28,10 @@ from m0kit.errors import InputError, M0kitError
 from m0kit.formats import read as read_file
 from m0kit.index import index, read_ids
 from m0kit.inputs import parse_content, unplaced
+from m0kit.plain import plain
 from m0kit.reranker import Reranker, Result, best_first
 from m0kit.rows import is_parquet, read_lines
-from m0kit.terminal import DEBUG, run
+from m0kit.terminal import DEBUG, run, say, show, show_json
 
 
 class _Commands(click.Group):
@@ -138,19 +139,19 @@ def rerank(
     reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder)
     if reranker.store is not None and candidates is None and not documents:
         given = [(name, {"id": name}, name) for name in reranker.store.ids()]
-    names = [click.format_filename(name) for name, _, _ in given]
+    names = [plain(click.format_filename(name)) for name, _, _ in given]
     places = [name if source in ("", name) else f"{source}: {name}" for name, _, source in given]
     pairs = [content if isinstance(content, InputError) else (asked, content) for _, content, _ in given]
-    results = _evaluate(reranker, pairs, [click.format_filename(place) for place in places], strict)
+    results = _evaluate(reranker, pairs, [plain(click.format_filename(place)) for place in places], strict)
     values = [result.logit if raw else result.score for result in results]
     for rank, i in enumerate(best_first([result.logit for result in results])[:top_n]):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
             line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": given[i][0]}
             line |= {"error": str(error)} if error else {"score": values[i]}
-            click.echo(json.dumps(line, allow_nan=False))
+            show_json(line)
         else:
-            click.echo(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
+            show(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
@@ -220,11 +221,11 @@ def score(
     rows = list(read_lines(pairs, folder, pairs.name))
     values = [InputError(f"{place}{row.error}") if row.error else row.pair for row in rows]
     reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder, cache_bytes=cache_bytes)
-    results = _evaluate(reranker, values, [f"{place}{row.place}" for row in rows], strict)
+    results = _evaluate(reranker, values, [plain(f"{place}{row.place}") for row in rows], strict)
     for row, result in zip(rows, results, strict=True):
         line = {} if row.id is None else {"id": json.loads(row.id)}
         line |= {"error": str(result.error)} if result.error else {"score": result.logit if raw else result.score}
-        click.echo(json.dumps(line, allow_nan=False))
+        show_json(line)
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
@@ -259,14 +260,14 @@ def _score_file(
     except ValueError as error:  # a limit that this model cannot have
         raise click.UsageError(f"--max-pixels: {error}.") from None
     except (KeyboardInterrupt, SystemExit):
-        click.echo(f"{output}: not finished; the same command goes on with it", err=True)
+        say(f"{output}: not finished; the same command goes on with it")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
     told = f"{output}: {done.rows} rows" + (f", {done.resumed} of them from before" if done.resumed else "")
     told += f", {done.truncated} cut to the model's length" if done.truncated else ""
     told += f", {done.errors} could not be scored: see {done.error_file}" if done.errors else ""
-    click.echo(told, err=True)
+    say(told)
     return exit_code(done.errors, done.rows)
 
 
@@ -298,7 +299,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         }
         if verify:
             facts["answers"] = [asdict(answer) for answer in answers]
-        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+        show_json(facts)
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
     adapters = ", ".join(_adapter(a) for a in manifest.provenance.get("adapters", [])) or "none"
@@ -321,7 +322,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
         rows.append(("answers", summary(answers)))
     for name, value in rows:
-        click.echo(f"{name:12} {value}")
+        show(f"{name:12} {value}")
 
 
 def _adapter(entry: dict[str, Any]) -> str:
@@ -331,7 +332,10 @@ def _adapter(entry: dict[str, Any]) -> str:
 
 
 def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: bool) -> list[Result]:
-    """The results of pairs; one that could not be read is the error in its place. Messages begin with the places."""
+    """The results of pairs; one that could not be read is the error in its place. Messages begin with the places.
+
+    Those are plain, as messages are.
+    """
     results = [Result(math.nan, math.nan, pair if isinstance(pair, InputError) else None) for pair in pairs]
     readable = [i for i, result in enumerate(results) if result.error is None]
     if strict and len(readable) < len(pairs):

@@ -12,6 +12,7 @@ import click
 from m0kit.errors import M0kitError, OutputError
 from m0kit.hub import resolve
 from m0kit.reranker import Reranker
+from m0kit.terminal import say
 
 _NAMES = 3  # of inputs that are named beside a message they share
 PARTLY = 3  # exit code: some inputs could not be used, the others were
@@ -23,9 +24,9 @@ def exit_code(num_failed: int, num_given: int, done: str = "scored") -> int:
     Nothing given is no failure, since a part of a divided input may well be empty; it is said all the same.
     """
     if num_given == 0:
-        click.echo(f"note: nothing was given to be {done}", err=True)
+        say(f"note: nothing was given to be {done}")
     elif num_failed == num_given:
-        click.echo(f"error: nothing could be {done}", err=True)
+        say(f"error: nothing could be {done}")
         return 1
     return PARTLY if num_failed else 0
 
@@ -123,9 +124,9 @@ def tell(kind: Literal["note", "error"], said: Iterable[tuple[str, str]], most: 
     for message, names in list(named.items())[:most]:
         some = ", ".join(name for name in names[:_NAMES] if name)
         more = f" and {len(names) - _NAMES} more" if some and len(names) > _NAMES else ""
-        click.echo(f"{kind}: {some}{more}{': ' if some else ''}{message}", err=True)
+        say(f"{kind}: {some}{more}{': ' if some else ''}{message}")
     if most is not None and len(named) > most:
-        click.echo(f"{kind}: and {sum(map(len, list(named.values())[most:]))} more", err=True)
+        say(f"{kind}: and {sum(map(len, list(named.values())[most:]))} more")
 
 
 def require_place(file: Path | None) -> None:

@@ -11,7 +11,6 @@ be scored here: no usable ONNX Runtime, or an artifact that cannot run or whose 
 """
 
 import ctypes
-import json
 import math
 import os
 import platform
@@ -33,6 +32,7 @@ from m0kit.cli_options import artifact_argument
 from m0kit.errors import DependencyError, WrongAnswerError
 from m0kit.precision import provider_of
 from m0kit.reranker import Reranker
+from m0kit.terminal import show, show_json
 
 Device = Literal["cpu", "cuda"]
 Features = Mapping[str, bool | None]
@@ -550,19 +550,19 @@ def doctor(ctx: click.Context, artifact: Path | None, as_json: bool) -> None:
         if manifest and suited:
             facts["artifact"] = {"path": str(artifact), "scheme": manifest.scheme, "bytes": manifest.num_bytes}
             facts["artifact"] |= asdict(suited) | {"answers": [asdict(answer) for answer in answers]}
-        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+        show_json(facts)
     else:
         for name, value in _rows(machine):
-            click.echo(f"{name:12} {value}")
-        click.echo(f"\nfull model: {advice.precision} on the {_device(advice.device)}: {advice.why}.")
+            show(f"{name:12} {value}")
+        show("", f"full model: {advice.precision} on the {_device(advice.device)}: {advice.why}.")
         for name, against in advice.others.items():
-            click.echo(f"  not {name}{'' if against.possible else ' (impossible here)'}: {against.why}.")
+            show(f"  not {name}{'' if against.possible else ' (impossible here)'}: {against.why}.")
         for note in advice.notes:
-            click.echo(f"note: {note}")
+            show(f"note: {note}")
         if manifest and suited:
-            click.echo(f"\n{artifact}: {manifest.scheme}, {_gb(manifest.num_bytes)}: {suited.verdict}")
+            show("", f"{artifact}: {manifest.scheme}, {_gb(manifest.num_bytes)}: {suited.verdict}")
             for reason in suited.why:
-                click.echo(f"  {reason}")
+                show(f"  {reason}")
             if suited.verdict != "cannot run":
-                click.echo(f"  known answers: {summary(answers)}")
+                show(f"  known answers: {summary(answers)}")
     ctx.exit(1 if _engine_problem(machine) or (suited and suited.verdict == "cannot run") else 0)

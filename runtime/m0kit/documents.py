@@ -23,6 +23,7 @@ from m0kit import formats
 from m0kit.errors import FormatError, InputError
 from m0kit.inputs import from_file, refuse_url, shown
 from m0kit.lines import is_json_lines, lines, records
+from m0kit.plain import plain
 
 Given = tuple[str, Any, str]  # id; content in a form of `m0kit.inputs`, or why there is none; where it came from
 
@@ -54,8 +55,8 @@ def read(found: Iterable[Found], passed: list[tuple[str, str]]) -> Iterator[Give
             continue
         content = file.error or _content(file.path)
         if file.is_listed and isinstance(content, FormatError):
-            name = click.format_filename(file.name)
-            passed.append((name, f"{str(content).removeprefix(f'{file.name}: ')} It was passed over."))
+            name = plain(click.format_filename(file.name))
+            passed.append((name, f"{str(content).removeprefix(f'{plain(file.name)}: ')} It was passed over."))
         else:
             yield file.name, content, file.name
 

@@ -1,4 +1,4 @@
-"""Every error m0kit raises on purpose. Owns the names, and that no message is long.
+"""Every error m0kit raises on purpose. Owns the names, and that a message is one line, harmless and not long.
 
     M0kitError
     ├── InputError (ValueError)            a query, document or pair that cannot be scored
@@ -22,7 +22,8 @@
 
 Each class is also a builtin, so callers may catch ours or Python's. A message says what we got, what
 we accept and what to do. Messages never carry a raw exception text of an image or inference library, nor a long
-value (an image in base64): a run of letters without a blank is shortened.
+value (an image in base64): a run of letters without a blank is shortened. What they quote may hold anything, so
+control characters, line ends among them, are escaped: see `m0kit.plain`.
 
     >>> issubclass(ImageError, ValueError)
     True
@@ -30,6 +31,8 @@ value (an image in base64): a run of letters without a blank is shortened.
 
 import re
 from typing import Final
+
+from m0kit.plain import plain
 
 _LONG: Final = re.compile(r"\S{400,}")  # longer than any path that people write
 
@@ -43,7 +46,7 @@ class M0kitError(Exception):
     """Root of the tree: `except M0kitError` catches everything m0kit raises on purpose."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(_LONG.sub(_shortened, str(message)))
+        super().__init__(_LONG.sub(_shortened, plain(message)))
 
 
 class InputError(M0kitError, ValueError):

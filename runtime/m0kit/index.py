@@ -8,7 +8,6 @@ files and durability to `m0kit.store`.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,7 @@ from m0kit.image import to_png
 from m0kit.images import Images
 from m0kit.inputs import Known, Picture, Text, check_many, parse_content
 from m0kit.lines import strings
+from m0kit.plain import plain
 from m0kit.planner import TOKEN_BUDGET, pack
 from m0kit.reranker import (
     LOW_MEMORY_VISUAL_TOKENS,
@@ -49,7 +49,7 @@ from m0kit.reranker import (
 )
 from m0kit.store import Document as StoredDocument
 from m0kit.store import Store
-from m0kit.terminal import bar
+from m0kit.terminal import bar, say, show, show_json
 
 
 @dataclass(slots=True)
@@ -273,13 +273,13 @@ def add_command(
     tell("note", ((name, "was too long and was cut") for name in done.truncated))
     tell("error", (_place_and_reason(name, error) for name, error in done.failed))
     if as_json:
-        click.echo(json.dumps(asdict(done), allow_nan=False))
+        show_json(asdict(done))
     else:
         told = f"{index_folder}: {done.read} read ({done.tokens} tokens), {done.known} known already"
         told += f", {done.repeated} given twice" if done.repeated else ""
         told += f", {done.replaced} of them in the place of another content" if done.replaced else ""
         told += f", {done.dropped} states dropped to keep to the limit" if done.dropped else ""
-        click.echo(told + (f", {len(done.failed)} failed" if done.failed else ""))
+        show(told + (f", {len(done.failed)} failed" if done.failed else ""))
     given = len(done.failed) + done.read + done.known + done.repeated
     ctx.exit(exit_code(len(done.failed), given, "read") if done.failed else 0)
 
@@ -292,7 +292,7 @@ def stats(index_folder: Path, as_json: bool) -> None:
     with Store.open(index_folder) as store:
         found = store.stats()
     if as_json:
-        click.echo(json.dumps(asdict(found), allow_nan=False))
+        show_json(asdict(found))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.documents.items())) or "none"
     limit = "no limit" if found.max_bytes is None else f"limit {found.max_bytes / 2**20:.1f} MiB"
@@ -304,7 +304,7 @@ def stats(index_folder: Path, as_json: bool) -> None:
         ("artifact", found.identity.get("artifact")),
     ]
     for name, value in rows:
-        click.echo(f"{name:12} {value}")
+        show(f"{name:12} {value}")
 
 
 @index.command()
@@ -321,17 +321,17 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
     if as_json:
         facts = {"states": found.records, "damaged": damaged, "damaged_contents": list(found.contents)}
         facts |= {"segments": list(found.segments), "without_state": list(found.pending)}
-        click.echo(json.dumps(facts, allow_nan=False))
+        show_json(facts)
     else:
-        click.echo(f"{index_folder}: {found.records} states read, {len(found.damaged)} damaged")
+        show(f"{index_folder}: {found.records} states read, {len(found.damaged)} damaged")
         for name in damaged:
-            click.echo(f"damaged: the state of {name}; `m0kit index add ARTIFACT {index_folder}` reads it again")
+            show(f"damaged: the state of {name}; `m0kit index add ARTIFACT {index_folder}` reads it again")
         for name in found.contents:
-            click.echo(f"damaged: the document {name} itself; add it again from its source")
+            show(f"damaged: the document {name} itself; add it again from its source")
         for name in found.segments:
-            click.echo(f"missing or too short: {name}")
+            show(f"missing or too short: {name}")
         if found.pending:
-            click.echo(f"{len(found.pending)} documents have no state and are computed whenever they are asked for")
+            show(f"{len(found.pending)} documents have no state and are computed whenever they are asked for")
     ctx.exit(0 if found.clean else 1)
 
 
@@ -361,9 +361,9 @@ def prune(
     told += f"{before.records - after.records} states dropped, {_size(freed)} given back"
     if after.dead_bytes:
         told += f"; `m0kit index compact {index_folder}` gives back {_size(after.dead_bytes)} more"
-    click.echo(told)
+    show(told)
     if max_bytes is not None and after.disk_bytes > max_bytes:
-        click.echo(f"note: {_size(after.disk_bytes)} are left, of documents themselves and the database", err=True)
+        say(f"note: {_size(after.disk_bytes)} are left, of documents themselves and the database")
     num_failed = len(absent) + len(bad)
     ctx.exit(exit_code(num_failed, len(dict(ids)), "removed") if num_failed else 0)
 
@@ -377,8 +377,8 @@ def compact(index_folder: Path) -> None:
         with bar(total=total, unit="B", unit_scale=True) as shown:
             found = store.compact(shown.update)
     for names in found.damaged.values():
-        click.echo(f"note: the damaged state of {', '.join(names)} was left out", err=True)
-    click.echo(f"{index_folder}: {_size(found.freed_bytes)} given back")
+        say(f"note: the damaged state of {', '.join(names)} was left out")
+    show(f"{index_folder}: {_size(found.freed_bytes)} given back")
 
 
 def _size(num_bytes: int) -> str:
@@ -387,8 +387,8 @@ def _size(num_bytes: int) -> str:
 
 def _place_and_reason(name: str, error: str) -> tuple[str, str]:
     """The two parts of a message, so that one that many documents have is told once."""
-    before, there, reason = error.partition(f"{name}: ")
-    return (before + name, reason) if there else ("", error)
+    before, there, reason = error.partition(f"{plain(name)}: ")
+    return (before + plain(name), reason) if there else ("", error)
 
 
 def read_ids(file: BinaryIO) -> Iterator[tuple[str, InputError | None]]:

@@ -43,6 +43,7 @@ from m0kit.reranker import Reranker
 from m0kit.rows import PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
 from m0kit.sessions import engine_version
 from m0kit.store import Store
+from m0kit.terminal import say
 
 # What a window may hold: enough rows to meet most pairs of a document, little enough to stay in memory.
 _WINDOW_ROWS = 8192
@@ -639,7 +640,7 @@ class _Progress:
             rate = (self._done - self._resumed) / (now - self._started)
             left = f", {(self._total - self._done) / rate / 60:.0f} min left" if rate else ""
             before = f" ({self._resumed} from before)" if self._resumed else ""
-            print(f"{self._done} of {self._total} rows{before}, {rate:.1f} rows/s{left}", file=sys.stderr, flush=True)
+            say(f"{self._done} of {self._total} rows{before}, {rate:.1f} rows/s{left}")
 
     def __enter__(self) -> "_Progress":
         return self

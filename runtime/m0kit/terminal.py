@@ -1,9 +1,14 @@
-"""The terminal's side of a command: its streams, bars and notes, and any exception as one line and an exit code.
+"""The terminal's side of a command: its streams, lines, bars and notes, and any exception as one line and an exit code.
 
-Owns how the process of a command starts and ends. Nothing here is for the library: a program that imports m0kit keeps
-its streams, its warnings and its exceptions. A stream that the shell closed is nobody to write to, as for Python.
+Owns how the process of a command starts and ends, and every line that it prints. Nothing here is for the library: a
+program that imports m0kit keeps its streams, its warnings and its exceptions. A stream that the shell closed is nobody
+to write to, as for Python.
 
     sys.exit(run(lambda: cli.main(standalone_mode=False)))
+
+Whatever is printed may quote a file of somebody else. So a line is the unit: `show` and `say` take lines, and escape in
+each what is no harmless character (`m0kit.plain`), line ends too; where a line ends, only the caller says. What other
+libraries print themselves, and Python's tracebacks, pass a stream that does the same for all but their line ends.
 """
 
 import codecs
@@ -12,11 +17,13 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TextIO, TypeVar, overload
 
@@ -24,6 +31,7 @@ import click
 from tqdm import tqdm
 
 from m0kit.errors import M0kitError
+from m0kit.plain import plain, to_json
 
 T = TypeVar("T")
 
@@ -40,15 +48,27 @@ _EXTRAS: Final = {
 # Pillow's: such an image is an error of ours, by its name; such transparency is dropped, as the rule for files says.
 _SAID_ELSEWHERE: Final = ("Image size .* could be decompression bomb", "Palette images with Transparency expressed in")
 _LONGEST: Final = 400  # characters of somebody else's message that are shown
+_INDENT: Final = 13  # columns before what is left of a line that does not fit; nothing of ours begins there
+_UP: Final = re.compile(r"\n*(?:\x1b\[A)*")  # how tqdm moves between several bars, and all that it writes then
 
 
 def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; what it raises is told on stderr in one line.
 
-    Its result is the exit code where it is a whole number. Warnings are shown as notes without source lines. Results
-    that cannot be written are an error, also where that shows only when all is done.
+    Its result is the exit code where it is a whole number. Warnings, and what is logged for want of anybody who would
+    take it, are shown as notes without source lines. Results that cannot be written are an error, also where that shows
+    only when all is done.
     """
     _open_streams()
+    before = sys.stdout, sys.stderr, logging.lastResort
+    sys.stdout, sys.stderr, logging.lastResort = _screen(sys.stdout), _screen(sys.stderr), _Notes(logging.WARNING)
+    try:
+        return _run(command)
+    finally:
+        sys.stdout, sys.stderr, logging.lastResort = before
+
+
+def _run(command: Callable[[], object]) -> int:
     # They remark on settings that m0kit checks itself, and on speed that it has no use for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -61,11 +81,28 @@ def run(command: Callable[[], object]) -> int:
             code = result if isinstance(result, int) else 0
         except BaseException as error:
             code, text = _told(error)
-            if debugging() and text.startswith("error"):
-                with contextlib.suppress(OSError, ValueError):
-                    traceback.print_exception(error)
-            _say(text)
+            if debugging() and text and text[0].startswith("error"):
+                say(*_trace(error))
+            say(*text)
     return _close_streams(code)
+
+
+def show(*lines: str) -> None:
+    """Print lines of the result to stdout, each as one line whatever stands in it. Raises OSError, ValueError."""
+    _write(sys.stdout, lines)
+
+
+def show_json(value: Any, indent: int | None = None) -> None:
+    """Print a value as JSON to stdout. Raises OSError, ValueError."""
+    if sys.stdout is not None:
+        sys.stdout.write(f"{to_json(value, indent)}\n")
+        sys.stdout.flush()
+
+
+def say(*lines: str) -> None:
+    """Print lines to stderr, if somebody is there to read them; each is one line whatever stands in it."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, lines)
 
 
 @overload
@@ -125,6 +162,48 @@ def _open_streams() -> None:
                 stream.reconfigure(encoding="utf-8" if ascii_only else stream.encoding, errors=errors)
 
 
+class _Screen(io.TextIOWrapper):
+    """A stream that shows whatever Python writes to it: of control characters only line ends and tabs are left.
+
+    tqdm's own are left too: it begins a bar with a return, and goes up in writes of their own. The buffer is another
+    stream's, and not closed with this one.
+    """
+
+    def write(self, text: str) -> int:
+        if not _UP.fullmatch(text):
+            back = "\r" if text.startswith("\r") else ""
+            lines = text.removeprefix(back).replace("\r\n", "\n").split("\n")
+            super().write(back + "\n".join("\t".join(plain(t, None) for t in line.split("\t")) for line in lines))
+        else:
+            super().write(text)
+        return len(text)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.flush()
+
+
+def _screen(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, _Screen):
+        return stream
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    return _Screen(
+        stream.buffer,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Notes(logging.Handler):
+    """What is logged where nobody takes it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _note(record.getMessage())
+
+
 class _ClosedInput(io.BufferedIOBase):
     """stdin of a process that has none."""
 
@@ -148,58 +227,106 @@ def _close_streams(code: int) -> int:
         except (OSError, ValueError) as error:
             if name == "stdout" and code != 1:
                 code = 1
-                _say(_told(error)[1])
+                say(*_told(error)[1])
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
-def _say(text: str) -> None:
-    """One line on stderr, if somebody is there to read it."""
-    if text:
-        with contextlib.suppress(OSError, ValueError):
-            click.echo(_one_line(text), err=True)
-
-
 def _note(message: Warning | str, *_: Any) -> None:
-    _say(f"note: {message}")
+    say(f"note: {_one_line(message)}")
 
 
 def _one_line(text: object) -> str:
+    """A text of a library, whose own line ends need not be seen."""
     return " ".join(str(text).split())
+
+
+# --- lines -------------------------------------------------------------------------------------------------
+
+
+def _write(stream: TextIO | None, lines: Iterable[str]) -> None:
+    """Each as one line; on a terminal what does not fit goes on below, indented.
+
+    The terminal itself would begin it at the left edge, where the end of a long value could look like our next line.
+    """
+    if stream is None:
+        return
+    columns = _columns(stream)
+    for line in map(plain, lines):
+        pieces = _cut(line, columns) if columns and len(line) * 2 > columns else [line]
+        stream.write("".join(f"{piece}\n" for piece in pieces))
+    stream.flush()
+
+
+def _columns(stream: TextIO) -> int:
+    """Of the terminal behind a stream; 0 where there is none, or it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _cut(line: str, columns: int) -> list[str]:
+    """A line in pieces that fit. Characters that are wide, or ambiguous, count for two columns."""
+    pieces, taken = [""], 0
+    for char in line:
+        wide = 0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WFA" else 1
+        if taken + wide > columns:
+            pieces, taken = [*pieces, " " * _INDENT], _INDENT
+        pieces[-1] += char
+        taken += wide
+    return pieces
 
 
 # --- exceptions --------------------------------------------------------------------------------------------
 
 
-def _told(error: BaseException) -> tuple[int, str]:
-    """Exit code and what to say."""
+def _told(error: BaseException) -> tuple[int, list[str]]:
+    """Exit code and the lines to say: none, or one, unless it is about usage."""
     if isinstance(error, click.Abort) and isinstance(error.__cause__, EOFError):
         error = error.__cause__  # click takes the end of anything for Ctrl-D
     match error:
         case SystemExit():
-            return (error.code or 0, "") if isinstance(error.code, int | None) else (1, str(error.code))
+            return (error.code or 0, []) if isinstance(error.code, int | None) else (1, [_one_line(error.code)])
         case KeyboardInterrupt() | click.Abort():
-            return 130, "interrupted"
+            return 130, ["interrupted"]
         case click.ClickException():
-            with contextlib.suppress(OSError, ValueError):
-                error.show()
-            return error.exit_code, ""
+            return error.exit_code, _usage(error)
         case M0kitError():
-            return 1, f"error: {error}"
+            return 1, [f"error: {error}"]
         case BrokenPipeError():
-            return 1, ""  # the reader went away, and knows it
+            return 1, []  # the reader went away, and knows it
         case ImportError():
-            return 1, f"error: {_import_failed(error)}"
+            return 1, [f"error: {_import_failed(error)}"]
         case OSError():
             where = error.filename if error.filename is not None else "stdout" if _stuck(sys.stdout) else None
             what = error.strerror or _one_line(error) or type(error).__name__
-            return 1, f"error: {f'{click.format_filename(where)}: ' if where else ''}{what}."
+            return 1, [f"error: {f'{click.format_filename(where)}: ' if where else ''}{what}."]
     text = _one_line(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # the second is PyTorch's
-        return 1, f"error: out of memory{f': {_short(text)}' if text else ''}. Close other programs, or ask for less."
+        return 1, [f"error: out of memory{f': {_short(text)}' if text else ''}. Close other programs, or ask for less."]
     what = type(error).__name__ + (f": {_short(text)}" if text else "")
-    return 1, f"error: unexpected {what.rstrip('.')}. Run it again with {DEBUG}=1 and report what it says."
+    return 1, [f"error: unexpected {what.rstrip('.')}. Run it again with {DEBUG}=1 and report what it says."]
+
+
+def _usage(error: click.ClickException) -> list[str]:
+    """What click would print, in lines."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return error.format_message().splitlines()  # the help
+    message = f"Error: {_one_line(error.format_message())}"
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return [message]
+    ctx = error.ctx
+    hint = f"Try '{ctx.command_path} {ctx.help_option_names[0]}' for help."
+    return [*ctx.get_usage().splitlines(), hint, "", message]
+
+
+def _trace(error: BaseException) -> Iterator[str]:
+    """Python's traceback in lines. What an exception says is one, so that it cannot go on as if Python did."""
+    for part in traceback.TracebackException.from_exception(error).format():
+        text = part.removesuffix("\n")
+        yield from text.split("\n") if text.startswith((" ", "\n")) else [text]
 
 
 def _stuck(stream: TextIO) -> bool:

@@ -14,12 +14,13 @@ import pytest
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import ArtifactError, DeviceError, InputError
+from m0kit.plain import to_json
 from m0kit.trace import Trace
 from m0kit_parity import plot
 from m0kit_parity.cases import Case, Content, Group, Published, draw_page, encode, text_content
 from m0kit_parity.compare import Verdict
 from m0kit_parity.golden import Golden, record
-from m0kit_parity.report import Report, check, check_published, to_html, to_json, to_text
+from m0kit_parity.report import Report, check, check_published, to_dict, to_html, to_text
 
 MODEL = ModelConfig(
     DecoderConfig(32, 2, 2, 1, 16, 64, 1e-6, 1e6, (2, 3, 3), 512, 1024),
@@ -132,7 +133,7 @@ def test_a_refused_pair_is_a_failure_of_that_pair_and_the_check_goes_on(golden: 
     assert report.cases[0].rankings[0].stage.verdict is Verdict.FAIL
     assert report.cases[1].verdict is Verdict.PASS
     assert "the artifact refused this pair: too odd" in to_text(report)
-    json.loads(to_json(report))
+    to_json(to_dict(report))
     to_html(report)
 
 
@@ -191,7 +192,7 @@ def test_the_table_shows_the_share_of_each_tolerance(golden: Golden) -> None:
 
 def test_the_json_is_strict_and_complete(golden: Golden) -> None:
     report = run(golden, lambda t, _: dataclasses.replace(t, score=math.nan), layers=True)
-    tree = json.loads(to_json(report), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    tree = json.loads(to_json(to_dict(report)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert tree["verdict"] == "fail"
     assert tree["artifact"] == f"here {NASTY}"
     assert tree["tolerances"]["score"] == {
@@ -288,7 +289,7 @@ def test_published_scores_pass_within_their_noise_and_fail_beyond() -> None:
     failed = published({"a": 0.70, "b": 0.45, "c": 0.46})
     assert failed.verdict is Verdict.FAIL
     assert "published-1, query 0, document 0: score: 0.0161 of 0.01" in to_text(failed)
-    assert json.loads(to_json(failed))["cases"][0]["pairs"][0]["reference_score"] == 0.6839
+    assert to_dict(failed)["cases"][0]["pairs"][0]["reference_score"] == 0.6839
     to_html(failed)
 
 

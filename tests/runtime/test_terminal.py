@@ -180,7 +180,7 @@ def library(name: str | None, text: str) -> ImportError:
     ("error", "code", "text"),
     [
         (InputError("line 3: not JSON."), 1, "error: line 3: not JSON."),
-        (InputError("a name\nof two lines"), 1, "error: a name of two lines"),
+        (InputError("a name\nof two lines"), 1, r"error: a name\nof two lines"),
         (OutputError("out: exists."), 1, "error: out: exists."),
         (denied(), 1, "error: /root/report.html: Permission denied."),
         (NotADirectoryError(20, "Not a directory", "a/b"), 1, "error: a/b: Not a directory."),

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
+from m0kit.terminal import show_json
 from m0kit_parity.small import corpus, evaluate, model, pages
 from m0kit_parity.small.tokenizer import write_tokenizer
 
@@ -338,7 +339,7 @@ class Run:
         line = json.dumps(event)
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        print(line, flush=True)
+        show_json(event)
         if self.status:
             self.status.write_text(line + "\n", encoding="utf-8")
 
