@@ -195,7 +195,8 @@ def published_groups(inputs: Path, path: Path = CASES / "published" / "model_car
         else:
             slots[slot] = image_content(found[0])
     if missing:
-        raise InputError(f"{inputs}: exactly one file each is needed for {', '.join(missing)}.\n{raw['about'].strip()}")
+        about = " ".join(raw["about"].split())
+        raise InputError(f"{inputs}: exactly one file each is needed for {', '.join(missing)}. {about}")
     return tuple(
         Published(
             group["name"],

@@ -95,7 +95,7 @@ def open_graph(
     # Layout optimisation and constant folding would keep float16 weights in private memory, widened to float32;
     # so they are widened as they are used. A float32 graph has no use for either.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # it would print errors to stderr by itself, names of nodes as they are, and raise
     path = folder / f"{name}.onnx"
     opened: str | bytes = str(path)
     if also or model is not None:

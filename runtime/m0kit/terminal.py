@@ -111,6 +111,8 @@ def bar(*, shown: bool = True, **options: Any) -> "tqdm[Any]": ...
 def bar(items: Iterable[T], *, shown: bool = True, **options: Any) -> "tqdm[T]": ...
 def bar(items: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
     """A progress bar of tqdm on stderr, for a terminal only: in a file or a pipe it would be noise."""
+    if "desc" in options:
+        options["desc"] = plain(options["desc"])
     return tqdm(items, disable=not (shown and sys.stderr is not None and sys.stderr.isatty()), **options)
 
 
@@ -239,7 +241,7 @@ def _note(message: Warning | str, *_: Any) -> None:
 
 def _one_line(text: object) -> str:
     """A text of a library, whose own line ends need not be seen."""
-    return " ".join(str(text).split())
+    return " ".join(filter(None, (line.strip(" \t\r") for line in str(text).split("\n"))))
 
 
 # --- lines -------------------------------------------------------------------------------------------------
