@@ -11,14 +11,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -155,7 +153,7 @@ CASES: dict[tuple[str, ...], list[Case]] = {
     ],
     ("checkpoint",): [Case(lambda p: ["tiny", p.missing]), Case(lambda p: [NASTY, p.missing])],
     ("adapter",): [Case(lambda p: [p.checkpoint, "plain", p.missing]), Case(lambda p: [p.missing, "plain", p.missing])],
-    ("bench", "pairs"): [Case(lambda p: ["--precision", NASTY]), Case(lambda p: ["--peer", NASTY])],
+    ("bench", "pairs"): [Case(lambda _: ["--precision", NASTY]), Case(lambda _: ["--peer", NASTY])],
     ("bench", "growth"): [Case(lambda p: [p.missing]), Case(lambda p: [p.artifact, "--plot", p.missing / "plot.svg"])],
     ("bench", "memory"): [
         Case(lambda p: [p.artifact, "--max-tokens", "64", "--max-visual-tokens", "64"]),
@@ -166,7 +164,7 @@ CASES: dict[tuple[str, ...], list[Case]] = {
         Case(lambda p: [p.artifact, "--only", "indexing", "--documents", "1", "--repeats", "1"]),
         Case(lambda p: [p.artifact, "--only", NASTY]),
     ],
-    ("bench", "store"): [Case(lambda p: ["--max-records", NASTY])],
+    ("bench", "store"): [Case(lambda _: ["--max-records", NASTY])],
 }
 
 
@@ -297,7 +295,7 @@ def ran(arguments: Sequence[object], as_terminal: bool, stdin: bytes = b"") -> s
             os.dup2(writer, number)
         os.close(writer)
         sys.stdin = io.TextIOWrapper(_Stdin(stdin))
-        sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False, buffering=1) for n in (1, 2))
+        sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False, buffering=1) for n in (1, 2))  # noqa: SIM115
         words = [str(argument) for argument in arguments]
         with warnings.catch_warnings():
             warnings.simplefilter("default")
@@ -340,3 +338,48 @@ def test_no_command_prints_what_acts_on_a_terminal(path: tuple[str, ...], as_ter
 
 def test_the_cases_are_of_commands_that_there_are() -> None:
     assert set(CASES) <= {*commands(cli), NAMELESS}
+
+
+# --- the source ----------------------------------------------------------------------------------------------
+
+PACKAGES = ("runtime/m0kit", "export/m0kit_export", "quant/m0kit_quant", "parity/m0kit_parity")
+OWNER = "runtime/m0kit/terminal.py"
+PRINTING = ("click.echo", "click.secho", "click.echo_via_pager", "click.confirm", "click.prompt", "traceback.print_")
+STREAMS = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__")
+ALLOWED = {  # file → what it does with a stream, other than printing to it or asking whether it is a terminal
+    "parity/m0kit_parity/child.py": "leads what is printed in its process to stderr",
+    "parity/m0kit_parity/peers.py": "leads a library's bar to stderr",
+}
+
+
+def test_only_one_file_prints() -> None:
+    """So that no line goes by what makes it harmless."""
+    using = set()
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            tree = list(ast.walk(ast.parse(file.read_text("utf-8"))))
+            asked = {node.value for node in tree if isinstance(node, ast.Attribute) and node.attr == "isatty"}
+            for node in tree:
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                prints = called == "print" or called.startswith(PRINTING)
+                assert not prints or name == OWNER, f"{name}:{node.lineno}: print with m0kit.terminal"
+                if isinstance(node, ast.Attribute) and node not in asked and ast.unparse(node) in STREAMS:
+                    using.add(name)
+    assert using == {OWNER, *ALLOWED}, "print with m0kit.terminal, or say here what it is for"
+
+
+def test_no_bar_has_a_name_that_is_not_ours_unless_it_is_made_plain() -> None:
+    """`terminal.bar` makes it plain; a bar of tqdm's own has a constant, or what stands here."""
+    ours = {"runtime/m0kit/jobs.py": "note"}  # a number of rows
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    assert "postfix" not in node.func.attr, f"{name}:{node.lineno}"
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tqdm":
+                    for option in node.keywords:
+                        if option.arg in ("desc", "postfix", "bar_format") and name != OWNER:
+                            is_ours = isinstance(option.value, ast.Name) and option.value.id == ours.get(name)
+                            assert is_ours or isinstance(option.value, ast.Constant), f"{name}:{node.lineno}"

@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import json
+import logging
 import os
 import struct
 import subprocess
@@ -315,3 +316,174 @@ def test_a_bar_is_for_a_terminal(capfd: pytest.CaptureFixture[str], monkeypatch:
     with terminal.bar(total=3, shown=False) as bar:
         bar.update()
     assert capfd.readouterr().err == ""
+
+
+# --- text from elsewhere -----------------------------------------------------------------------------------
+
+NASTY = "a\x1b[2J\x1b]8;;file:b\x07\r\x7f\x9b\u202e\u2028c"
+PLAIN = r"a\x1b[2J\x1b]8;;file:b\x07\r\x7f\x9b\u202e\u2028c"
+
+
+def test_a_line_is_one_line_whatever_stands_in_it(capfd: pytest.CaptureFixture[str]) -> None:
+    terminal.show(f"name: {NASTY}\nfiles: all checked", "", "größe 漢字")
+    terminal.say(f"note: {NASTY}\n")
+    out, err = capfd.readouterr()
+    assert out == f"name: {PLAIN}\\nfiles: all checked\n\ngröße 漢字\n"
+    assert err == f"note: {PLAIN}\\n\n"
+
+
+def test_json_is_the_same_value_in_harmless_characters(capfd: pytest.CaptureFixture[str]) -> None:
+    terminal.show_json({NASTY: "ß"})
+    out = capfd.readouterr().out
+    assert json.loads(out) == {NASTY: "ß"}
+    assert out.removesuffix("\n").isprintable()
+    assert "ß" in out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError(NASTY),
+        OSError(2, "No such file", NASTY),
+        ValueError(NASTY),
+        ImportError(NASTY),
+        MemoryError(NASTY),
+        SystemExit(NASTY),
+        click.UsageError(NASTY),
+        click.BadParameter(NASTY, param_hint="PAIRS"),
+        click.NoSuchOption(NASTY),
+        click.FileError(NASTY, NASTY),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_nothing_that_is_raised_acts_on_the_terminal(
+    error: BaseException, debug: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M0KIT_DEBUG", debug)
+    assert terminal.run(raising(error)) in (1, 2)
+    text = capfd.readouterr().err
+    assert r"a\x1b[2J" in text
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_a_traceback_shows_what_an_exception_says_as_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M0KIT_DEBUG", "1")
+
+    def command() -> None:
+        try:
+            {}[NASTY]
+        except KeyError as cause:
+            raise ValueError("a\nfiles: all checked") from cause
+
+    assert terminal.run(command) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert "The above exception was the direct cause of the following exception:" in lines
+    assert r"ValueError: a\nfiles: all checked" in lines
+    assert all(line.isprintable() for line in lines)
+
+
+@posix
+@pytest.mark.parametrize(
+    "words",
+    ["$'a\\x1b[2Jb\\nc'", "inspect $'--a\\x1b[2Jb\\nc'", "score x --engine $'a\\x1b[2Jb\\nc'", "score a b c$'\\x9b'"],
+)
+def test_wrong_usage_is_told_in_clicks_lines_and_harmless(words: str) -> None:
+    done = shell(f"{M0KIT} {words}")
+    assert (done.returncode, done.stdout) == (2, b"")
+    usage, hint, blank, error = done.stderr.decode("utf-8").removesuffix("\n").split("\n")
+    assert usage.startswith("Usage: ")
+    assert hint.startswith("Try '")
+    assert blank == ""
+    assert error.startswith("Error: ")
+    assert error.isprintable()
+
+
+@posix
+def test_what_the_shell_completes_is_harmless() -> None:
+    words = {"_M0KIT_COMPLETE": "bash_complete", "COMP_WORDS": "m0kit inspect a\x1b[2J", "COMP_CWORD": "2"}
+    script = "import sys; sys.argv[0] = 'm0kit'; from m0kit.__main__ import main; main()"
+    done = shell(f'{sys.executable} -c "{script}"', **words)
+    assert b"\x1b" not in done.stdout + done.stderr
+
+
+def test_what_libraries_print_warn_of_and_log_is_harmless(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+
+    def command() -> None:
+        print(NASTY)
+        print(f"two\nlines\t{NASTY}\r\n", file=sys.stderr, end="")
+        warnings.warn(f"corrupt {NASTY}\nagain", stacklevel=1)
+        logging.getLogger("a library").warning("cannot read %s", f"{NASTY}\nagain")
+        logging.getLogger("a library").info("nobody asked")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        streams = sys.stdout, sys.stderr, logging.lastResort
+        assert terminal.run(command) == 0
+    assert streams == (sys.stdout, sys.stderr, logging.lastResort), "what a program prints to is its own business again"
+    print("a\x1bb")
+    out, err = capfd.readouterr()
+    assert out == f"{PLAIN}\na\x1bb\n"
+    assert err == f"two\nlines\t{PLAIN}\nnote: corrupt {PLAIN} again\nnote: cannot read {PLAIN} again\n"
+
+
+def on_terminal(command: Callable[[], object], columns: int) -> str:
+    """What a command prints to a terminal of so many columns, on stderr and stdout."""
+    fcntl, termios = importlib.import_module("fcntl"), importlib.import_module("termios")
+    reader, writer = os.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    streams = sys.stdout, sys.stderr
+    with open(writer, "w", encoding="utf-8") as stream:
+        sys.stdout = sys.stderr = stream
+        try:
+            terminal.run(command)
+        finally:
+            sys.stdout, sys.stderr = streams
+        os.write(writer, b"\x04")
+        found = b""
+        while not found.endswith(b"\x04"):
+            found += os.read(reader, 1 << 16)
+    os.close(reader)
+    return found[:-1].decode().replace("\r\n", "\n")
+
+
+@posix
+@pytest.mark.parametrize(
+    "value", ["cc-by-4.0" + " " * 40, "." * 27, "漢" * 13 + " ", "e\u0301" * 27, "x" * 200], ids=ascii
+)
+@pytest.mark.parametrize("print_line", [terminal.show, terminal.say])
+def test_a_value_never_begins_a_line_of_the_terminal(print_line: Callable[[str], None], value: str) -> None:
+    """Where it is longer than a line the terminal goes on at the left edge, where another of our lines may begin."""
+    lines = on_terminal(lambda: print_line(f"{'licence':12} {value}files        12 checked"), 40).split("\n")
+    assert lines[0].startswith("licence      ")
+    assert len(lines) > 2
+    assert all(line.startswith(" " * 13) for line in lines[1:-1])
+    assert "".join([lines[0], *(line[13:] for line in lines[1:])]) == f"licence      {value}files        12 checked"
+
+
+@posix
+def test_a_line_that_fits_and_json_are_left_as_they_are() -> None:
+    value = {"licence": "x" * 100}
+    assert on_terminal(lambda: terminal.show("x" * 40, "漢" * 20), 40) == f"{'x' * 40}\n{'漢' * 20}\n"
+    assert on_terminal(lambda: terminal.show_json(value), 40) == f"{json.dumps(value)}\n"
+    assert on_terminal(lambda: terminal.show("x" * 100), 0) == "x" * 100 + "\n", (
+        "a terminal that does not say its width"
+    )
+
+
+@posix
+def test_the_name_of_a_bar_is_harmless_and_the_bar_still_a_bar() -> None:
+    def command() -> None:
+        with terminal.bar(total=2, desc=f"{NASTY}\nFORGED") as outer, terminal.bar(total=2, desc="inner") as inner:
+            outer.update()
+            inner.update()
+
+    text = on_terminal(command, 200)
+    assert f"\r{PLAIN}\\nFORGED: " in text
+    assert "\x1b[A" in text, "several bars go up and down"
+    assert "\x1b[2J" not in text
