@@ -70,7 +70,7 @@ def _same_fields(value: Any, known: Any, place: str) -> None:
         for name, inner in value.items():
             if isinstance(inner, dict | list):
                 _same_fields(inner, known[name], f"{place}.{name:.60}")
-    elif isinstance(value, list) and isinstance(known, list):
+    elif isinstance(value, list) and isinstance(known, list | tuple):
         for number, (inner, other) in enumerate(zip(value, known, strict=True)):
             if isinstance(inner, dict | list):
                 _same_fields(inner, other, f"{place}[{number}]")
