@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,17 +69,25 @@ class _Observed:
         return {name: results[name] for name in outputs}
 
 
-def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress: bool = True) -> Calibration:
+def calibrate(
+    folder: Path,
+    pairs: Path,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
+    require_signature: Literal[False] | None = None,
+) -> Calibration:
     """Score the pairs of a file, one by one, with the artifact in `folder` and return what its products saw.
 
     Text and images count alike, whatever their numbers. Warns of lines that cannot be used, and notes their numbers.
+    `require_signature`: False for an artifact that this process wrote itself.
     Raises RecipeError for a file without usable pairs, ArtifactError.
     """
     from m0kit.reranker import Reranker  # ONNX Runtime, which nothing else here needs
     from m0kit.sessions import open_graph
 
     found, errors = read_pairs(pairs)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, require_signature=require_signature)
     recipe = Recipe.from_dict(manifest.recipe, str(folder))
     frequencies = stored_frequencies(folder, manifest.model)
     graphs = build_graphs(manifest.model, recipe, observe=True, frequencies=frequencies)
@@ -92,7 +100,7 @@ def calibrate(folder: Path, pairs: Path, *, threads: int | None = None, progress
         model = graphs[name].model.SerializeToString()
         return _Observed(open_graph(folder, name, threads=threads, model=model), products, sums, kind)
 
-    reranker = Reranker.load(folder, open_graph=opener)
+    reranker = Reranker.load(folder, open_graph=opener, require_signature=require_signature)
     reranker.try_answers()
     sums.clear()  # of the known answers, which are no pairs to calibrate on
     reranker.tile = 1  # rows that fill up a run would count like those of the pair

@@ -153,11 +153,11 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
         return
     show(f"{output}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}")
     say(f"licence of the weights: {manifest.licence}")
-    if dropped := manifest.provenance["dropped_tensors"]:
+    if dropped := manifest.provenance.get("dropped_tensors"):
         say(f"left out, scoring does not use it: {', '.join(dropped)}")
-    for adapter in manifest.provenance["adapters"]:
+    for adapter in manifest.provenance.get("adapters", []):
         if left_out := adapter.get("left_out"):  # not in artifacts of earlier versions
-            say(f"left out of adapter {adapter['name']}: {', '.join(left_out)}")
+            say(f"left out of adapter {adapter.get('name')}: {', '.join(left_out)}")
     if wider := manifest.provenance["stored_wider"]:
         shown = [f"{name} ({each['scheme']}, {_loss(each['lost'])})" for name, each in list(wider.items())[:5]]
         more = f", and {len(wider) - 5} more, which the manifest names" if len(wider) > 5 else ""

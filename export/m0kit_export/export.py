@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 from tqdm import tqdm
 
+from m0kit import ports
 from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manifest, sha256_of, write_manifest
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
@@ -90,7 +91,7 @@ def export_artifact(
         plain = folder.with_name("fp32")
         plain.mkdir()
         _write(source, plain, output, _FP32, None, progress)
-        statistics = calibrate(plain, calibration, progress=progress)
+        statistics = calibrate(plain, calibration, progress=progress, require_signature=False)
         shutil.rmtree(plain)
         return _write(source, folder, output, recipe, statistics, progress)
 
@@ -328,11 +329,11 @@ def _check_weights(folder: Path, name: str, hashes: Mapping[str, str], bar: Any)
             )
 
 
-def _ports(graph: Graph) -> dict[str, Any]:
-    def described(port: Port) -> dict[str, Any]:
-        return {"name": port.name, "dtype": port.dtype.name, "shape": list(port.shape)}
+def _ports(graph: Graph) -> ports.GraphPorts:
+    def described(found: Sequence[Port]) -> tuple[ports.Port, ...]:
+        return tuple(ports.Port(port.name, port.dtype.name, port.shape) for port in found)
 
-    return {"inputs": [described(p) for p in graph.inputs], "outputs": [described(p) for p in graph.outputs]}
+    return ports.GraphPorts(described(graph.inputs), described(graph.outputs))
 
 
 def _tools() -> dict[str, str]:

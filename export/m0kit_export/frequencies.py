@@ -37,8 +37,8 @@ class Frequencies:
     def stored(cls, graphs: Mapping[str, onnx.ModelProto], config: ModelConfig) -> "Frequencies":
         """Those of an artifact's graphs "vision" and "decoder". Raises ArtifactDamagedError when they are not there."""
         vision, decoder = (_read(graphs[name].graph) for name in ("vision", "decoder"))
-        wanted = (config.vision.head_dim // 2, config.decoder.head_dim // 2)
-        if (len(vision), len(decoder)) != wanted:
+        wanted = ((config.vision.head_dim // 2,), (config.decoder.head_dim // 2,))
+        if (vision.shape, decoder.shape) != wanted or not np.isfinite([*vision, *decoder]).all():
             raise ArtifactDamagedError("the graphs hold no rotary frequencies of this model. Export again.")
         return cls(vision[: len(vision) // 2], decoder)
 
@@ -56,7 +56,13 @@ def _read(graph: onnx.GraphProto) -> Float32:
     made = {output: node for node in graph.node for output in node.output}
     values = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        angle = made.get(node.input[0]) if node.op_type == "Cos" else None
-        if angle is not None and angle.op_type == "Mul" and angle.input[1] in values:
-            return np.asarray(numpy_helper.to_array(values[angle.input[1]]), np.float32)
+        angle = made.get(node.input[0]) if node.op_type == "Cos" and node.input else None
+        if angle is not None and angle.op_type == "Mul" and angle.input[1:] and angle.input[1] in values:
+            tensor = values[angle.input[1]]
+            if tensor.data_type != onnx.TensorProto.FLOAT or tensor.data_location == onnx.TensorProto.EXTERNAL:
+                break
+            try:
+                return np.asarray(numpy_helper.to_array(tensor), np.float32)
+            except ValueError:  # a shape that its bytes do not fill
+                break
     return np.zeros(0, np.float32)

@@ -10,15 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo
 
-from m0kit.artifact import GRAPHS, TOKENIZER, Manifest, read_manifest, verify_files
+from m0kit.artifact import GRAPH_BYTES, GRAPHS, TOKENIZER, TOKENIZER_BYTES, Manifest, read_manifest, verify_files
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactDamagedError, ArtifactError
+from m0kit.files import read_regular
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.frequencies import Frequencies
 from m0kit_export.names import expected_shapes
@@ -29,6 +31,11 @@ if TYPE_CHECKING:  # PyTorch, transformers and PEFT, none of which an artifact n
     from m0kit_export.checkpoint import Checkpoint
     from m0kit_export.merge import AdapterStack
 
+_FLOATS: Final = {
+    onnx.TensorProto.FLOAT: FLOATS["fp32"],
+    onnx.TensorProto.FLOAT16: FLOATS["fp16"],
+    onnx.TensorProto.BFLOAT16: FLOATS["bf16"],
+}
 KEPT = ("score.2",)  # what 4-bit training by transformers 4 does not quantise (m0kit_export.qlora)
 
 
@@ -158,14 +165,16 @@ class ArtifactSource:
                 f"{folder}: holds {', '.join(lossy)} weights, which have lost bits already. "
                 "Quantise the fp32 artifact, or export from the checkpoint."
             )
-        verify_files(folder, manifest)
+        verify_files(folder, manifest)  # also that the graphs name no other file, and no bytes beyond its end
         places = {}
         shapes = expected_shapes(manifest.model)
         for graph in GRAPHS:
-            for tensor in onnx.load(folder / f"{graph}.onnx", load_external_data=False).graph.initializer:
+            for tensor in load_graph(folder, graph).graph.initializer:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
                     place = ExternalDataInfo(tensor)
-                    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+                    dtype = _FLOATS.get(tensor.data_type)
+                    if dtype is None:
+                        raise ArtifactDamagedError(f"{folder}: {tensor.name} is not stored as floats. Export again.")
                     places[tensor.name] = folder / place.location, dtype, tuple(tensor.dims), int(place.offset or 0)
         for name, shape in shapes.items():
             if name not in places or math.prod(places[name][2]) != math.prod(shape):
@@ -186,7 +195,7 @@ class ArtifactSource:
 
     @property
     def tokenizer(self) -> bytes:
-        return (self.folder / TOKENIZER).read_bytes()
+        return read_regular(self.folder / TOKENIZER, TOKENIZER_BYTES)
 
     @property
     def frequencies(self) -> Frequencies:
@@ -207,5 +216,14 @@ class ArtifactSource:
 
 def stored_frequencies(folder: Path, config: ModelConfig) -> Frequencies:
     """The rotary frequencies of the artifact in `folder`. Raises ArtifactDamagedError when it has none."""
-    graphs = {name: onnx.load(folder / f"{name}.onnx", load_external_data=False) for name in ("vision", "decoder")}
+    graphs = {name: load_graph(folder, name) for name in ("vision", "decoder")}
     return Frequencies.stored(graphs, config)
+
+
+def load_graph(folder: Path, name: str) -> onnx.ModelProto:
+    """A graph of a verified artifact, without its data. Raises ArtifactDamagedError for what is no ONNX."""
+    path = folder / f"{name}.onnx"
+    try:
+        return onnx.load_from_string(read_regular(path, GRAPH_BYTES))
+    except DecodeError as error:
+        raise ArtifactDamagedError(f"{path}: cannot be read as ONNX. Export again.") from error

@@ -19,18 +19,21 @@ from typing import Any, Literal
 import click
 
 from m0kit.answers import summary
-from m0kit.artifact import read_manifest, verify_files
+from m0kit.artifact import MANIFEST, MANIFEST_BYTES, read_manifest, verify_files
 from m0kit.cli_options import ARTIFACT, DEVICE, DOCUMENTS, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, tell
 from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import answers_here, doctor
 from m0kit.documents import STDIN, find, read
 from m0kit.errors import InputError, M0kitError
+from m0kit.files import read_regular
 from m0kit.formats import read as read_file
 from m0kit.index import index, read_ids
 from m0kit.inputs import parse_content, unplaced
 from m0kit.plain import plain
 from m0kit.reranker import Reranker, Result, best_first
 from m0kit.rows import is_parquet, read_lines
+from m0kit.signature import REQUIRE, SIGNATURE, required, signer
+from m0kit.signature import sign as sign_manifest
 from m0kit.terminal import DEBUG, run, say, show, show_json
 
 
@@ -55,10 +58,18 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="m0kit")
 @click.option("--debug", is_flag=True, help="Show where in the code an error came from.")
-def cli(debug: bool) -> None:
+@click.option(
+    "--require-signature",
+    type=click.Path(),
+    metavar="SIGNERS",
+    help="Open no artifact but those signed by one of the file SIGNERS (ssh-keygen(1), ALLOWED SIGNERS).",
+)
+def cli(debug: bool, require_signature: str | None) -> None:
     """Export jina-reranker-m0 to ONNX, score with it without PyTorch, prove it equal."""
     if debug:
         os.environ[DEBUG] = "1"  # for processes that this one starts as well
+    if require_signature:
+        os.environ[REQUIRE] = os.path.abspath(require_signature)  # likewise
 
 
 def main() -> None:
@@ -295,7 +306,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
             "licence": manifest.licence,
             "model": manifest.model.to_dict(),
             "provenance": dict(manifest.provenance),
-            "graphs": dict(manifest.graphs),
+            "graphs": {name: asdict(ports) for name, ports in manifest.graphs.items()},
         }
         if verify:
             facts["answers"] = [asdict(answer) for answer in answers]
@@ -318,11 +329,32 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         ("prompt", f"up to {manifest.model.prompt.max_length} tokens"),
         ("fingerprint", manifest.fingerprint),
     ]
+    if signers := required():
+        rows.append(("signed by", signer(artifact, read_regular(artifact / MANIFEST, MANIFEST_BYTES), signers)))
     if verify:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
         rows.append(("answers", summary(answers)))
     for name, value in rows:
         show(f"{name:12} {value}")
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A private key of OpenSSH, or a public one whose private key the agent or a token holds.",
+)
+def sign(artifact: Path, key: Path) -> None:
+    """Sign ARTIFACT, a folder, with a key of OpenSSH, once all its files are as exported.
+
+    The signature is manifest.json.sig, over the manifest, which holds the hash of every file. --require-signature
+    before any command, or M0KIT_REQUIRE_SIGNATURE, opens artifacts with a trusted one alone.
+    """
+    verify_files(artifact, read_manifest(artifact, require_signature=False))
+    sign_manifest(artifact, key)
+    say(f"{artifact / SIGNATURE}: written. Whoever trusts the key opens it with --require-signature.")
 
 
 def _adapter(entry: dict[str, Any]) -> str:

@@ -16,9 +16,21 @@ E vision width · D decoder width · H query heads · K key/value heads · C hea
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Final
 
-_T = TypeVar("_T")
+from m0kit.schema import exactly
+
+# What no model comes near: some loops and tables are as long as a number says, before any file can deny it.
+_MOST: Final = {
+    "num_layers": 1024,  # 28
+    "depth": 1024,  # 32
+    "vocab_size": 1 << 24,  # 151,936
+    "max_positions": 1 << 24,  # 32,768
+    "min_pixels": 1 << 24,  # 3,136; what is smaller is enlarged to so many
+    "max_pixels": 1 << 31,  # 602,112; no image that is read has more than 89 million
+}
+_MOST_OTHERWISE: Final = 1 << 20  # widths, heads
+_MOST_PROMPT: Final = 1 << 24  # tokens; 10,240
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +50,7 @@ class DecoderConfig:
     max_positions: int  # 32768
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _require_sane(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if 2 * sum(self.mrope_section) != self.head_dim:
@@ -68,7 +80,7 @@ class VisionConfig:
     rope_theta: float  # 10000
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _require_sane(self)
         if self.width % self.num_heads or (self.width // self.num_heads) % 4:
             raise ValueError(
                 f"vision width ({self.width}) must split into {self.num_heads} heads "
@@ -99,7 +111,7 @@ class ImageConfig:
     merge_size: int  # 2
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _require_sane(self)
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels ({self.min_pixels}) must not exceed max_pixels ({self.max_pixels})")
 
@@ -126,6 +138,10 @@ class PromptConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2 or self.max_query_length < 1:
             raise ValueError("max_length must be at least 2 and max_query_length at least 1")
+        if self.max_length > _MOST_PROMPT:
+            raise ValueError(f"max_length must be at most {_MOST_PROMPT}, got {self.max_length}")
+        if not math.isfinite(self.logit_bias):
+            raise ValueError(f"logit_bias must be finite, got {self.logit_bias}")
         if self.max_document_length + self.max_query_length > self.max_length:
             raise ValueError(
                 f"document limit ({self.max_document_length}) + query limit ({self.max_query_length}) "
@@ -152,6 +168,9 @@ class ModelConfig:
             seen, eaten = getattr(self.image, name), getattr(self.vision, name)
             if seen != eaten:
                 raise ValueError(f"preprocessing has {name} {seen}, the vision encoder {eaten}")
+        for name in ("vision_start_id", "vision_end_id", "image_pad_id", "score_token_id"):
+            if not 0 <= (number := getattr(self.prompt, name)) < self.decoder.vocab_size:
+                raise ValueError(f"{name} is {number}, and the vocabulary has {self.decoder.vocab_size} tokens")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,46 +178,17 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Raises ValueError that names the field when one is missing, unknown or of the wrong type."""
-        return cls(
-            decoder=_build(DecoderConfig, raw, "decoder"),
-            vision=_build(VisionConfig, raw, "vision"),
-            image=_build(ImageConfig, raw, "image"),
-            prompt=_build(PromptConfig, raw, "prompt"),
-        )
+        return exactly(raw, cls)
 
 
-def _build(cls: type[_T], raw: Mapping[str, Any], section: str) -> _T:
-    values = raw.get(section)
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{section}: expected an object, got {type(values).__name__}")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    missing = sorted(set(known) - set(values))
-    if unknown or missing:
-        raise ValueError(f"{section}: missing fields {missing}, unknown fields {unknown}")
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        kind = known[name].type
-        if kind is int and (type(value) is not int):
-            raise ValueError(f"{section}.{name}: expected a whole number, got {value!r}")
-        if kind is float:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{section}.{name}: expected a finite number, got {value!r}")
-            value = float(value)
-        if kind is str and not isinstance(value, str):
-            raise ValueError(f"{section}.{name}: expected a string, got {value!r}")
-        if kind not in (int, float, str):  # the tuples of three numbers
-            if not isinstance(value, list | tuple) or len(value) != 3:
-                raise ValueError(f"{section}.{name}: expected three numbers, got {value!r}")
-            if any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
-                raise ValueError(f"{section}.{name}: expected three numbers, got {value!r}")
-            value = tuple(value)
-        checked[name] = value
-    return cls(**checked)
-
-
-def _require_positive(config: Any) -> None:
+def _require_sane(config: Any) -> None:
+    """Numbers are positive, finite, and no larger than any model has them."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, int | float) and value <= 0:
-            raise ValueError(f"{field.name} must be positive, got {value}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not math.isfinite(number):
+                raise ValueError(f"{field.name} must be finite, got {value}")
+            if number <= 0 and field.name != "mean":
+                raise ValueError(f"{field.name} must be positive, got {value}")
+            if isinstance(number, int) and number > (most := _MOST.get(field.name, _MOST_OTHERWISE)):
+                raise ValueError(f"{field.name} must be at most {most}, got {value}")

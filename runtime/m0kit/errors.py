@@ -9,6 +9,7 @@
     │   ├── ArtifactNotFoundError (FileNotFoundError)
     │   ├── ArtifactDamagedError           a file changed, missing or not as the manifest says
     │   ├── ArtifactVersionError           written by a newer m0kit
+    │   ├── SignatureError                 not signed by one of those who are trusted, where that is required
     │   └── WrongAnswerError               the engine does not come out at the artifact's known answers
     ├── CheckpointError (ValueError)       a checkpoint that cannot be read as jina-reranker-m0
     │   └── AdapterError                   … or an adapter that does not fit it
@@ -79,6 +80,10 @@ class ArtifactDamagedError(ArtifactError):
 
 class ArtifactVersionError(ArtifactError):
     """The artifact was written in a newer format than this m0kit reads."""
+
+
+class SignatureError(ArtifactError):
+    """The artifact is not signed by one of those who are trusted, or could not be signed."""
 
 
 class WrongAnswerError(ArtifactError):

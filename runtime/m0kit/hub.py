@@ -7,6 +7,7 @@ the cache, the token and HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT… are huggingface
     resolve("jinaai/jina-reranker-m0@main", what="checkpoint")  # its snapshot in the hub's cache
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Final, Literal
 
 from m0kit.artifact import MANIFEST, read_manifest
 from m0kit.errors import AdapterError, ArtifactNotFoundError, CheckpointError, M0kitError
+from m0kit.signature import SIGNATURE
 
 What = Literal["artifact", "adapter", "checkpoint"]
 
@@ -23,7 +25,7 @@ _ERRORS: Final[dict[str, type[M0kitError]]] = {
     "adapter": AdapterError,
     "checkpoint": CheckpointError,
 }
-# An artifact's files are those that its manifest lists.
+# An artifact's files are those that its manifest lists, and its signature where it has one.
 _FILES: Final[dict[str, tuple[str, ...]]] = {
     "adapter": ("adapter_model.safetensors", "*.json", "README.md", "LICENSE*"),
     "checkpoint": ("*.safetensors", "*.json", "merges.txt", "README.md", "LICENSE*"),
@@ -86,8 +88,11 @@ def _fetched(name: str, revision: str | None, what: What, cache_dir: Path | None
         )
         return Path(folder)
     folder = Path(hub.hf_hub_download(name, MANIFEST, revision=revision, cache_dir=cache_dir)).parent
-    for file in sorted(read_manifest(folder).files):  # of the commit that the manifest is from
+    # Who it is from is asked when it is opened.
+    for file in sorted(read_manifest(folder, require_signature=False).files):  # of the commit that the manifest is from
         hub.hf_hub_download(name, file, revision=folder.name, cache_dir=cache_dir)
+    with contextlib.suppress(hub.errors.EntryNotFoundError):
+        hub.hf_hub_download(name, SIGNATURE, revision=folder.name, cache_dir=cache_dir)
     return folder
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from m0kit import sessions
 from m0kit.cache import Cache, Once
 from m0kit.config import ImageConfig
-from m0kit.errors import ImageError
+from m0kit.errors import ArtifactDamagedError, ImageError
 from m0kit.image import Pixels, patchify, ready_grid, resize
 from m0kit.inputs import Picture
 from m0kit.planner import PATCH_BUDGET, image_rows, pack
@@ -171,6 +171,10 @@ class Images:
         if self._half:
             out = out.astype(np.float16)
         ends = np.cumsum([self._seen[key].num_tokens for key in keys])
+        if len(out) != ends[-1]:
+            raise ArtifactDamagedError(
+                f"the vision graph gives {len(out)} rows for {ends[-1]} visual tokens. Export the artifact again."
+            )
         return [rows.copy() if len(keys) > 1 else rows for rows in np.split(out, ends[:-1])]
 
     def _cache_key(self, key: str) -> bytes:

@@ -162,7 +162,7 @@ def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
     Versions of ONNX Runtime may round otherwise, and a page depends on what decodes it. Raises
     ArtifactError, StoreError, DependencyError.
     """
-    manifest = read_manifest(artifact)
+    manifest = read_manifest(artifact, require_signature=load.get("require_signature"))
     kv, edition = load.get("kv"), None
     if load.get("index") is not None:
         with Store.open(load["index"]) as store:

@@ -47,6 +47,7 @@ from m0kit.image import patchify
 from m0kit.images import ENCODING_COST, Images
 from m0kit.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
 from m0kit.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
+from m0kit.ports import is_first_format
 from m0kit.positions import mrope_positions
 from m0kit.precision import check_device
 from m0kit.prompt import ImageTokens, Prompt, PromptBuilder, PromptDocument
@@ -179,8 +180,7 @@ class Reranker:
         self._salt = _salt(manifest, config, kv)
         decoder = config.decoder
         # Artifacts from before documents could be kept: pasts (T_past, K·C), pieces without the number of their past.
-        ports = manifest.graphs.get("decoder", {}).get("inputs", [])
-        self._first_format = any(port["name"] == "pieces" and port["shape"][1] == 8 for port in ports)
+        self._first_format = is_first_format(manifest.graphs)
         self._no_past = Pasts(decoder, kv).feeds([])
         if self._first_format:
             self._no_past = {name: np.zeros((0, decoder.kv_size), np.float32) for name in self._no_past}
@@ -200,6 +200,7 @@ class Reranker:
         index: str | os.PathLike[str] | None = None,
         open_graph: sessions.GraphOpener | None = None,
         revision: str | None = None,
+        require_signature: str | os.PathLike[str] | Literal[False] | None = None,
     ) -> Self:
         """Open an artifact on a device ("cpu", "cuda", "cuda:1", or an execution provider's name).
 
@@ -216,9 +217,12 @@ class Reranker:
         document's keys and values are kept, "fp32" as computed (56 KiB a token; the default without an index),
         "fp16" (28) or "int8" (14). A score depends on `kv`, never on what happens to be kept.
         `open_graph` runs the graphs in another engine than ONNX Runtime.
+        `require_signature`: a file of trusted signers (ssh-keygen(1), ALLOWED SIGNERS), one of whom must have signed
+        the artifact (`m0kit sign`); by default the one that M0KIT_REQUIRE_SIGNATURE names. False: not even then.
         An artifact's known answers are scored first, where they were not right before; those with an image when the
         first image comes.
-        Raises ArtifactError (WrongAnswerError where the engine computes wrongly), DeviceError, DependencyError,
+        Raises ArtifactError (WrongAnswerError where the engine computes wrongly, SignatureError), DeviceError,
+        DependencyError,
         StoreError, ValueError for limits the model cannot have.
         """
         if memory not in ("fast", "low"):
@@ -228,7 +232,7 @@ class Reranker:
         if kv not in KV:
             raise ValueError(f"kv must be one of {', '.join(KV)}, got {kv!r}")
         folder = resolve(path, revision, what="artifact")
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, require_signature=require_signature)
         if (cache_bytes or store or kv != "fp32") and decoder_name("int8") not in manifest.graphs:
             raise ArtifactError(f"{folder}: was exported before documents could be kept. Export it again.")
         config = manifest.model
@@ -243,7 +247,8 @@ class Reranker:
             check_device(device, manifest.schemes, str(folder))
             # 4-bit products are three times slower unpacked, int8 a little; packed floats gain nothing worth 9 GB.
             prepack = "int4" in manifest.schemes or ("int8" in manifest.schemes and memory == "fast")
-            open_graph = partial(sessions.open_graph, device=device, threads=threads, prepack=prepack)
+            ports = manifest.graphs
+            open_graph = partial(sessions.open_graph, device=device, threads=threads, prepack=prepack, ports=ports)
         verify_files(folder, manifest)
         low = memory == "low"
         reranker = cls(
@@ -272,6 +277,7 @@ class Reranker:
             "kv": kv,
             "index": None if index is None else Path(index).absolute(),
             "open_graph": opener,
+            "require_signature": os.path.abspath(require_signature) if require_signature else require_signature,
         }
         return reranker
 

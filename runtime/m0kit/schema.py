@@ -2,6 +2,7 @@
 
     raw = parse(data)                         # strict JSON, or ValueError that says what is wrong
     entry = fitting(raw["file"], FileEntry)   # a dataclass, or ValueError that names the field
+    entry = exactly(raw["file"], FileEntry)   # the same, and no field more
 
 Owns what m0kit takes for JSON wherever a program wrote it: a key stands once, numbers are finite and of at most 64
 bits, text is valid Unicode. The forms themselves are types, each where its format is owned.
@@ -47,6 +48,32 @@ def fitting(value: Any, form: type[T]) -> T:
         raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def exactly(value: Any, form: type[T]) -> T:
+    """As `fitting`, and with the very fields of the form: none that it does not know, none left out for a default."""
+    found = fitting(value, form)
+    try:
+        _same_fields(value, msgspec.to_builtins(found), "$")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return found
+
+
+def _same_fields(value: Any, known: Any, place: str) -> None:
+    if isinstance(value, dict) and isinstance(known, dict):
+        for name in (*value, *known):
+            if name not in known:
+                raise ValueError(f"Object has the unknown field `{name:.60}` - at `{place}`")
+            if name not in value:
+                raise ValueError(f"Object missing required field `{name}` - at `{place}`")
+        for name, inner in value.items():
+            if isinstance(inner, dict | list):
+                _same_fields(inner, known[name], f"{place}.{name:.60}")
+    elif isinstance(value, list) and isinstance(known, list | tuple):
+        for number, (inner, other) in enumerate(zip(value, known, strict=True)):
+            if isinstance(inner, dict | list):
+                _same_fields(inner, other, f"{place}[{number}]")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,16 +7,24 @@ graph.run({"hidden": hidden}, ["logit"])
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m0kit import forks
 from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
+from m0kit.ports import GraphPorts, Port, difference
 from m0kit.quiet import silence_onnxruntime
 
 Array = NDArray[Any]
+# ONNX Runtime's names of the kinds of ports that there are, and numpy's.
+_TYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+}
 
 
 class Graph(Protocol):
@@ -38,10 +46,13 @@ class GraphOpener(Protocol):
 class OnnxRuntimeGraph:
     """One graph in an ONNX Runtime session. Thread-safe, as sessions are; in a forked child it must be opened again."""
 
-    def __init__(self, session: Any, name: str, run_options: Any) -> None:
+    def __init__(self, session: Any, name: str, run_options: Any, ports: GraphPorts | None = None) -> None:
+        """`ports`: what must come out, where that is known."""
         self._session = session
         self._name = name
         self._run_options = run_options
+        self._inputs = ports.inputs if ports else ()
+        self._outputs = {port.name: port for port in ports.outputs} if ports else {}
         forks.watch(self)
 
     def after_fork(self) -> None:
@@ -50,20 +61,41 @@ class OnnxRuntimeGraph:
         self._session = None
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Raises M0kitError when the engine fails, out of memory above all, and in a forked child."""
+        """Raises M0kitError when the engine fails, out of memory above all, and in a forked child.
+
+        Raises ArtifactDamagedError where something comes out in another shape than the graph's ports tell.
+        """
         if self._session is None:
             raise M0kitError(f"the {self._name} graph was opened before this process was forked. Open it again here.")
         try:
             results = self._session.run(list(outputs), dict(feeds), self._run_options)
-        except Exception as error:
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
+        except Exception as error:  # it raises its own, and whatever the C++ library beneath it throws
             shapes = ", ".join(f"{n} {a.shape}" for n, a in feeds.items() if not n.startswith("past"))
             raise M0kitError(
                 f"the {self._name} graph failed in ONNX Runtime ({type(error).__name__}) on {shapes}. "
                 "If memory ran out, lower max_pixels or the length of the documents."
             ) from error
-        return dict(zip(outputs, results, strict=True))
+        found = dict(zip(outputs, results, strict=True))
+        self._check(feeds, found)
+        return found
+
+    def _check(self, feeds: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+        sizes = {
+            letter: size
+            for port in self._inputs
+            for letter, size in zip(port.shape, feeds[port.name].shape, strict=True)
+        }
+        for name, array in found.items():
+            port = self._outputs.get(name)
+            if port is None:
+                continue
+            shape = tuple(size if isinstance(size, int) else sizes.get(size, -1) for size in port.shape)
+            fits = len(shape) == array.ndim and all(a in (b, -1) for a, b in zip(shape, array.shape, strict=True))
+            if array.dtype.name != port.dtype or not fits:
+                raise ArtifactDamagedError(
+                    f"the {self._name} graph gives {name} as {array.dtype.name} {list(array.shape)}, and it should be "
+                    f"{port.dtype} {list(port.shape)}. Export the artifact again."
+                )
 
 
 def open_graph(
@@ -75,12 +107,14 @@ def open_graph(
     prepack: bool = False,
     also: Sequence[str] = (),
     model: bytes | None = None,
+    ports: Mapping[str, GraphPorts] | None = None,
 ) -> OnnxRuntimeGraph:
     """Open `folder/{name}.onnx` on a device: "cpu", "cuda", "cuda:1", or an execution provider's full name.
 
     Weights stay in the memory-mapped data file: ONNX Runtime's private, repacked copies of them are
     switched off (measured: no slower from 256 rows on). `also` makes inner float32 results of the graph
-    outputs as well. Raises DependencyError, DeviceError, ArtifactDamagedError.
+    outputs as well. `ports` are those that the manifest tells of each graph; others are an error.
+    Raises DependencyError, DeviceError, ArtifactDamagedError.
     """
     ort = _onnxruntime()
     providers = _providers(ort, device)
@@ -96,6 +130,8 @@ def open_graph(
     # so they are widened as they are used. A float32 graph has no use for either.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4  # it would print errors to stderr by itself, names of nodes as they are, and raise
+    # What was checked is ONNX; a file that also passes for ONNX Runtime's own format would not be read as that.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     path = folder / f"{name}.onnx"
     opened: str | bytes = str(path)
     if also or model is not None:
@@ -108,9 +144,7 @@ def open_graph(
             options.add_external_initializers_from_files_in_memory([data.name], [content], [content.size])
     try:
         session = ort.InferenceSession(opened, options, providers=providers, disabled_optimizers=["ConstantFolding"])
-    except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
+    except Exception as error:  # it raises its own, and whatever the C++ library beneath it throws
         raise ArtifactDamagedError(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it ({type(error).__name__}). "
             "It needs version 1.30 or newer; export the artifact again if it still does not open."
@@ -126,7 +160,26 @@ def open_graph(
         # The arena spares a run fresh pages for every inner value (a sixth of a page image's time); what it
         # grew to is given back when this run or the next ends, so that a long prompt does not cost for ever.
         run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return OnnxRuntimeGraph(session, name, run_options)
+    if ports is None:
+        return OnnxRuntimeGraph(session, name, run_options)
+    _check_ports(path, session, ports[name])
+    return OnnxRuntimeGraph(session, name, run_options, ports[name])
+
+
+def _check_ports(path: Path, session: Any, told: GraphPorts) -> None:
+    """Raises ArtifactDamagedError where the session has other ports than the manifest tells; outputs may be more."""
+    inputs, outputs = (
+        tuple(Port(port.name, _TYPES.get(port.type, port.type), tuple(port.shape)) for port in found)
+        for found in (session.get_inputs(), session.get_outputs())
+    )
+    for kind, wanted, found in (
+        ("inputs", told.inputs, inputs),
+        ("outputs", told.outputs, outputs[: len(told.outputs)]),
+    ):
+        if what := difference(wanted, found):
+            raise ArtifactDamagedError(
+                f"{path}: has other {kind} than the manifest tells: {what}. Export the artifact again."
+            )
 
 
 def engine_version() -> str:

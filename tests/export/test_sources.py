@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from tests._sealed import edit_manifest, put_file
 
+from m0kit import Reranker
 from m0kit.artifact import TOKENIZER, FileEntry, read_manifest, sha256_of, write_manifest
 from m0kit.errors import ArtifactDamagedError, ArtifactError, ArtifactNotFoundError
 from m0kit_export.checkpoint import open_checkpoint
-from m0kit_export.export import export_artifact
+from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.names import expected_shapes
 from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora
 from m0kit_parity.checkpoints import write_checkpoint
@@ -114,6 +116,7 @@ def test_an_artifact_without_one_of_the_tensors_is_refused(tmp_path: Path, tiny_
         tensor.name = "score.0.other"
     else:
         tensor.dims[0] -= 1
+        place(tensor, length=str(4 * tensor.dims[0]))
     onnx.save(model, folder / "head.onnx")
     manifest = read_manifest(folder)
     entry = FileEntry((folder / "head.onnx").stat().st_size, sha256_of(folder / "head.onnx"))
@@ -138,3 +141,108 @@ def test_a_qlora_base_is_what_its_training_saw(tiny: Path) -> None:
     meant = nf4.dequantize(nf4.quantize(plain.read(name)))
     # its own dequantisation rounds to float16, the checkpoint's type
     assert np.allclose(rounded.read(name), meant, rtol=2**-10, atol=0)
+
+
+# --- what somebody else may have written ---------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tiny_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "m0-fp32"))
+
+
+def changed(folder: Path, graph: str, change: Callable[[onnx.ModelProto], object]) -> None:
+    """A graph of the artifact changed, with hashes that fit."""
+    model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
+    change(model)
+    put_file(folder, f"{graph}.onnx", model.SerializeToString())
+
+
+def place(tensor: onnx.TensorProto, **values: str) -> None:
+    for entry in tensor.external_data:
+        entry.value = values.get(entry.key, entry.value)
+
+
+def first(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+
+
+@pytest.mark.parametrize("where", ["beside", "absolute", "link", "not listed", "another graph's"])
+def test_no_file_but_the_artifacts_own_gets_into_a_new_one(copy: Path, tmp_path: Path, where: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret words " * 10_000)
+    location = {"beside": "../secret", "absolute": str(secret), "another graph's": "vision.onnx.data"}.get(
+        where, "other.data"
+    )
+    if where == "link":
+        (copy / "other.data").symlink_to(secret)
+    elif where == "not listed":
+        shutil.copy(secret, copy / "other.data")
+    changed(copy, "head", lambda model: place(first(model), location=location))
+    out = tmp_path / "out"
+    for act in (
+        lambda: quantize_artifact(copy, out, recipe=Recipe.default("fp16"), progress=False),
+        lambda: Reranker.load(copy, open_graph=lambda *_, **__: pytest.fail("opened")),
+    ):
+        with pytest.raises(
+            ArtifactDamagedError, match=r"head\.onnx: reads the file .* may read head\.onnx\.data alone"
+        ):
+            act()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("values", [{"offset": str(1 << 40)}, {"length": "4"}, {"offset": "-1"}, {"length": "9" * 30}])
+def test_no_bytes_beyond_a_data_file_are_mapped(copy: Path, values: dict[str, str]) -> None:
+    changed(copy, "head", lambda model: place(first(model), **values))
+    with pytest.raises(ArtifactDamagedError, match=r"head\.onnx: the tensor "):
+        ArtifactSource.open(copy)
+
+
+def test_weights_of_another_type_are_refused_by_name(copy: Path) -> None:
+    def as_integers(model: onnx.ModelProto) -> None:
+        first(model).data_type = onnx.TensorProto.INT32
+
+    changed(copy, "head", as_integers)
+    with pytest.raises(ArtifactDamagedError, match="is not stored as floats"):
+        ArtifactSource.open(copy)
+
+
+def test_dimensions_that_the_graphs_do_not_have_end_at_once(copy: Path, tmp_path: Path) -> None:
+    for section, name, value in (
+        ("vision", "depth", 1000),
+        ("decoder", "vocab_size", 1 << 24),
+        ("vision", "mlp_size", 9),
+    ):
+        edit_manifest(copy, lambda raw, s=section, n=name, v=value: raw["model"][s].update({n: v}))  # type: ignore[misc]
+        with pytest.raises(ArtifactDamagedError, match="is missing or has another shape"):
+            quantize_artifact(copy, tmp_path / "out", recipe=Recipe.default("fp16"), progress=False)
+        shutil.copy(copy / "manifest.json", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["none", "no input", "another shape", "outside", "not finite"])
+def test_rotary_frequencies_that_are_none_are_refused(copy: Path, damage: str) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        cos = next(node for node in model.graph.node if node.op_type == "Cos")
+        angle = next(node for node in model.graph.node if node.output[0] == cos.input[0])
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == angle.input[1])
+        if damage == "none":
+            angle.op_type = "Add"
+        elif damage == "no input":
+            del cos.input[:]
+        elif damage == "another shape":
+            tensor.dims[:] = [10**9]
+        elif damage == "outside":
+            model.graph.initializer.remove(tensor)
+            model.graph.initializer.append(first(model))
+            model.graph.initializer[-1].name = tensor.name
+        else:
+            tensor.raw_data = b"\xff" * len(tensor.raw_data)
+
+    changed(copy, "decoder", change)
+    with pytest.raises(ArtifactDamagedError, match="hold no rotary frequencies"):
+        _ = ArtifactSource.open(copy).frequencies
+
+
+def test_a_manifest_that_says_little_of_its_origin_is_quantised_all_the_same(copy: Path, tmp_path: Path) -> None:
+    edit_manifest(copy, lambda raw: raw.update(provenance={}))
+    assert quantize_artifact(copy, tmp_path / "out", recipe=Recipe.default("fp16"), progress=False).licence

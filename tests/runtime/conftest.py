@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests._alone import ALONE
+from tests._sealed import edit_manifest
 
 from m0kit import Reranker
 from m0kit.artifact import FileEntry, read_manifest, sha256_of, write_manifest
@@ -85,6 +86,7 @@ def old_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for file in (Path(__file__).parent / "first_format").iterdir():
         if file.suffix != ".md":
             shutil.copy(file, folder)
+    edit_manifest(folder, lambda _: None)  # it had no hash of its own
     manifest = read_manifest(folder)
     files = {name: FileEntry((folder / name).stat().st_size, sha256_of(folder / name)) for name in manifest.files}
     write_manifest(folder, replace(manifest, files=files, known_answers=None))

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from tests._hub import COMMIT, Hub, cached, served
+from tests._sealed import edit_manifest
 
 from m0kit import Reranker
 from m0kit.artifact import read_manifest
@@ -151,13 +152,20 @@ def test_a_repository_without_an_artifact_is_named(ask: Asking, hub: Hub) -> Non
     assert "artifact 'org/name': the repository on the hub holds no manifest.json" in answer["text"]
 
 
-def test_a_manifest_from_the_hub_names_no_file_outside_its_folder(ask: Asking, hub: Hub) -> None:
-    raw = json.loads(hub.files["manifest.json"])
-    raw["files"]["../../evil"] = {"size": 1, "sha256": "0"}
-    hub.files["manifest.json"] = json.dumps(raw).encode()
+def test_a_manifest_from_the_hub_names_no_file_outside_its_folder(ask: Asking, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(hub.files["manifest.json"])
+    edit_manifest(tmp_path, lambda raw: raw["files"].update({"../../evil": {"size": 1, "sha256": "0" * 64}}))
+    hub.files["manifest.json"] = (tmp_path / "manifest.json").read_bytes()
     answer = ask("org/name", HF_ENDPOINT=hub.url)
     assert answer["error"] == "ArtifactDamagedError"
+    assert "'../../evil' is not a plain file name" in answer["text"]
     assert hub.fetched == ["manifest.json"]
+
+
+def test_a_signature_comes_along_where_there_is_one(ask: Asking, hub: Hub) -> None:
+    hub.files["manifest.json.sig"] = b"signed"
+    folder = Path(ask("org/name", HF_ENDPOINT=hub.url)["folder"])
+    assert (folder / "manifest.json.sig").read_bytes() == b"signed"
 
 
 @pytest.mark.parametrize(

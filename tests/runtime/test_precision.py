@@ -1,13 +1,13 @@
 """Which device computes what: the table, its error, and that models say so before anything is opened."""
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
+from tests._sealed import edit_manifest
 
 from m0kit import Reranker, sessions
 from m0kit.errors import ArtifactDamagedError, DeviceError
@@ -65,12 +65,8 @@ def test_nothing_at_all_runs_anywhere() -> None:
 def stored_as(artifact: Path, folder: Path, *schemes: str) -> Path:
     """A copy whose manifest says that its matrices are stored in these schemes."""
     shutil.copytree(artifact, folder)
-    path = folder / "manifest.json"
-    raw = json.loads(path.read_text("utf-8"))
-    del raw["sha256"], raw["known_answers"]  # as the first manifests were
-    raw["scheme"] = "mixed"
-    raw["recipe"]["weights"] = [{"match": "*", "scheme": scheme} for scheme in schemes]
-    path.write_text(json.dumps(raw), "utf-8")
+    rules = [{"match": "*", "scheme": scheme} for scheme in schemes]
+    edit_manifest(folder, lambda raw: (raw.update(scheme="mixed"), raw["recipe"].update(weights=rules)))
     return folder
 
 

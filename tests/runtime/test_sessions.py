@@ -12,7 +12,8 @@ import pytest
 from m0kit import Reranker
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
-from m0kit.sessions import open_graph
+from m0kit.ports import GraphPorts, Port, expected_ports
+from m0kit.sessions import OnnxRuntimeGraph, open_graph
 
 
 def hidden(config: ModelConfig, rows: int = 3) -> np.ndarray:
@@ -160,3 +161,70 @@ def test_what_a_long_prompt_took_is_given_back(artifact: Path) -> None:
     resting, given_back = map(float, done.stdout.split())
     assert given_back > 20  # MiB between the peak and now
     assert resting < 20  # the document kept for its next query, slack of allocators: 8 were seen, 110 if all is kept
+
+
+# --- graphs that are not as their manifest tells, though their hashes fit --------------------------------------------
+
+
+def test_ports_are_those_that_the_manifest_tells(artifact: Path, config: ModelConfig) -> None:
+    ports = {name: expected_ports(config, name) for name in ("vision", "decoder", "head", "decoder.kv-int8")}
+    for name in ports:
+        open_graph(artifact, name, threads=1, ports=ports)
+    also = open_graph(artifact, "decoder", threads=1, ports=ports, also=["layers.0"])
+    assert "layers.0" in {port.name for port in also._session.get_outputs()}
+    told = {"head": ports["vision"]}
+    said = r"head\.onnx: has other inputs than the manifest tells: hidden float32 \[B, 64\] in place of patches float32"
+    with pytest.raises(ArtifactDamagedError, match=said):
+        open_graph(artifact, "head", threads=1, ports=told)
+    wrong = GraphPorts(ports["head"].inputs, (Port("logit", "float16", ("B",)),))
+    with pytest.raises(
+        ArtifactDamagedError, match=r"other outputs than the manifest tells: logit float32 \[B\] in place"
+    ):
+        open_graph(artifact, "head", threads=1, ports={"head": wrong})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (np.zeros((3, 1), np.float32), r"float32 \[3, 1\]"),
+        (np.zeros(2, np.float32), r"float32 \[2\]"),
+        (np.zeros((), np.float32), r"float32 \[\]"),
+        (np.zeros(3, np.float64), r"float64 \[3\]"),
+    ],
+)
+def test_what_comes_out_in_another_shape_is_an_error(config: ModelConfig, given: np.ndarray, told: str) -> None:
+    class Session:
+        def run(self, *_: Any) -> list[np.ndarray]:
+            return [given]
+
+    graph = OnnxRuntimeGraph(Session(), "head", None, expected_ports(config, "head"))
+    with pytest.raises(ArtifactDamagedError, match=rf"^the head graph gives logit as {told}, and it should be float32"):
+        graph.run({"hidden": hidden(config)}, ["logit"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("basic_string"), IndexError(), MemoryError(), ValueError("x")])
+def test_whatever_the_library_throws_is_told_in_our_words(
+    artifact: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Session:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise error
+
+        def run(self, *_: Any) -> Any:
+            raise error
+
+    with pytest.raises(M0kitError, match=r"^the head graph failed in ONNX Runtime \(\w+\) on hidden \(3, 64\)"):
+        OnnxRuntimeGraph(object.__new__(Session), "head", None).run({"hidden": hidden(config)}, ["logit"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(
+        ArtifactDamagedError, match=rf"head\.onnx: ONNX Runtime .* cannot open it \({type(error).__name__}"
+    ):
+        open_graph(artifact, "head")
+
+
+def test_only_onnx_is_read_as_a_graph(tmp_path: Path) -> None:
+    """ONNX Runtime's own format is told by four letters, which may stand in a field of ONNX as well."""
+    (tmp_path / "head.onnx").write_bytes(b"\x0a\x06\0\0ORTM" + b"\x3a\0")
+    with pytest.raises(ArtifactDamagedError) as caught:
+        open_graph(tmp_path, "head")
+    assert "ORT" not in str(caught.value.__cause__).replace("ONNXRuntimeError", "")
