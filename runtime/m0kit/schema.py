@@ -17,15 +17,25 @@ T = TypeVar("T")
 
 _INT_DIGITS: Final = 19  # of 2⁶³
 _FLOAT_LETTERS: Final = 40  # twice what a float64 can tell apart
+_DEPTH: Final = 100  # ten times what any file has; more, and what looks at the value ends in a RecursionError
 
 
-def parse(data: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8. Raises ValueError with a reason that can stand in a message."""
+def parse(data: bytes | str, *, wide: bool = False) -> Any:
+    """The value of a JSON text in UTF-8. Raises ValueError with a reason that can stand in a message.
+
+    `wide`: whole numbers of up to 40 digits are taken too. transformers writes 10³⁰ for "no limit".
+    """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_whole, parse_float=_number
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_int=_wide if wide else _whole,
+            parse_float=_number,
         )
+        if text.count("[") + text.count("{") > _DEPTH:  # else it cannot be
+            _check_depth(value)
         if "\\ud" in text or "\\uD" in text:  # else nothing in it can be half of a pair
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -66,6 +76,21 @@ def _whole(text: str) -> int:
     if len(text) > _INT_DIGITS + 1 or not -(2**63) <= int(text) < 2**63:
         raise ValueError(f"it holds a whole number of more than 64 bits ({text[:20]}…)")
     return int(text)
+
+
+def _wide(text: str) -> int:
+    if len(text) > _FLOAT_LETTERS:
+        raise ValueError(f"it holds a whole number of more than {_FLOAT_LETTERS} digits ({text[:20]}…)")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def _number(text: str) -> float:
