@@ -28,7 +28,6 @@ import torch
 from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -40,8 +39,9 @@ from m0kit.config import ModelConfig
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.terminal import bar
 from m0kit.trace import Trace
-from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
-from m0kit_export.merge import peft_name
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_header, read_json_object, read_tensor
+from m0kit_export.merge import CONFIG, WEIGHTS, peft_name, read_config
+from m0kit_export.patterns import try_patterns
 
 PAD_ID = 0  # masked in every batch, so any token will do
 
@@ -314,23 +314,23 @@ def _apply(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merg
 
 def _as_peft_saves(path: Path, folder: Path) -> Path:
     """The adapter if PEFT would have saved it so, else a copy in `folder` under PEFT's names."""
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        names = {key: peft_name(key, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        raw = read_json_object(path / "adapter_config.json", AdapterError)
-        if raw.get("peft_type") and all(key == name for key, name in names.items()):
-            return path
-        tensors = {name: file.get_tensor(key) for key, name in names.items() if name is not None}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({**raw, "peft_type": "LORA"}), "utf-8")
+    weights = path / WEIGHTS
+    names = {key: peft_name(key, shape) for key, (shape, _) in read_header(weights).items()}
+    raw = read_config(path, path.name)
+    if raw.get("peft_type") and all(key == name for key, name in names.items()):
+        return path
+    tensors = {name: read_tensor(weights, key) for key, name in names.items() if name is not None}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps({**raw, "peft_type": "LORA"}), "utf-8")
     return folder
 
 
 def _apply_plain(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merge: bool) -> nn.Module:
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        keys = set(file.keys())
+    keys = set(read_header(path / WEIGHTS))
     bare = [key.removeprefix("base_model.model.") for key in keys]
     new = any(key.startswith(("model.language_model.", "model.visual.")) for key in bare)
     shell = (NewNames if new else PublishedNames)(core, score)
+    try_patterns(read_config(path, path.name), [name for name, _ in shell.named_modules()], f"{CONFIG} of {path.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT only warns of is an error below
         wrapped = peft.PeftModel.from_pretrained(shell, str(path))
