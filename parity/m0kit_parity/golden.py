@@ -47,7 +47,7 @@ VERSION: Final = 1
 _ARRAYS: Final = ("token_ids", "positions", "grid_thw", "hidden", "layers")
 _LISTS: Final = ("patches", "image_embeds")
 _ENDINGS: Final = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
-_FILE_NAME: Final = re.compile(r"(inputs/)?[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
+_FILE_NAME: Final = re.compile(r"(inputs/)?[\w-][\w.-]{0,255}")
 _ARRAY_NAME: Final = re.compile(
     rf"\d{{1,9}}\.\d{{1,9}}\.(?:{'|'.join(_ARRAYS)}|(?:{'|'.join(_LISTS)})\.\d{{1,9}})\.npy"
 )
@@ -173,7 +173,7 @@ def record(
             "files": files,
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        (aside / "manifest.json").write_text(text, encoding="utf-8")
+        (aside / "manifest.json").write_text(text, "utf-8", "replace")  # names of files need not be Unicode
 
 
 class Golden:

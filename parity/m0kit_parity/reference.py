@@ -2,8 +2,8 @@
 
 What an artifact is held against, so it shares as little as it can with the runtime: prompts by transformers'
 tokenizer, images by its `load_image` and Pillow processor, positions by its `get_rope_index`, adapters by
-PEFT itself. From the exporter it takes only the reader of checkpoints, which refuses missing, unexpected and
-mis-shaped tensors. No code of a checkpoint is ever run.
+PEFT itself. From the exporter it takes only what reads and refuses: checkpoints with missing, unexpected or
+mis-shaped tensors, tokenizers, and adapters whose patterns never end. No code of a checkpoint is ever run.
 
     reference = Reference.load("jinaai/jina-reranker-m0", adapters=[("./my-lora", 1.0)])
     reference.score([("slm markdown", Path("page.png"))])
@@ -29,16 +29,17 @@ from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
 from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.config import ModelConfig
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.terminal import bar
 from m0kit.trace import Trace
+from m0kit_export.answers import open_tokenizer
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_header, read_json_object, read_tensor
 from m0kit_export.merge import CONFIG, WEIGHTS, peft_name, read_config
 from m0kit_export.patterns import try_patterns
@@ -78,13 +79,28 @@ class NewNames(_Shell):
 def empty_model(checkpoint: Checkpoint) -> tuple[Qwen2VLModel, nn.Sequential]:
     """Backbone and head of a checkpoint's dimensions, without weights (on the device "meta")."""
     raw = read_json_object(checkpoint.folder / "config.json")
-    known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map")}
-    known["torch_dtype"] = "float32"
+    known = _declared(raw, Qwen2VLConfig, Qwen2VLTextConfig)
+    for section, kind in (("text_config", Qwen2VLTextConfig), ("vision_config", Qwen2VLVisionConfig)):
+        if raw.get(section):
+            known[section] = _declared(raw[section], kind)
     width = checkpoint.config.decoder.hidden_size
+    try:
+        with init_empty_weights(include_buffers=False):
+            core = Qwen2VLModel._from_config(Qwen2VLConfig(**known, dtype="float32"), attn_implementation="sdpa")
+    except Exception as error:  # transformers checks its fields, each in its own way
+        raise CheckpointError(
+            f"transformers makes no model of config.json in {checkpoint.folder.name} ({type(error).__name__}). Save "
+            "the checkpoint again with transformers"
+        ) from error
     with init_empty_weights(include_buffers=False):
-        core = Qwen2VLModel._from_config(Qwen2VLConfig(**known), attn_implementation="sdpa")
         score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
     return core, score
+
+
+def _declared(raw: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+    """Of a config what these classes declare as the model's; the others choose code, devices and dtypes to run it."""
+    names = {"rope_scaling", "rope_theta", *(name for kind in kinds for name in kind.__annotations__)}
+    return {name: raw[name] for name in raw if name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +121,7 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(checkpoint.tokenizer))
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=open_tokenizer(checkpoint.tokenizer.encode()))
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=image.min_pixels,

@@ -1,4 +1,4 @@
-"""JSON that may come from somebody else: what is read of it, and that it has the form it should have.
+"""JSON, and TOML, that may come from somebody else: what is read of it, and that it has the form it should have.
 
     raw = parse(data)                         # strict JSON, or ValueError that says what is wrong
     entry = fitting(raw["file"], FileEntry)   # a dataclass, or ValueError that names the field
@@ -9,6 +9,7 @@ bits, text is valid Unicode. The forms themselves are types, each where its form
 
 import json
 import math
+import tomllib
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 _INT_DIGITS: Final = 19  # of 2⁶³
 _FLOAT_LETTERS: Final = 40  # twice what a float64 can tell apart
+_DOTS: Final = 100  # of a line of TOML: a key with so many parts takes its reader the square of their number
 _DEPTH: Final = 100  # ten times what any file has; more, and what looks at the value ends in a RecursionError
 
 
@@ -47,6 +49,25 @@ def parse(data: bytes | str, *, wide: bool = False) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The table of a TOML text in UTF-8. Raises ValueError with a reason that can stand in a message."""
+    try:
+        text = data.decode("utf-8-sig")
+        if any(line.count(".") > _DOTS for line in text.splitlines()):
+            raise ValueError(f"a line in it has more than {_DOTS} dots")  # noqa: TRY301
+        return tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"not TOML ({error})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "digits" not in str(error):
+            raise
+        raise ValueError("it holds a number of thousands of digits") from None
 
 
 def fitting(value: Any, form: type[T]) -> T:

@@ -463,3 +463,11 @@ def test_a_golden_folder_may_be_moved(tmp_path: Path) -> None:
 def test_an_unknown_case_lists_the_recorded_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it holds texts, pages"):
         recorded(tmp_path / "g").read("nope")
+
+
+def test_names_of_files_need_not_be_ascii_nor_unicode(tmp_path: Path) -> None:
+    case = dataclasses.replace(CASES[0], name="prüfung")
+    command = f"m0kit parity record {os.fsdecode(b'caf' + bytes([0xE9]))} -o golden"
+    golden = recorded(tmp_path / "g", cases=(case,), command=command)
+    assert golden.command == "m0kit parity record caf? -o golden"
+    assert len(golden.read("prüfung").pairs) == 3
