@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from m0kit.artifact import read_manifest
 from m0kit.errors import InputError, RecipeError
+from m0kit.files import open_regular
 from m0kit.inputs import group_from_file, unplaced
 from m0kit.lines import records
 from m0kit_export.graphs import build_graphs
@@ -117,7 +118,7 @@ def calibrate(
         raise _nothing(pairs, errors)
     for said in errors.values():
         warnings.warn(f"{pairs}: {said} It is left out.", stacklevel=2)
-    about: dict[str, Any] = {"pairs": counts, "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest()}
+    about: dict[str, Any] = {"pairs": counts, "sha256": _sha256(pairs)}
     if errors:
         about["left_out_lines"] = sorted(errors)
     return Calibration(
@@ -135,20 +136,28 @@ def read_pairs(path: Path) -> tuple[list[tuple[int, tuple[Any, Any]]], dict[int,
     errors: dict[int, str] = {}
     pairs: list[tuple[int, tuple[Any, Any]]] = []
     try:
-        for number, record in records(path, _WANTED):
-            try:
-                if isinstance(record, InputError):
-                    raise record
-                query, documents = group_from_file(record, path.parent)
-            except InputError as error:
-                errors[number] = f"line {number}: {error}"
-            else:
-                pairs += [(number, (query, document)) for document in documents]
+        with open_regular(path) as file:
+            for number, record in records(file, _WANTED, str(path)):
+                try:
+                    if isinstance(record, InputError):
+                        raise record
+                    query, documents = group_from_file(record, path.parent)
+                except InputError as error:
+                    errors[number] = f"line {number}: {error}"
+                else:
+                    pairs += [(number, (query, document)) for document in documents]
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or type(error).__name__}.") from None
     except InputError as error:  # of the file as a whole
         raise RecipeError(str(error)) from None
     if not pairs:
         raise _nothing(path, errors)
     return pairs, errors
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _nothing(path: Path, errors: Mapping[int, str]) -> RecipeError:

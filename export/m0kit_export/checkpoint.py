@@ -11,19 +11,22 @@ opens a pickle. Knows nothing about adapters.
 """
 
 import hashlib
-import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, TypedDict
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
+from m0kit.files import open_regular, read_regular
+from m0kit.schema import fitting, parse
 from m0kit_export.folder import find_folder
 from m0kit_export.frequencies import powers
 from m0kit_export.names import canonical_name, expected_shapes
@@ -35,6 +38,13 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+# Each ten times, or more, what the published model, or a fine-tune of it, has.
+_MAX_JSON_BYTES: Final = 16 << 20  # an index of the published model: 100 kB
+_MAX_HEADER_BYTES: Final = 16 << 20  # 100 kB; some trainers put as much again into the metadata
+_MAX_NAME: Final = 512  # letters of a tensor's name: 100, in the wrappers of a trainer
+_MAX_TEXT: Final = 4 << 20  # letters of a README: 1 MB with the results of benchmarks in its front matter
+_MAX_LICENCE: Final = 64  # letters of a licence's id: 40
 
 # What a field that config.json leaves out means. A config saved by transformers omits what equals the
 # defaults of its class, and transformers fills the same defaults when it loads; so these are the defaults
@@ -86,15 +96,41 @@ _MIN_PIXELS = 4 * 28 * 28
 _MAX_PIXELS = 768 * 28 * 28
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LICENCE = re.compile(rf"[ \t]*['\"]?([\w.+-]{{1,{_MAX_LICENCE}}})(?![\w.+-])")
 _LICENCE_TITLES = {
     "attribution-noncommercial 4.0": "cc-by-nc-4.0",
     "apache license version 2.0": "apache-2.0",
     "mit license": "mit",
 }
+_SHARD_NAME = re.compile(r"[\w-][\w.-]{0,120}\.safetensors")
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _BUFFER = re.compile(r"(?:(?:model|visual)\.)(?:layers\.\d+\.self_attn\.)?rotary(?:_pos)?_emb\.(?:original_)?inv_freq")
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+
+
+class _Tensor(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=8)]
+
+
+class _Index(TypedDict):
+    """Which file holds a tensor, if there are several."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+
+class _Token(TypedDict):
+    id: int
+    content: str
+
+
+class _Tokenizer(TypedDict, total=False):
+    """What is looked at of tokenizer.json."""
+
+    added_tokens: list[_Token]
 
 
 @dataclass(frozen=True)
@@ -202,15 +238,30 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name → (shape, safetensors dtype) of a safetensors file. Raises CheckpointError that names the file."""
+    reason = "truncated, damaged or a placeholder of a download that never finished"
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError):
-        raise CheckpointError(
-            f"{path.name} is not a readable safetensors file: missing, truncated, damaged or a placeholder "
-            "of a download that never finished. Fetch it again"
-        ) from None
+        with open_regular(path) as file:
+            size, there = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            if size > _MAX_HEADER_BYTES and size < there:
+                raise ValueError(f"its header has {size} bytes, of which {_MAX_HEADER_BYTES} are read")  # noqa: TRY301
+            header = parse(file.read(size)) if size < there else {}
+        with safe_open(path, framework="pt") as mapped:  # its checks are those of where the values are
+            mapped.keys()
+        tensors = fitting({**header, "__metadata__": None}, dict[str, _Tensor | None])
+    except OSError as error:
+        reason = error.strerror or reason
+    except SafetensorError:
+        pass
+    except ValueError as error:
+        reason = str(error)
+    else:
+        if long := next((name for name in tensors if len(name) > _MAX_NAME), None):
+            raise CheckpointError(
+                f"{path.name} holds a tensor whose name has {len(long)} letters ({long[:40]}…), of which m0kit reads "
+                f"{_MAX_NAME}. Save it without what was wrapped around the model"
+            )
+        return {name: (tuple(tensor["shape"]), tensor["dtype"]) for name, tensor in tensors.items() if tensor}
+    raise CheckpointError(f"{path.name} is not a readable safetensors file: {reason}. Fetch it again")
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -223,7 +274,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 def file_sha256(path: Path) -> str:
     """sha256 of a file as hex, read in pieces. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         raise CheckpointError(f"cannot read {path.name} in {path.parent.name}") from None
@@ -231,34 +282,48 @@ def file_sha256(path: Path) -> str:
 
 def find_licence(folder: Path, raw: Mapping[str, Any]) -> str | None:
     """Licence id of a model folder: README front matter, then LICENSE, then the config's own field."""
-    readme = _read_text(folder / "README.md")
-    front = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
-    fields = re.findall(r"^(license|license_name):[ \t]*['\"]?([\w.+-]+)", front[1] if front else "", re.MULTILINE)
-    stated: dict[str, str] = dict(fields)
+    stated = _front_matter(_read_text(folder / "README.md"))
     licence = stated.get("license")
     if licence == "other":  # the hub's word for a licence outside its list
         licence = stated.get("license_name")
     if licence is not None:
         return licence
     for path in sorted(folder.glob("LICENSE*")):
-        text = " ".join(_read_text(path).split()).lower()
+        text = " ".join(_read_text(path)[: 1 << 16].split()).lower()  # a title stands at the top
         for title, name in _LICENCE_TITLES.items():
             if title in text:
                 return name
     named = raw.get("license")
-    return named if isinstance(named, str) else None
+    return named if isinstance(named, str) and len(named) <= _MAX_LICENCE else None
+
+
+def _front_matter(readme: str) -> dict[str, str]:
+    """The licence fields of what stands between two lines of dashes at the top of a model card."""
+    first, *lines = readme.splitlines() or [""]
+    end = next((number for number, line in enumerate(lines) if line.startswith("---")), None)
+    if first.rstrip() != "---" or end is None:
+        return {}
+    stated = {}
+    for line in lines[:end]:
+        name, colon, value = line.partition(":")
+        if colon and name in ("license", "license_name") and (match := _LICENCE.match(value)):
+            stated[name] = match[1]
+    return stated
 
 
 def read_json_object(path: Path, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
     """A JSON object from a file. Raises `error` that names the file."""
+    where = f"{path.name} in {path.parent.name}"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = parse(read_regular(path, _MAX_JSON_BYTES))
     except FileNotFoundError:
         raise error(f"{path.parent.name} has no {path.name}. Give the folder that holds it") from None
-    except (OSError, ValueError, RecursionError):
-        raise error(f"{path.name} in {path.parent.name} is not readable JSON. Fetch it again") from None
+    except OSError as problem:
+        raise error(f"{where}: {problem.strerror or type(problem).__name__}. Fetch it again") from None
+    except ValueError as problem:
+        raise error(f"{where} is not readable JSON: {problem}. Fetch it again") from None
     if not isinstance(raw, dict):
-        raise error(f"{path.name} in {path.parent.name} holds {type(raw).__name__}, not an object")
+        raise error(f"{where} holds {type(raw).__name__}, not an object")
     return raw
 
 
@@ -266,7 +331,7 @@ def _read_raw(path: Path, name: str) -> torch.Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, AttributeError, OSError, OverflowError, RuntimeError, TypeError, ValueError):
         raise CheckpointError(
             f"cannot read {name} from {path.name}: the file changed or is damaged. Fetch it again"
         ) from None
@@ -283,9 +348,10 @@ def _check_finite(tensor: torch.Tensor, name: str, file: str) -> None:
 
 
 def _read_text(path: Path) -> str:
+    """The beginning of a text, which holds the front matter or the title of a licence."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(1 << 16)  # the front matter or the title of a licence
+        with open_regular(path) as file:
+            return file.read(_MAX_TEXT).decode("utf-8-sig", errors="replace")
     except OSError:
         return ""
 
@@ -310,12 +376,15 @@ def _read_headers(folder: Path) -> tuple[list[str], list[Stored]]:
     if single:
         return [WEIGHTS], _stored_in(folder, WEIGHTS)
 
-    weight_map = read_json_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX} has no weight_map")
+    try:
+        weight_map = fitting(read_json_object(folder / INDEX), _Index)["weight_map"]
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{INDEX} has no weight_map that says where each tensor is: {error}") from None
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise CheckpointError(f"{INDEX} sends {name} to {file!r}: expected the plain name of a shard")
+        if not _SHARD_NAME.fullmatch(file):
+            raise CheckpointError(f"{INDEX} sends {name} to {file!r:.80}: expected the plain name of a shard")
     shards = sorted(set(weight_map.values()))
     stored: list[Stored] = []
     for shard in shards:
@@ -364,15 +433,15 @@ def _without_buffers(folder: Path, stored: list[Stored], config: ModelConfig) ->
     for tensor in buffers:
         is_vision = canonical_name(tensor.name).startswith("visual.")
         theta, dim = (v.rope_theta, v.head_dim // 2) if is_vision else (d.rope_theta, d.head_dim)
-        values = read_tensor(folder / tensor.file, tensor.name)
-        expected = torch.from_numpy(powers(theta, dim)).to(values.dtype)
-        # Two units of the last place: another device may have rounded otherwise. Another theta is off by far more.
-        limits = torch.finfo(values.dtype) if values.is_floating_point() else None
-        if (
-            limits is None
-            or values.shape != expected.shape
-            or not torch.allclose(values.double(), expected.double(), rtol=2 * limits.eps, atol=limits.smallest_normal)
-        ):
+        # The shape first: what config.json says has not been held against anything yet.
+        fits = tensor.dtype in (*_ITEM_BYTES, "F64") and tensor.shape == ((dim + 1) // 2,)
+        if fits:
+            values = read_tensor(folder / tensor.file, tensor.name)
+            expected = torch.from_numpy(powers(theta, dim)).to(values.dtype)
+            # Two units of the last place: another device may have rounded otherwise. Another theta is off by far more.
+            limits = torch.finfo(values.dtype)
+            fits = torch.allclose(values.double(), expected.double(), rtol=2 * limits.eps, atol=limits.smallest_normal)
+        if not fits:
             raise CheckpointError(
                 f"{tensor.name} in {tensor.file} holds other rotary frequencies than config.json describes "
                 f"(rope_theta {theta:g}, {dim} values a head): the files are not of one model"
@@ -627,22 +696,20 @@ def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) 
     stated = _Section("config.json", raw, _TOKEN_DEFAULTS)
     ids = {name: stated.whole(name) for name in _TOKEN_DEFAULTS}
     try:
-        tokenizer = json.loads(text)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file} in {folder.name} is not readable JSON. Fetch it again") from None
-    if (
-        not isinstance(tokenizer, dict)
-        or not isinstance(tokenizer.get("model"), dict)
-        or not isinstance(tokenizer.get("added_tokens", []), list)
-    ):
-        raise CheckpointError(f"{file} in {folder.name} is not a tokenizer. Fetch it again")
-    added = [t for t in tokenizer.get("added_tokens", []) if isinstance(t, dict)]
-    known = {str(t.get("content")): t.get("id") for t in added}
+        tokenizer = parse(text, wide=True)
+    except ValueError as error:
+        raise CheckpointError(f"{file} in {folder.name} is not readable JSON: {error}. Fetch it again") from None
+    try:
+        added = fitting(tokenizer, _Tokenizer).get("added_tokens", [])
+        fitting(tokenizer["model"], dict)
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{file} in {folder.name} is not a tokenizer. Fetch it again") from None
+    known = {token["content"]: token["id"] for token in added}
     for name, token in _TOKEN_TEXTS.items():
         if token in known and known[token] != ids[name]:
             raise CheckpointError(
                 f"config.json: {name} is {ids[name]}, but {file} gives {token} the id "
-                f"{known[token]!r:.40}. The files are not of one model"
+                f"{known[token]}. The files are not of one model"
             )
         if token not in known and file != TOKENIZER:
             raise CheckpointError(
@@ -696,6 +763,8 @@ def _image_config(where: str, raw: object) -> ImageConfig:
         return default
 
     mean, std = values.triple("image_mean"), values.triple("image_std")
+    if not all(deviation > 0 for deviation in std):
+        raise CheckpointError(f"{where}: image_std is {list(std)}, and pixels are divided by it. Correct the file")
     try:
         return ImageConfig(
             min_pixels=limit("min_pixels", "shortest_edge", _MIN_PIXELS),

@@ -27,10 +27,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, TypedDict
 
 import peft
 import torch
+from msgspec import Meta
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -38,9 +39,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from m0kit.errors import AdapterError, CheckpointError
+from m0kit.schema import fitting
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import Checkpoint, file_sha256, find_licence, read_header, read_json_object, read_tensor
 from m0kit_export.names import canonical_name, expected_shapes, unwrapped
+from m0kit_export.patterns import try_patterns
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -60,6 +63,39 @@ _UNDERSTOOD = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "init_lora_weights"),
 }
+# Entries of one list: PEFT compares each with each module. A rank for every matrix of the published model are 324.
+_MAX_ENTRIES: Final = 10_000
+_Names = Annotated[list[str], Meta(max_length=_MAX_ENTRIES)]
+_Whole = Annotated[int, Meta(ge=0)]
+_Number = int | float
+
+
+class Config(TypedDict, total=False):
+    """What is used of adapter_config.json, of PEFT 0.5 to 0.21 and of ms-swift; other fields are `_check_options`'."""
+
+    peft_type: str | None
+    swift_type: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    r: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    lora_alpha: _Number
+    use_rslora: bool | None
+    use_dora: bool | None
+    rank_pattern: Annotated[dict[str, Annotated[int, Meta(ge=1, lt=1 << 31)]], Meta(max_length=_MAX_ENTRIES)] | None
+    alpha_pattern: Annotated[dict[str, _Number], Meta(max_length=_MAX_ENTRIES)] | None
+    target_modules: str | _Names | None
+    exclude_modules: str | _Names | None
+    layers_to_transform: _Whole | Annotated[list[_Whole], Meta(max_length=_MAX_ENTRIES)] | None
+    layers_pattern: str | _Names | None
+    fan_in_fan_out: bool | None
+    bias: str
+    lora_bias: bool | None
+    modules_to_save: _Names | None
+    trainable_token_indices: list[_Whole] | Annotated[dict[str, list[_Whole]], Meta(max_length=_MAX_ENTRIES)] | None
+    init_lora_weights: bool | str | None
+    ensure_weight_tying: bool | None
+
+
 # How training started or runs; without effect on a trained adapter.
 _WITHOUT_EFFECT = {
     *("lora_dropout", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"),
@@ -151,8 +187,8 @@ def _open_adapter(spec: AdapterSpec, checkpoint: Checkpoint) -> _Adapter:
     name = spec.name
     if not os.path.isdir(spec.path):  # unlike Path.is_dir it also takes a name too long for the file system
         raise AdapterError(f"there is no adapter folder {name!r}. Download the adapter and give its folder")
-    raw = read_json_object(spec.path / CONFIG, AdapterError)
-    _check_options(name, raw)
+    raw = read_config(spec.path, name)
+    _check_tokens(name, raw, checkpoint)
     if not (spec.path / WEIGHTS).exists():
         if (spec.path / "adapter_model.bin").exists():
             raise AdapterError(
@@ -162,18 +198,54 @@ def _open_adapter(spec: AdapterSpec, checkpoint: Checkpoint) -> _Adapter:
         raise AdapterError(f"adapter {name} has no {WEIGHTS}")
     try:
         header = read_header(spec.path / WEIGHTS)
-        for tensor in header:
-            read_tensor(spec.path / WEIGHTS, tensor)  # refuses NaN
+        for tensor, (_, dtype) in header.items():
+            if dtype in _FLOATS:
+                read_tensor(spec.path / WEIGHTS, tensor)  # refuses NaN
         hashes = {file: file_sha256(spec.path / file) for file in (CONFIG, WEIGHTS)}
     except CheckpointError as error:  # our own sentence, which names the file
         raise AdapterError(f"adapter {name}: {error}") from None
     for tensor, (_, dtype) in header.items():
         if dtype not in _FLOATS:
             raise AdapterError(f"{tensor} of adapter {name} is {dtype}, expected {', '.join(_FLOATS)}")
+    try_patterns(raw, _module_names(checkpoint), f"{CONFIG} of adapter {name}")
     fit = _find_fit(name, raw, {key: shape for key, (shape, _) in header.items()}, checkpoint)
     adapter = _Adapter(spec, raw, fit.units, hashes, find_licence(spec.path, {}), fit.left_out)
     _check_weight(adapter, checkpoint)
     return adapter
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """adapter_config.json of a folder, its form and options checked. Raises AdapterError that names the adapter."""
+    raw = read_json_object(folder / CONFIG, AdapterError)
+    try:
+        fitting(raw, Config)
+    except ValueError as error:
+        raise AdapterError(f"{CONFIG} of adapter {name}: {error}. Correct it, or save the adapter again") from None
+    _check_options(name, raw)
+    return raw
+
+
+def _module_names(checkpoint: Checkpoint) -> list[str]:
+    """What PEFT compares patterns with: all modules, and what they lie in, under either naming."""
+    modules = dict.fromkeys(tensor.rpartition(".")[0] for tensor in checkpoint.names)
+    names = {"": None}
+    for nested in (True, False):
+        for module in modules:
+            parts = _spell(module, nested).split(".")
+            names |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return list(names)
+
+
+def _check_tokens(name: str, raw: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Trained tokens are in the vocabulary, each once."""
+    tokens = raw.get("trainable_token_indices") or []
+    size = checkpoint.config.decoder.vocab_size
+    for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if indices and (max(indices) >= size or len(set(indices)) < len(indices)):
+            raise AdapterError(
+                f"{CONFIG} of adapter {name}: trainable_token_indices names a token twice, or one beyond the "
+                f"vocabulary, which ends at {size - 1}. Correct it"
+            )
 
 
 def _check_options(name: str, raw: Mapping[str, Any]) -> None:
@@ -507,7 +579,7 @@ def _peft_at_work(name: str, raw: Mapping[str, Any]) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (ArithmeticError, AttributeError, ImportError, LookupError, OSError) as error:
+        except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError) as error:
             reason = type(error).__name__
         except (NotImplementedError, RuntimeError, TypeError, ValueError, re.error) as error:
             reason = type(error).__name__

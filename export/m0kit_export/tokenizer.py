@@ -5,61 +5,91 @@ Owns which files that takes; what the special ids must be is `checkpoint`'s.
     files, text = read_tokenizer(folder)
 """
 
-import json
+import contextlib
+import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Final, TypedDict
 
 from m0kit.errors import CheckpointError
+from m0kit.files import read_regular
+from m0kit.schema import fitting, parse
 
 TOKENIZER = "tokenizer.json"
 _PARTS = ("vocab.json", "merges.txt")
 _SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")  # which may be missing
 _CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
+_MAX_BYTES: Final = 64 << 20  # of any of these; the published tokenizer.json has 7 MB, and none of its kind 30
+
+
+class _Settings(TypedDict, total=False):
+    """What is looked at of tokenizer_config.json."""
+
+    tokenizer_class: str | None
 
 
 def read_tokenizer(folder: Path) -> tuple[tuple[str, ...], str]:
     """(names of the files it comes from, JSON of the tokenizer). Raises CheckpointError."""
     if (folder / TOKENIZER).exists():
         try:
-            return (TOKENIZER,), (folder / TOKENIZER).read_bytes().decode()  # to the byte, line ends too
-        except (OSError, ValueError):
-            raise CheckpointError(f"{TOKENIZER} in {folder.name} is not readable JSON. Fetch it again") from None
+            return (TOKENIZER,), _read(folder, TOKENIZER).decode()  # to the byte, line ends too
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"{TOKENIZER} in {folder.name} is not readable JSON: it is not text in UTF-8. Fetch it again"
+            ) from None
     there = [name for name in _PARTS if (folder / name).exists()]
     if len(there) < len(_PARTS):
         found = f"; of {' and '.join(_PARTS)}, which would do, it has {there[0]} alone" if there else ""
         raise CheckpointError(f"{folder.name} has no {TOKENIZER}{found}. Copy it from the published model")
-    settings = tuple(name for name in _SETTINGS if (folder / name).exists())
-    return (*_PARTS, *settings), _made(folder)
+    files = (*_PARTS, *(name for name in _SETTINGS if (folder / name).exists()))
+    return files, _made(folder, {name: _read(folder, name) for name in files})
 
 
-def _made(folder: Path) -> str:
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return read_regular(folder / name, _MAX_BYTES)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"{name} in {folder.name}: {reason}. Fetch it again") from None
+
+
+def _made(folder: Path, files: dict[str, bytes]) -> str:
+    """By transformers, in a folder where nothing but these files is."""
+    parsed = {}
+    for name, data in files.items():
+        if name.endswith(".json"):
+            try:
+                parsed[name] = parse(data, wide=True)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{name} in {folder.name} is not readable JSON: {error}. Fetch it again"
+                ) from None
+    _check_class(parsed.get("tokenizer_config.json"))
     from transformers import Qwen2Tokenizer  # seconds, which a tokenizer.json saves
 
-    kind = _class(folder)
+    with tempfile.TemporaryDirectory(prefix="m0kit-tokenizer-") as alone, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, data in files.items():
+            (Path(alone) / name).write_bytes(data)
+        with contextlib.suppress(Exception):  # whatever transformers and tokenizers make of damaged files
+            tokenizer = Qwen2Tokenizer.from_pretrained(alone, local_files_only=True)
+            return str(tokenizer.backend_tokenizer.to_str())
+    raise CheckpointError(
+        f"{folder.name} has no {TOKENIZER}, and transformers cannot make one from {' and '.join(_PARTS)} there. "
+        "Copy it from the published model"
+    )
+
+
+def _check_class(settings: object) -> None:
+    """Raises CheckpointError when tokenizer_config.json, if it is there, names another class."""
+    if settings is None:
+        return
+    try:
+        kind = fitting(settings, _Settings).get("tokenizer_class")
+    except ValueError as error:
+        raise CheckpointError(f"tokenizer_config.json: {error}. Fetch it again") from None
     if kind not in _CLASSES:
         raise CheckpointError(
             f"tokenizer_config.json: tokenizer_class is {kind!r:.40}, of which m0kit makes no {TOKENIZER}. "
             "Save the tokenizer with transformers, which writes one"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-        return str(tokenizer.backend_tokenizer.to_str())
-    except Exception:  # whatever transformers and tokenizers make of damaged files
-        raise CheckpointError(
-            f"{folder.name} has no {TOKENIZER}, and transformers cannot make one from {' and '.join(_PARTS)} there. "
-            "Copy it from the published model"
-        ) from None
-
-
-def _class(folder: Path) -> Any:
-    """The class that tokenizer_config.json names; None when it names none, or is not there."""
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"tokenizer_config.json in {folder.name} is not readable JSON. Fetch it again") from None
-    return settings.get("tokenizer_class") if isinstance(settings, dict) else None

@@ -21,7 +21,6 @@ golden folder keeps the bytes that were used, so that checking never depends on 
 
 import hashlib
 import io
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from m0kit.errors import InputError
+from m0kit.files import open_regular, read_regular
 from m0kit.formats import read_text
 from m0kit.inputs import Picture, Text, at, group_from_file, parse_content, shown
 from m0kit.lines import records
+from m0kit.schema import parse_toml
 
 Form = Literal["text", "file", "pillow"]
 _T = TypeVar("_T")
@@ -45,6 +46,9 @@ CASES: Final = Path(__file__).parent / "cases"
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 _MODES: Final = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")
 _WANTED: Final = '{"query": …, "documents": […]}'
+_MAX_BYTES: Final = 1 << 20  # of a case file; the longest has 4 kB
+_MAX_LETTERS: Final = 1 << 22  # of a repeated text; a prompt keeps some 50,000
+_MAX_PIXELS: Final = 16_000_000  # of a drawn page, which takes 30 bytes for each; a 4K page has half
 _EXIF_ORIENTATION: Final = 0x0112
 
 
@@ -145,9 +149,12 @@ def builtin_cases(names: Iterable[str] = (), heavy: bool = False, folder: Path =
 def read_case(path: Path) -> Case:
     """Raises InputError that names the file and the field for anything that is not a case."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a readable TOML file in UTF-8") from error
+        raw = parse_toml(read_regular(path, _MAX_BYTES))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"{path}: not a readable TOML file in UTF-8 ({reason})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable TOML file in UTF-8 ({error})") from error
     try:
         _known(raw, {"why", "kind", "heavy", "groups"})
         groups = raw.get("groups")
@@ -179,7 +186,7 @@ def published_groups(inputs: Path, path: Path = CASES / "published" / "model_car
     Texts are read as `m0kit.formats` reads them, images in any of the endings .png, .jpg, .jpeg, .webp, .gif. Raises
     InputError that lists every missing file and says where the inputs come from.
     """
-    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    raw = parse_toml(path.read_bytes())
     slots: dict[str, Content] = {}
     missing = []
     for slot in dict.fromkeys(
@@ -221,14 +228,20 @@ def pairs_file(path: Path) -> tuple[Case, dict[int, str]]:
     that names file and line where none can be used.
     """
     groups, errors = [], {}
-    for number, record in records(path, _WANTED):
-        try:
-            if isinstance(record, InputError):
-                raise record
-            query, documents = group_from_file(record, path.parent)
-            groups.append(Group(_own_content(query, "query"), tuple(_own_content(d, "document") for d in documents)))
-        except InputError as error:
-            errors[number] = f"{path}: line {number}: {error}"
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or type(error).__name__}.") from None
+    with file:
+        for number, record in records(file, _WANTED, str(path)):
+            try:
+                if isinstance(record, InputError):
+                    raise record
+                query, documents = group_from_file(record, path.parent)
+                contents = tuple(_own_content(document, "document") for document in documents)
+                groups.append(Group(_own_content(query, "query"), contents))
+            except InputError as error:
+                errors[number] = f"{path}: line {number}: {error}"
     if not groups:
         raise InputError(next(iter(errors.values()), f"{path}: no pairs; expected lines such as {_WANTED}"))
     kinds = {_kind(group.query, document) for group in groups for document in group.documents}
@@ -321,6 +334,8 @@ def _content(raw: object) -> Content:
         return _page(raw)
     _known(raw, {"text", "times"})
     text, times = _field(raw, "text", str), _field(raw, "times", int, 0)
+    if not 0 <= times * (len(text) + 10) <= _MAX_LETTERS:
+        raise ValueError(f"times is {times:.10g}, which makes less than nothing or more than {_MAX_LETTERS} letters")
     if not times:
         return text_content(text)
     return text_content("".join(text.replace("{n}", str(n)) for n in range(1, times + 1)))
@@ -333,6 +348,10 @@ def _page(raw: Mapping[str, Any]) -> Content:
         raise ValueError("page is a list of lines")
     if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise ValueError(f"size is [width, height] in pixels, got {shown(size)}")
+    if size[0] * size[1] > _MAX_PIXELS:
+        raise ValueError(f"size has {size[0] * size[1]:.10g} pixels; {_MAX_PIXELS} are drawn")
+    if not 0 <= _field(raw, "seed", int, 0) < 1 << 32:
+        raise ValueError("seed is a whole number from 0 to 4294967295")
     mode = _choice(raw, "mode", _MODES, "RGB")
     format_name = _choice(raw, "format", _FORMATS, "PNG")
     form = _choice(raw, "form", ("file", "pillow"), "file")

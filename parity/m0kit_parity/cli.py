@@ -495,7 +495,7 @@ def _finish(report: Report, html: Path | None, as_json: bool) -> None:
     """Print, write the page, and leave with the verdict's exit code."""
     if html is not None:
         try:
-            html.write_text(to_html(report), encoding="utf-8")
+            html.write_text(to_html(report), "utf-8", "replace")  # names of files need not be Unicode
         except OSError as error:
             raise OutputError(f"{html}: {error.strerror or 'cannot be written'}. Choose another file.") from error
     if as_json:

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
 from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
+from m0kit.files import open_regular
 from m0kit.hub import resolve
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
@@ -124,14 +125,19 @@ def read_judged(path: Path) -> tuple[list[Query], dict[str, str]]:
     """
     queries: list[Query] = []
     errors: dict[str, str] = {}
-    for number, record in records(path, '{"query": …, "documents": […], "relevance": […]}'):
-        where = f"{path}: line {number}"
-        try:
-            if isinstance(record, InputError):
-                raise record
-            queries.append(_query(record, where, path.parent))
-        except InputError as error:
-            errors[where] = f"{where}: {error}"
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or type(error).__name__}.") from None
+    with file:
+        for number, record in records(file, '{"query": …, "documents": […], "relevance": […]}', str(path)):
+            where = f"{path}: line {number}"
+            try:
+                if isinstance(record, InputError):
+                    raise record
+                queries.append(_query(record, where, path.parent))
+            except InputError as error:
+                errors[where] = f"{where}: {error}"
     if any(query.relevance for query in queries):
         for query in queries:
             if query.relevance is None:
@@ -682,7 +688,7 @@ def evaluate(
     tell("error", map(_place_and_reason, evaluation.errors))
     if html:
         try:
-            html.write_text(to_html(evaluation), "utf-8")
+            html.write_text(to_html(evaluation), "utf-8", "replace")  # names of files need not be Unicode
         except OSError as error:
             raise OutputError(f"{html}: {os.strerror(error.errno or 0)}. Name a file that may be written.") from error
     if as_json:

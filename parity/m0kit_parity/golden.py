@@ -19,19 +19,25 @@ Logits and scores stand in the manifest as hexadecimal floats, which lose nothin
 import hashlib
 import io
 import json
+import math
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, cast
+from typing import Annotated, Any, Final, Literal, Protocol, TypedDict
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError, InputError, OutputError
-from m0kit.files import named_errors, occupied, replacing
+from m0kit.files import named_errors, occupied, read_regular, replacing
+from m0kit.schema import fitting, parse
 from m0kit.trace import Trace
 from m0kit_parity.cases import Case, Content
 
@@ -41,7 +47,62 @@ VERSION: Final = 1
 _ARRAYS: Final = ("token_ids", "positions", "grid_thw", "hidden", "layers")
 _LISTS: Final = ("patches", "image_embeds")
 _ENDINGS: Final = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
-_FILE_NAME: Final = re.compile(r"(inputs/)?[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_FILE_NAME: Final = re.compile(r"(inputs/)?[\w-][\w.-]{0,255}")
+_ARRAY_NAME: Final = re.compile(
+    rf"\d{{1,9}}\.\d{{1,9}}\.(?:{'|'.join(_ARRAYS)}|(?:{'|'.join(_LISTS)})\.\d{{1,9}})\.npy"
+)
+# A pair takes some 500 bytes of it, so this is 100,000 pairs.
+_MAX_MANIFEST_BYTES: Final = 64 << 20
+# What the arrays of one pair may unpack to. Two images of 768 visual tokens and a full prompt are 39 MB in the
+# published model; the file they are packed in says nothing, since white pages come to 1 : 120.
+_PAIR_BYTES: Final = 128 << 20
+# What numpy and zipfile raise on an archive that somebody made.
+_BAD_ARCHIVE: Final = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
+
+
+class _File(TypedDict):
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: str
+
+
+class _Input(TypedDict):
+    form: Literal["text", "file", "pillow"]
+    file: str
+    pixels_sha256: str | None
+
+
+class _Document(TypedDict):
+    input: _Input
+    logit: str
+    score: str
+
+
+class _Group(TypedDict):
+    query: _Input
+    documents: Annotated[list[_Document], Meta(min_length=1)]
+
+
+class _Case(TypedDict):
+    name: str
+    why: str
+    kind: str
+    file: str
+    groups: Annotated[list[_Group], Meta(min_length=1)]
+
+
+class Manifest(TypedDict):
+    """The form of manifest.json."""
+
+    command: str
+    created: str
+    provenance: dict[str, Any]  # what is used of it has its form in `origin`
+    model: dict[str, Any]
+    layers: bool
+    cases: list[_Case]
+    files: dict[str, _File]
 
 
 class Tracer(Protocol):
@@ -112,13 +173,13 @@ def record(
             "files": files,
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        (aside / "manifest.json").write_text(text, encoding="utf-8")
+        (aside / "manifest.json").write_text(text, "utf-8", "replace")  # names of files need not be Unicode
 
 
 class Golden:
     """A recorded folder, its manifest read and its other files verified when they are read."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self._manifest = manifest
 
@@ -127,42 +188,51 @@ class Golden:
         """Raises InputError for a missing, foreign or damaged folder, or another format version."""
         path = folder / "manifest.json"
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = parse(read_regular(path, _MAX_MANIFEST_BYTES))
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder}: no golden folder there; make one with: m0kit parity record CHECKPOINT -o {folder}"
             ) from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable JSON file; record the golden folder again") from error
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or 'cannot be read'}; record the golden folder again") from error
+        except ValueError as error:
+            raise InputError(f"{path}: not a readable JSON file ({error}); record the golden folder again") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder}: not a golden folder (its manifest.json has another format)")
         if manifest.get("version") != VERSION:
             raise InputError(
-                f"{folder}: golden format version {manifest.get('version')!r}, this m0kit reads {VERSION}; "
-                f"record it again: {manifest.get('command', 'm0kit parity record')}"
+                f"{folder}: golden format version {manifest.get('version')!r:.40}, this m0kit reads {VERSION}; "
+                f"record it again: {manifest.get('command', 'm0kit parity record')!s:.400}"
             )
         absent = {"command", "created", "provenance", "model", "layers", "cases", "files"} - set(manifest)
         if absent:
             raise InputError(f"{path}: no {', '.join(sorted(absent))}; record the golden folder again")
-        return cls(folder, manifest)
+        try:
+            checked = fitting(manifest, Manifest)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; record the golden folder again") from error
+        names = [case["name"] for case in checked["cases"]]
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}: two of its cases have one name; record the golden folder again")
+        return cls(folder, checked)
 
     @property
     def command(self) -> str:
         """The command line that makes this folder again."""
-        return str(self._manifest["command"])
+        return self._manifest["command"]
 
     @property
     def created(self) -> str:
-        return str(self._manifest["created"])
+        return self._manifest["created"]
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return cast(Mapping[str, Any], self._manifest["provenance"])
+        return self._manifest["provenance"]
 
     @property
     def layers(self) -> bool:
         """Whether it holds the hidden state after each decoder layer."""
-        return bool(self._manifest["layers"])
+        return self._manifest["layers"]
 
     @property
     def case_names(self) -> tuple[str, ...]:
@@ -172,7 +242,7 @@ class Golden:
         """Raises InputError, with the command to record again, unless this folder fits an artifact."""
         ours, theirs = _flat(self._manifest["model"]), _flat(model.to_dict())
         different = [
-            f"{name} is {ours.get(name)!r} there and {theirs.get(name)!r} in the artifact"
+            f"{name} is {ours.get(name)!r:.60} there and {theirs.get(name)!r:.60} in the artifact"
             for name in sorted({*ours, *theirs})
             if ours.get(name) != theirs.get(name)
         ]
@@ -196,53 +266,61 @@ class Golden:
     def read(self, name: str) -> GoldenCase:
         """One case, every file's hash checked. Raises InputError for a name or file that is not there."""
         self.require_cases([name])
+        case = next(case for case in self._manifest["cases"] if case["name"] == name)
         try:
-            case = next(case for case in self._manifest["cases"] if case["name"] == name)
-            with np.load(io.BytesIO(self._file(case["file"])), allow_pickle=False) as stored:
-                arrays = {key: stored[key] for key in stored.files}
-            return GoldenCase(name, case["why"], case["kind"], tuple(self._pairs(case, arrays)))
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.folder}: case {name!r} is damaged; record it again: {self.command}") from error
+            arrays = _unpacked(self._file(case["file"]), sum(len(group["documents"]) for group in case["groups"]))
+            pairs = tuple(self._pairs(case, arrays))
+            if arrays:
+                raise ValueError(f"an array called {next(iter(arrays))} is of no pair")  # noqa: TRY301
+            return GoldenCase(name, case["why"], case["kind"], pairs)
+        except InputError:
+            raise
+        except KeyError as error:
+            reason = f"it lacks {error}"
+        except (OverflowError, ValueError) as error:
+            reason = str(error)
+        raise InputError(f"{self.folder}: case {name!r} is damaged ({reason:.200}); record it again: {self.command}")
 
-    def _pairs(self, case: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Iterator[GoldenPair]:
+    def _pairs(self, case: _Case, arrays: dict[str, NDArray[Any]]) -> Iterator[GoldenPair]:
+        """The pairs of a case, which take their arrays out of `arrays`."""
         for g, group in enumerate(case["groups"]):
             query, query_drifted = self._input(group["query"])
             for d, entry in enumerate(group["documents"]):
                 document, document_drifted = self._input(entry["input"])
                 key = f"{g}.{d}"
                 trace = Trace(
-                    token_ids=arrays[f"{key}.token_ids"],
-                    positions=arrays[f"{key}.positions"],
-                    grid_thw=arrays[f"{key}.grid_thw"],
+                    token_ids=arrays.pop(f"{key}.token_ids"),
+                    positions=arrays.pop(f"{key}.positions"),
+                    grid_thw=arrays.pop(f"{key}.grid_thw"),
                     patches=_numbered(arrays, f"{key}.patches"),
                     image_embeds=_numbered(arrays, f"{key}.image_embeds"),
-                    hidden=arrays[f"{key}.hidden"],
-                    logit=float.fromhex(entry["logit"]),
-                    score=float.fromhex(entry["score"]),
-                    layers=arrays.get(f"{key}.layers"),
+                    hidden=arrays.pop(f"{key}.hidden"),
+                    logit=_finite(entry["logit"]),
+                    score=_finite(entry["score"]),
+                    layers=arrays.pop(f"{key}.layers", None),
                 )
                 drifted = ("query",) * query_drifted + ("document",) * document_drifted
                 yield GoldenPair(g, d, (query, document), drifted, trace)
 
-    def _input(self, entry: Mapping[str, Any]) -> tuple[Content, bool]:
-        if entry["form"] not in ("text", "file", "pillow"):
-            raise ValueError(f"unknown form {entry['form']!r}")
-        content = Content(cast(Literal["text", "file", "pillow"], entry["form"]), self._file(entry["file"]))
+    def _input(self, entry: _Input) -> tuple[Content, bool]:
+        content = Content(entry["form"], self._file(entry["file"]))
+        if content.form == "text":
+            content.data.decode()  # or ValueError
         return content, content.pixels_sha256() != entry["pixels_sha256"]
 
     def _file(self, name: str) -> bytes:
         """A file's bytes if they are what was recorded."""
         expected = self._manifest["files"].get(name)
         if expected is None or not _FILE_NAME.fullmatch(name):
-            raise InputError(f"{self.folder}: its manifest does not know a file {name!r}; record it again")
+            raise InputError(f"{self.folder}: its manifest does not know a file {name!r:.200}; record it again")
+        path, again = self.folder / name, f"record it again: {self.command}"
         try:
-            data = (self.folder / name).read_bytes()
+            data = read_regular(path, expected["bytes"])
         except OSError as error:
-            raise InputError(f"{self.folder / name}: missing or unreadable; record it again: {self.command}") from error
+            reason = error.strerror or type(error).__name__
+            raise InputError(f"{path}: missing or unreadable ({reason}); {again}") from error
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise InputError(f"{self.folder / name}: changed since it was recorded; record it again: {self.command}")
+            raise InputError(f"{path}: changed since it was recorded; {again}")
         return data
 
 
@@ -308,16 +386,76 @@ def require_free(folder: Path) -> None:
     if not occupied(folder):
         return
     try:
-        if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT:
-            return
-    except (OSError, ValueError, AttributeError):
-        pass
+        manifest = parse(read_regular(folder / "manifest.json", _MAX_MANIFEST_BYTES))
+    except (OSError, ValueError):
+        manifest = None
+    if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+        return
     raise OutputError(f"{folder}: something that is not a golden folder is there; choose another place")
 
 
-def _numbered(arrays: Mapping[str, NDArray[Any]], key: str) -> tuple[NDArray[Any], ...]:
-    count = sum(name.startswith(f"{key}.") for name in arrays)
-    return tuple(arrays[f"{key}.{i}"] for i in range(count))
+def _unpacked(data: bytes, pairs: int) -> dict[str, NDArray[Any]]:
+    """The arrays of a case's file by their names, together no larger than so many pairs have. Raises ValueError."""
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            _check_members(members, pairs)
+            for member in members:
+                with archive.open(member) as packed:  # ends after as many bytes as the directory says
+                    arrays[member.filename.removesuffix(".npy")] = _array(packed.read())
+    except _BAD_ARCHIVE as error:
+        raise ValueError(str(error) if type(error) is ValueError else f"its arrays: {type(error).__name__}") from None
+    return arrays
+
+
+def _check_members(members: Sequence[zipfile.ZipInfo], pairs: int) -> None:
+    """What an archive's directory says of its members, before one of them is unpacked. Raises ValueError."""
+    names = [member.filename for member in members]
+    if odd := next((name for name in names if not _ARRAY_NAME.fullmatch(name)), None):
+        raise ValueError(f"an array is called {odd!r:.60}")
+    if len(set(names)) < len(names):
+        raise ValueError("two arrays have one name")
+    if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+        raise ValueError("an array is packed otherwise than by deflate")
+    total = sum(member.file_size for member in members)
+    if total > pairs * _PAIR_BYTES:
+        raise ValueError(f"it would unpack to {total} bytes, of which {pairs} pairs have {pairs * _PAIR_BYTES} at most")
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    """An array from a file of numpy's format, its claims held against its length. Raises ValueError."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except _BAD_ARCHIVE:
+        raise ValueError("an array is not in numpy's format") from None
+    if version != (1, 0):  # as it writes all that have no names of fields
+        raise ValueError("an array is of another version of numpy's format")
+    if dtype.kind not in "if":
+        raise ValueError(f"an array holds {dtype}, which is neither float nor whole number")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"an array of shape {shape!r:.60} is not as long as that")
+    stream.seek(0)
+    array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    if not np.isfinite(array).all():
+        raise ValueError("an array holds a value that is not finite")
+    return array
+
+
+def _finite(text: str) -> float:
+    value = float.fromhex(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is no score")
+    return value
+
+
+def _numbered(arrays: dict[str, NDArray[Any]], key: str) -> tuple[NDArray[Any], ...]:
+    found: list[NDArray[Any]] = []
+    while (array := arrays.pop(f"{key}.{len(found)}", None)) is not None:
+        found.append(array)
+    return tuple(found)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

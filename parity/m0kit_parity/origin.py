@@ -7,11 +7,41 @@ Owns that question and what is said; both answers stand in the provenance of eit
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from m0kit.errors import InputError
+from m0kit.schema import fitting
 
 _WEIGHTS = ".safetensors"
+_T = TypeVar("_T")
+
+
+class _Adapter(TypedDict, total=False):
+    name: str
+    path: str
+    weight: float
+    sha256: dict[str, str] | None
+
+
+class _Checkpoint(TypedDict):
+    source: str
+    fingerprint: dict[str, str]
+
+
+class _Made(TypedDict, total=False):
+    """What is compared of an artifact's provenance."""
+
+    base: str
+    base_files: dict[str, str] | None
+    adapters: list[_Adapter] | None
+    qlora: dict[str, Any] | None
+
+
+class _Recorded(TypedDict, total=False):
+    """What is compared of a recording's."""
+
+    checkpoint: _Checkpoint | None
+    adapters: list[_Adapter] | None
 
 
 def require_same_origin(artifact: Path, made: Mapping[str, Any], recorded: Mapping[str, Any], advice: str) -> None:
@@ -19,24 +49,33 @@ def require_same_origin(artifact: Path, made: Mapping[str, Any], recorded: Mappi
 
     Otherwise the figures would be of two models, and say nothing of the export. Raises InputError with `advice`.
     """
-    ours, theirs = made.get("adapters"), recorded.get("adapters")
+    artifacts = _formed(made, _Made, f"{artifact}: its provenance")
+    references = _formed(recorded, _Recorded, "the provenance of PyTorch's side")
+    ours, theirs = artifacts.get("adapters"), references.get("adapters")
     if ours is not None and theirs is not None and not _same_adapters(ours, theirs):
         raise InputError(
             f"{artifact} holds {_named(ours, theirs)}, and PyTorch's side has {_named(theirs, ours)}. "
             f"Give --adapter for each that was merged, in the same order and with the same weight; {advice}"
         )
-    base, checkpoint = made.get("base_files"), recorded.get("checkpoint")
+    base, checkpoint = artifacts.get("base_files"), references.get("checkpoint")
     if base and checkpoint and _weights(base) != _weights(checkpoint["fingerprint"]):
         raise InputError(
-            f"{artifact} was exported from other weights ({made.get('base')}) than those of PyTorch's side "
+            f"{artifact} was exported from other weights ({artifacts.get('base')}) than those of PyTorch's side "
             f"({checkpoint['source']}): their files differ. Export that checkpoint, or give the one of the artifact; "
             f"{advice}"
         )
-    if checkpoint and made.get("qlora"):
+    if checkpoint and artifacts.get("qlora"):
         raise InputError(
             f"{artifact}: its adapters were merged on a base in 4 bits (--qlora), which PyTorch's side does not make. "
             "Hold an export without --qlora against PyTorch, or use a checkpoint that is itself stored in 4 bits."
         )
+
+
+def _formed(value: Mapping[str, Any], form: type[_T], where: str) -> _T:
+    try:
+        return fitting(dict(value), form)
+    except ValueError as error:
+        raise InputError(f"{where} is not what m0kit writes: {error}. Make it again") from None
 
 
 def _weights(hashes: Mapping[str, str]) -> list[str]:
@@ -44,11 +83,11 @@ def _weights(hashes: Mapping[str, str]) -> list[str]:
     return sorted(value for name, value in hashes.items() if name.endswith(_WEIGHTS))
 
 
-def _same_adapters(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> bool:
+def _same_adapters(ours: Sequence[_Adapter], theirs: Sequence[_Adapter]) -> bool:
     return len(ours) == len(theirs) and all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def _same(a: _Adapter, b: _Adapter) -> bool:
     """Weights, and the files that both name, as far as both say so."""
     if {"weight"} <= {*a} & {*b} and a["weight"] != b["weight"]:
         return False
@@ -56,7 +95,7 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return all(mine[name] == others[name] for name in mine.keys() & others.keys())
 
 
-def _named(adapters: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
+def _named(adapters: Sequence[_Adapter], others: Sequence[_Adapter]) -> str:
     """ "the adapters code and legal × 0.5"; part of a hash where the other side's are called the same."""
     if not adapters:
         return "no adapter"

@@ -2,8 +2,8 @@
 
 What an artifact is held against, so it shares as little as it can with the runtime: prompts by transformers'
 tokenizer, images by its `load_image` and Pillow processor, positions by its `get_rope_index`, adapters by
-PEFT itself. From the exporter it takes only the reader of checkpoints, which refuses missing, unexpected and
-mis-shaped tensors. No code of a checkpoint is ever run.
+PEFT itself. From the exporter it takes only what reads and refuses: checkpoints with missing, unexpected or
+mis-shaped tensors, tokenizers, and adapters whose patterns never end. No code of a checkpoint is ever run.
 
     reference = Reference.load("jinaai/jina-reranker-m0", adapters=[("./my-lora", 1.0)])
     reference.score([("slm markdown", Path("page.png"))])
@@ -28,20 +28,21 @@ import torch
 from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
 from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.config import ModelConfig
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.terminal import bar
 from m0kit.trace import Trace
-from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
-from m0kit_export.merge import peft_name
+from m0kit_export.answers import open_tokenizer
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_header, read_json_object, read_tensor
+from m0kit_export.merge import CONFIG, WEIGHTS, peft_name, read_config
+from m0kit_export.patterns import try_patterns
 
 PAD_ID = 0  # masked in every batch, so any token will do
 
@@ -78,13 +79,28 @@ class NewNames(_Shell):
 def empty_model(checkpoint: Checkpoint) -> tuple[Qwen2VLModel, nn.Sequential]:
     """Backbone and head of a checkpoint's dimensions, without weights (on the device "meta")."""
     raw = read_json_object(checkpoint.folder / "config.json")
-    known = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map")}
-    known["torch_dtype"] = "float32"
+    known = _declared(raw, Qwen2VLConfig, Qwen2VLTextConfig)
+    for section, kind in (("text_config", Qwen2VLTextConfig), ("vision_config", Qwen2VLVisionConfig)):
+        if raw.get(section):
+            known[section] = _declared(raw[section], kind)
     width = checkpoint.config.decoder.hidden_size
+    try:
+        with init_empty_weights(include_buffers=False):
+            core = Qwen2VLModel._from_config(Qwen2VLConfig(**known, dtype="float32"), attn_implementation="sdpa")
+    except Exception as error:  # transformers checks its fields, each in its own way
+        raise CheckpointError(
+            f"transformers makes no model of config.json in {checkpoint.folder.name} ({type(error).__name__}). Save "
+            "the checkpoint again with transformers"
+        ) from error
     with init_empty_weights(include_buffers=False):
-        core = Qwen2VLModel._from_config(Qwen2VLConfig(**known), attn_implementation="sdpa")
         score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
     return core, score
+
+
+def _declared(raw: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+    """Of a config what these classes declare as the model's; the others choose code, devices and dtypes to run it."""
+    names = {"rope_scaling", "rope_theta", *(name for kind in kinds for name in kind.__annotations__)}
+    return {name: raw[name] for name in raw if name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +121,7 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(checkpoint.tokenizer))
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=open_tokenizer(checkpoint.tokenizer.encode()))
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=image.min_pixels,
@@ -314,23 +330,23 @@ def _apply(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merg
 
 def _as_peft_saves(path: Path, folder: Path) -> Path:
     """The adapter if PEFT would have saved it so, else a copy in `folder` under PEFT's names."""
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        names = {key: peft_name(key, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        raw = read_json_object(path / "adapter_config.json", AdapterError)
-        if raw.get("peft_type") and all(key == name for key, name in names.items()):
-            return path
-        tensors = {name: file.get_tensor(key) for key, name in names.items() if name is not None}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({**raw, "peft_type": "LORA"}), "utf-8")
+    weights = path / WEIGHTS
+    names = {key: peft_name(key, shape) for key, (shape, _) in read_header(weights).items()}
+    raw = read_config(path, path.name)
+    if raw.get("peft_type") and all(key == name for key, name in names.items()):
+        return path
+    tensors = {name: read_tensor(weights, key) for key, name in names.items() if name is not None}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps({**raw, "peft_type": "LORA"}), "utf-8")
     return folder
 
 
 def _apply_plain(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merge: bool) -> nn.Module:
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        keys = set(file.keys())
+    keys = set(read_header(path / WEIGHTS))
     bare = [key.removeprefix("base_model.model.") for key in keys]
     new = any(key.startswith(("model.language_model.", "model.visual.")) for key in bare)
     shell = (NewNames if new else PublishedNames)(core, score)
+    try_patterns(read_config(path, path.name), [name for name, _ in shell.named_modules()], f"{CONFIG} of {path.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT only warns of is an error below
         wrapped = peft.PeftModel.from_pretrained(shell, str(path))

@@ -19,7 +19,6 @@ Rules concern the matrices alone: norms stay float32, and so do biases unless th
 import difflib
 import fnmatch
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -27,12 +26,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from m0kit.errors import RecipeError
+from m0kit.files import read_regular
 from m0kit.precision import SCHEMES, supported
+from m0kit.schema import parse_toml
 from m0kit_quant.int4 import BLOCKS
 from m0kit_quant.schemes import Scheme
 
 DEVICES: Final = ("cpu", "cuda")
 _FITS_ALL: Final = {"cpu": "int8", "cuda": "fp16"}  # the fewest bits that any matrix fits, a table too
+# A rule of its own for each of the published model's 324 matrices is 25 kB.
+_MAX_BYTES: Final = 1 << 18
+_MAX_RULES: Final = 4096
+_MAX_LETTERS: Final = 256  # of a pattern, and of the recipe's name; the longest name of a matrix has 45
 EMBEDDING: Final = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
 
 
@@ -67,24 +72,28 @@ class Recipe:
             )
         folder = resources.files("m0kit_quant") / "recipes"
         special = folder / f"{precision}.{device}.toml"
-        text = (special if special.is_file() else folder / f"{precision}.toml").read_text("utf-8")
-        return cls.from_toml(text, f"the default recipe of {precision}", device)
+        data = (special if special.is_file() else folder / f"{precision}.toml").read_bytes()
+        return cls.from_toml(data, f"the default recipe of {precision}", device)
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        """A recipe file. Raises RecipeError."""
+        """A recipe file, with or without a byte order mark. Raises RecipeError."""
         try:
-            return cls.from_toml(path.read_text("utf-8-sig"), str(path))  # with or without a byte order mark
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read ({type(error).__name__}). Give a TOML file.") from error
+            data = read_regular(path, _MAX_BYTES)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise RecipeError(f"{path}: cannot be read ({reason}). Give a TOML file.") from error
+        except ValueError:  # a null character, or half of a surrogate pair
+            raise RecipeError(f"{str(path)!r} cannot be the name of a file.") from None
+        return cls.from_toml(data, str(path))
 
     @classmethod
-    def from_toml(cls, text: str, source: str, device: str | None = None) -> "Recipe":
+    def from_toml(cls, data: bytes, source: str, device: str | None = None) -> "Recipe":
         """Raises RecipeError that names `source` and what is wrong."""
         try:
-            raw = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{source}: not TOML ({error}).") from error
+            raw = parse_toml(data)
+        except ValueError as error:
+            raise RecipeError(f"{source}: {error}.") from None
         if device is not None:
             raw["device"] = device
         return cls.from_dict(raw, source)
@@ -94,16 +103,18 @@ class Recipe:
         """The form it has in a manifest. Raises RecipeError that names `source` and what is wrong."""
         _only(raw, ("precision", "device", "equalize", "weights"), source)
         precision, device = raw.get("precision"), raw.get("device", "cpu")
-        if not isinstance(precision, str) or not precision:
-            raise RecipeError(f"{source}: precision must be a name, got {precision!r}.")
+        if not isinstance(precision, str) or not 0 < len(precision) <= _MAX_LETTERS:
+            raise RecipeError(f"{source}: precision must be a name, got {precision!r:.60}.")
         if device not in DEVICES:
-            raise RecipeError(f"{source}: device must be one of {_list(DEVICES)}, got {device!r}.")
+            raise RecipeError(f"{source}: device must be one of {_list(DEVICES)}, got {device!r:.60}.")
         equalize = raw.get("equalize", False)
         if not isinstance(equalize, bool):
-            raise RecipeError(f"{source}: equalize must be true or false, got {equalize!r}.")
+            raise RecipeError(f"{source}: equalize must be true or false, got {equalize!r:.60}.")
         entries = raw.get("weights")
         if not isinstance(entries, list) or not entries:
             raise RecipeError(f"{source}: needs at least one [[weights]] rule.")
+        if len(entries) > _MAX_RULES:
+            raise RecipeError(f"{source}: has {len(entries)} rules; {_MAX_RULES} are read. Use patterns.")
         rules = tuple(_rule(entry, f"{source}: rule {number}") for number, entry in enumerate(entries, 1))
         for rule in rules:
             if rule.scheme not in supported(device):
@@ -170,14 +181,14 @@ class Recipe:
 
 def _rule(entry: Any, where: str) -> Rule:
     if not isinstance(entry, Mapping):
-        raise RecipeError(f"{where}: expected a table with match and scheme, got {entry!r}.")
+        raise RecipeError(f"{where}: expected a table with match and scheme, got {entry!r:.60}.")
     _only(entry, ("match", "scheme", "block"), where)
     match, scheme, block = entry.get("match"), entry.get("scheme"), entry.get("block")
-    if not isinstance(match, str) or not match:
-        raise RecipeError(f"{where}: match must be a pattern of tensor names, got {match!r}.")
+    if not isinstance(match, str) or not 0 < len(match) <= _MAX_LETTERS:
+        raise RecipeError(f"{where}: match must be a pattern of tensor names, got {match!r:.60}.")
     if scheme not in SCHEMES:
         raise RecipeError(
-            f"{where}: scheme {scheme!r} is not known{_near(str(scheme), SCHEMES)}. Known: {_list(SCHEMES)}."
+            f"{where}: scheme {scheme!r:.60} is not known{_near(str(scheme), SCHEMES)}. Known: {_list(SCHEMES)}."
         )
     if scheme != "int4":
         if block is not None:
@@ -185,18 +196,18 @@ def _rule(entry: Any, where: str) -> Rule:
         return Rule(match, str(scheme))
     blocks = block if isinstance(block, list) else list(BLOCKS[::-1]) if block is None else [block]
     if not blocks or any(type(b) is not int or b not in BLOCKS for b in blocks):
-        raise RecipeError(f"{where}: block must be of {_list(BLOCKS)}, got {block!r}.")
+        raise RecipeError(f"{where}: block must be of {_list(BLOCKS)}, got {block!r:.60}.")
     return Rule(match, "int4", tuple(blocks))
 
 
 def _only(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in raw:
         if key not in known:
-            raise RecipeError(f"{where}: {key!r} is not known{_near(str(key), known)}. Known: {_list(known)}.")
+            raise RecipeError(f"{where}: {key!r:.60} is not known{_near(str(key), known)}. Known: {_list(known)}.")
 
 
 def _near(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word[:_MAX_LETTERS], list(words), n=3, cutoff=0.5)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 

@@ -18,8 +18,9 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from m0kit.errors import M0kitError, OutputError
 
@@ -30,7 +31,7 @@ _OLD: Final = "old"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """A file to read, at the end of its links: a regular one, since others may never end, or never begin.
 
     Raises OSError, whose `strerror` says so where it is another kind of file.

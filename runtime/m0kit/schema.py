@@ -1,4 +1,4 @@
-"""JSON that may come from somebody else: what is read of it, and that it has the form it should have.
+"""JSON, and TOML, that may come from somebody else: what is read of it, and that it has the form it should have.
 
     raw = parse(data)                         # strict JSON, or ValueError that says what is wrong
     entry = fitting(raw["file"], FileEntry)   # a dataclass, or ValueError that names the field
@@ -10,6 +10,7 @@ bits, text is valid Unicode. The forms themselves are types, each where its form
 
 import json
 import math
+import tomllib
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -18,15 +19,26 @@ T = TypeVar("T")
 
 _INT_DIGITS: Final = 19  # of 2⁶³
 _FLOAT_LETTERS: Final = 40  # twice what a float64 can tell apart
+_DOTS: Final = 100  # of a line of TOML: a key with so many parts takes its reader the square of their number
+_DEPTH: Final = 100  # ten times what any file has; more, and what looks at the value ends in a RecursionError
 
 
-def parse(data: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8. Raises ValueError with a reason that can stand in a message."""
+def parse(data: bytes | str, *, wide: bool = False) -> Any:
+    """The value of a JSON text in UTF-8. Raises ValueError with a reason that can stand in a message.
+
+    `wide`: whole numbers of up to 40 digits are taken too. transformers writes 10³⁰ for "no limit".
+    """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_whole, parse_float=_number
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_int=_wide if wide else _whole,
+            parse_float=_number,
         )
+        if text.count("[") + text.count("{") > _DEPTH:  # else it cannot be
+            _check_depth(value)
         if "\\ud" in text or "\\uD" in text:  # else nothing in it can be half of a pair
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -38,6 +50,25 @@ def parse(data: bytes | str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The table of a TOML text in UTF-8. Raises ValueError with a reason that can stand in a message."""
+    try:
+        text = data.decode("utf-8-sig")
+        if any(line.count(".") > _DOTS for line in text.splitlines()):
+            raise ValueError(f"a line in it has more than {_DOTS} dots")  # noqa: TRY301
+        return tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"not TOML ({error})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "digits" not in str(error):
+            raise
+        raise ValueError("it holds a number of thousands of digits") from None
 
 
 def fitting(value: Any, form: type[T]) -> T:
@@ -93,6 +124,21 @@ def _whole(text: str) -> int:
     if len(text) > _INT_DIGITS + 1 or not -(2**63) <= int(text) < 2**63:
         raise ValueError(f"it holds a whole number of more than 64 bits ({text[:20]}…)")
     return int(text)
+
+
+def _wide(text: str) -> int:
+    if len(text) > _FLOAT_LETTERS:
+        raise ValueError(f"it holds a whole number of more than {_FLOAT_LETTERS} digits ({text[:20]}…)")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def _number(text: str) -> float:

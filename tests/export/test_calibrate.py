@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -466,3 +467,10 @@ def test_each_pair_is_run_by_itself_with_the_runtimes_own_prompts(
     monkeypatch.setattr("m0kit.reranker.Reranker", Spied)
     calibrate(tiny_artifact, pairs, threads=1, progress=False)
     assert calls == [[pair] for _, pair in read_pairs(pairs)[0]]
+
+
+def test_a_file_of_pairs_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pairs.jsonl")
+    for path in (tmp_path / "pairs.jsonl", Path("/dev/zero")):
+        with pytest.raises(RecipeError, match=f"{path}: is a device, a pipe or a socket"):
+            read_pairs(path)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -238,6 +240,67 @@ def test_licence_in_the_config_is_the_last_resort(folder: Path) -> None:
     assert open_checkpoint(folder).licence == "mit"
 
 
+@pytest.mark.parametrize(
+    "worst",
+    [
+        "---" + "\n" * 999_000,
+        "---\n" + "license:\n" * 111_000,
+        "---\nlicense:" + " " * 999_000,
+        "\n" + "mit " * 250_000,
+    ],
+    ids=["line ends", "empty fields", "blanks", "titles"],
+)
+def test_the_longest_model_card_takes_no_time_to_speak_of(folder: Path, worst: str) -> None:
+    """In a process of its own: a pattern that looks everywhere from everywhere would take hours, and the kill comes."""
+    for name in ("README.md", "LICENSE"):
+        (folder / name).write_text(worst)
+    code = "import sys; from pathlib import Path; from m0kit_export.checkpoint import find_licence as f; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(f(Path(sys.argv[1]), {}))", str(folder)],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "None"
+
+
+def test_a_model_card_without_end_is_read_to_a_limit(folder: Path) -> None:
+    front = "---\nlicense: mit\n"
+    (folder / "README.md").write_text(front + "a" * (1 << 20) + "\n---\n")  # as the results of many benchmarks
+    assert open_checkpoint(folder).licence == "mit"
+    (folder / "README.md").write_text(front + "a" * (5 << 20) + "\n---\n")
+    assert open_checkpoint(folder).licence is None
+    linked(folder, "README.md", "/dev/zero")
+    assert open_checkpoint(folder).licence is None
+
+
+def test_a_licence_longer_than_any_is_none(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: " + "a" * 65 + "\n---\n")
+    assert open_checkpoint(folder).licence is None
+
+
+def test_rotary_frequencies_are_not_computed_before_their_number_fits(folder: Path) -> None:
+    """A width that nothing was held against yet would ask for gigabytes of them."""
+    edit_tensors(folder, lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(6)}))
+    width = 1 << 30
+    edit_json(
+        folder / "config.json",
+        lambda raw: raw.update(
+            hidden_size=4 * width, rope_scaling={"mrope_section": [width // 2, 0, 0]}, num_attention_heads=4
+        ),
+    )
+    with pytest.raises(CheckpointError, match="hidden_size is 4294967296, expected a whole number"):
+        open_checkpoint(folder)
+    edit_json(
+        folder / "config.json",
+        lambda raw: (
+            raw.update(hidden_size=width, rope_scaling={"mrope_section": [width // 2, 0, 0]}, num_attention_heads=1,
+                       num_key_value_heads=1),
+            raw["vision_config"].update(hidden_size=width),
+        ),
+    )  # fmt: skip
+    with limited_memory(), pytest.raises(CheckpointError, match="holds other rotary frequencies"):
+        open_checkpoint(folder)
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 
@@ -318,6 +381,44 @@ def scheme_of(dtype: torch.dtype) -> Edit:
     return tensors(lambda t: t.update({Q: t[Q].to(dtype)}))
 
 
+def edit_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 0
+
+
+def linked(folder: Path, name: str, target: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+
+
+def piped(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+
+ONE = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}  # a tensor that has no values
+ABSURD = {**ONE, "shape": [0, 2**62]}
+
+
+def edit_header(folder: Path, edit: Callable[[str], str]) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = edit(content[8 : 8 + size].decode()).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+
+def huge_header(folder: Path) -> None:
+    """Sparse: it takes no room on the disk."""
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write((1 << 34).to_bytes(8, "little"))
+        file.truncate(1 << 35)
+
+
 REFUSED: dict[str, tuple[Edit, str]] = {
     # files
     "no config": (remove("config.json"), "base has no config.json"),
@@ -328,6 +429,20 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "config with a huge number": (
         lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("160", "1" * 5000)),
         "config.json",
+    ),
+    "config with a key twice": (
+        lambda f: edit_text(f / "config.json", '{"arch', '{"vocab_size": 9, "arch'), "has the key 'vocab_size' twice"
+    ),
+    "config nested as no config is": (config(id2label=nested(101)), "config.json in base .* nested too deeply"),
+    "config without end": (write("config.json", b" " * (17 << 20)), "config.json in base: has more than the 16777216"),
+    "config a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "is a folder, and no f"),
+    "config a device": (lambda f: linked(f, "config.json", "/dev/zero"), "config.json in base: is a device"),
+    "weights a device": (lambda f: linked(f, WEIGHTS, "/dev/zero"), f"{WEIGHTS} is not .*: is a device"),
+    "weights a pipe": (lambda f: piped(f, WEIGHTS), f"{WEIGHTS} is not .*: is a device, a pipe"),
+    "tokenizer a pipe": (lambda f: piped(f, "tokenizer.json"), "tokenizer.json in base: is a device, a pipe"),
+    "tokenizer with an id of text": (
+        lambda f: edit_json(f / "tokenizer.json", lambda raw: raw["added_tokens"][0].update(id="150")),
+        "tokenizer.json in base is not a tokenizer",
     ),
     "no tokenizer": (remove("tokenizer.json"), "base has no tokenizer.json"),
     "tokenizer without a model": (write("tokenizer.json", "{}"), "tokenizer.json in base is not a tokenizer"),
@@ -370,6 +485,27 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "int8 weights": (scheme_of(torch.int8), f"{Q} in {WEIGHTS} is I8; weights must be F32"),
     "float8 weights": (scheme_of(torch.float8_e4m3fn), f"{Q} in {WEIGHTS} is F8_E4M3; weights must be F32"),
     "float64 weights": (scheme_of(torch.float64), f"{Q} in {WEIGHTS} is F64"),
+    # the header of the weights
+    "tensor twice": (
+        lambda f: edit_header(f, lambda text: text.replace('{"', '{"' + Q + '":' + json.dumps(ONE) + ',"', 1)),
+        f"{WEIGHTS} is not a readable safetensors file: it has the key '{Q[:60]}' twice",
+    ),
+    "tensor without a shape": (
+        lambda f: edit_header(f, lambda text: text.replace('"shape":', '"form":', 1)), f"{WEIGHTS} is not"
+    ),
+    "tensor of an absurd shape": (
+        lambda f: edit_header(f, lambda text: text.replace('{"', '{"x":' + json.dumps(ABSURD) + ',"', 1)),
+        f"{WEIGHTS} is not a readable safetensors file",
+    ),
+    "tensor outside the file": (
+        lambda f: edit_header(f, lambda text: text.replace('"data_offsets":[0', '"data_offsets":[-4')),
+        f"{WEIGHTS} is not a readable safetensors file",
+    ),
+    "tensor with a name without end": (
+        lambda f: edit_header(f, lambda text: text.replace('{"', '{"' + "a" * 600 + '":' + json.dumps(ONE) + ',"', 1)),
+        "a tensor whose name has 600 letters",
+    ),
+    "header of gigabytes": (huge_header, f"{WEIGHTS} is not .*: its header has 17179869184 bytes, of which 16777216"),
     # shards
     "shard missing": (lose_shard, f"shard model-00002-of-00002.safetensors of {INDEX} is missing"),
     "index cut short": (lambda f: (shard(f), truncate(INDEX, 0.5)(f)), f"{INDEX} in base is not readable JSON"),
@@ -388,7 +524,14 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "index with an absolute path": (
         index(lambda raw: raw["weight_map"].update({Q: "/etc/x.safetensors"})), f"{INDEX} sends {Q} to '/etc"
     ),
-    "index with a number": (index(lambda raw: raw["weight_map"].update({Q: 3})), f"{INDEX} sends {Q} to 3"),
+    "index with a number": (index(lambda raw: raw["weight_map"].update({Q: 3})), f"{INDEX} has no weight_map that"),
+    "index to a name without end": (
+        index(lambda raw: raw["weight_map"].update({Q: "m" * 300 + ".safetensors"})), f"{INDEX} sends {Q} to 'mmm"
+    ),
+    "index with a key twice": (
+        lambda f: (shard(f), edit_text(f / INDEX, '{"metadata"', '{"metadata": {}, "metadata"')),
+        f"{INDEX} in base is not readable JSON: it has the key 'metadata' twice",
+    ),
     "index to a pickle": (index(lambda raw: raw["weight_map"].update({Q: "m.bin"})), f"{INDEX} sends {Q} to 'm.bin'"),
     # config.json
     "another architecture": (config(model_type="qwen2_5_vl"), "model_type is 'qwen2_5_vl'.* has 'qwen2_vl'"),
@@ -408,7 +551,8 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "a huge vocabulary": (config(vocab_size=2**31 - 1), r"embed_tokens.weight .* config.json asks for \[2147483647"),
     "negative width": (config(intermediate_size=-56), "intermediate_size is -56"),
     "epsilon as text": (config(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6', expected a number"),
-    "epsilon infinite": (config(rms_norm_eps=float("inf")), "rms_norm_eps is inf"),
+    "epsilon infinite": (config(rms_norm_eps=float("inf")), "config.json .* it holds Infinity, which is no number"),
+    "epsilon beyond every number": (config(rms_norm_eps=1e200), "rms_norm_eps is 1e.200, expected a number"),
     "epsilon zero": (config(rms_norm_eps=0), "rms_norm_eps must be positive"),
     "stretched positions": (config(rope_scaling={"type": "yarn", "factor": 4}), "type is 'yarn'"),
     "sections of another width": (config(rope_scaling={"type": "mrope", "mrope_section": [1, 2, 2]}), "mrope_section"),
@@ -432,6 +576,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "another patch size": (images(patch_size=16), "preprocessing has patch_size 16, the vision encoder 14"),
     "mean of two": (images(image_mean=[0.5, 0.5]), "image_mean is .*, expected three numbers"),
     "no deviation": (images(rescale_factor=0), "rescale must be positive"),
+    "pixels divided by nothing": (images(image_std=[0.5, 0, 0.5]), r"image_std is \[0.5, 0, 0.5\], and pixels are"),
     "limits crossed": (images(min_pixels=602113), r"min_pixels \(602113\) must not exceed max_pixels"),
     "limit as text": (images(max_pixels="many"), "max_pixels is 'many'"),
     "size a number": (images(size=5), "preprocessor_config.json: size holds 5"),

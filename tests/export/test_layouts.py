@@ -1,6 +1,7 @@
 """Checkpoints as tools leave them: what is unambiguous is read as the published layout, what is wrong is said."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -302,7 +303,11 @@ def test_parts_without_the_special_tokens_are_refused(folder: Path) -> None:
 def test_a_part_that_is_missing_or_damaged_is_said(folder: Path, part: str) -> None:
     take_apart(folder, "added_tokens_decoder")
     (folder / part).write_text("{" if part == "vocab.json" else "a\nb c d\n")
-    with pytest.raises(CheckpointError, match=r"transformers cannot make one from vocab\.json and merges\.txt there"):
+    said = {
+        "vocab.json": "vocab.json in .* is not readable JSON",
+        "merges.txt": "transformers cannot make one from vocab",
+    }
+    with pytest.raises(CheckpointError, match=said[part]):
         open_checkpoint(folder)
     (folder / part).unlink()
     other = {"vocab.json": "merges.txt", "merges.txt": "vocab.json"}[part]
@@ -314,4 +319,30 @@ def test_a_tokenizer_of_another_class_is_named(folder: Path) -> None:
     take_apart(folder, "added_tokens_decoder")
     edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     with pytest.raises(CheckpointError, match="tokenizer_class is 'LlamaTokenizer'"):
+        open_checkpoint(folder)
+
+
+def test_the_parts_are_read_with_the_number_that_transformers_writes_for_no_limit(folder: Path) -> None:
+    take_apart(folder, "added_tokens_decoder")
+    edit_json(folder / "tokenizer_config.json", model_max_length=10**30, tokenizer_class="Qwen2Tokenizer")
+    assert "1000000000000000000000000000000" in (folder / "tokenizer_config.json").read_text()
+    open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("part", ["vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"])
+def test_nothing_but_files_that_were_looked_at_reaches_transformers(folder: Path, part: str) -> None:
+    take_apart(folder, "added_tokens_decoder")
+    (folder / part).unlink(missing_ok=True)
+    os.mkfifo(folder / part)
+    if part == "chat_template.jinja":  # which the tokenizer is made without
+        open_checkpoint(folder)
+    else:
+        with pytest.raises(CheckpointError, match=f"{part} in .* is a device, a pipe or a socket"):
+            open_checkpoint(folder)
+
+
+def test_a_class_that_is_no_name_is_refused(folder: Path) -> None:
+    take_apart(folder, "added_tokens_decoder")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class=["Qwen2Tokenizer"])
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: Expected `str \| null`, got `array`"):
         open_checkpoint(folder)

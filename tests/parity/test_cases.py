@@ -208,6 +208,26 @@ GROUP = '[[groups]]\nquery = "q"\ndocuments = ["d"]\n'
             'documents=["d"]',
             "JPEG cannot hold an image of mode RGBA",
         ),
+        (f'why = "x"\nkind = "mixed"\nheavy = {"9" * 5000}\n{GROUP}', "a number of thousands of digits"),
+        (f'why = "x"\nkind = {"[" * 50_000}', "nested too deeply"),
+        (".".join("a" * 100_000) + " = 1", "more than 100 dots"),
+        ("#" * ((1 << 20) + 1), "has more than the 1048576 bytes"),
+        (
+            'why="x"\nkind="mixed"\n[[groups]]\nquery={text="a", times=1000000000000}\ndocuments=["d"]',
+            "more than 4194304 l",
+        ),
+        (
+            'why="x"\nkind="mixed"\n[[groups]]\nquery={text="a", times=-1}\ndocuments=["d"]',
+            "times is -1, which makes le",
+        ),
+        (
+            'why="x"\nkind="mixed"\n[[groups]]\nquery={page=["a"], size=[99999, 99999]}\ndocuments=["d"]',
+            "16000000 are dra",
+        ),
+        (
+            'why="x"\nkind="mixed"\n[[groups]]\nquery={page=["a"], size=[9, 9], seed=-1}\ndocuments=["d"]',
+            "seed is a whole",
+        ),
     ],
 )
 def test_a_wrong_case_file_is_named_with_its_field(tmp_path: Path, text: str, message: str) -> None:
@@ -311,3 +331,12 @@ def test_case_files_hold_no_binaries() -> None:
         if path.is_file():
             assert path.suffix == ".toml"
             tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_file_of_pairs_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pairs.jsonl")
+    for path in (tmp_path / "pairs.jsonl", Path("/dev/zero")):
+        with pytest.raises(InputError, match=f"{path}: is a device, a pipe or a socket"):
+            pairs_file(path)
+    with pytest.raises(InputError, match="No such file"):
+        pairs_file(tmp_path / "none.jsonl")

@@ -5,6 +5,7 @@ What the figures of time and memory are is nobody's business here: machines diff
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -487,3 +488,10 @@ def test_what_cannot_work_is_said_before_anything_slow(base: Path, tiny_artifact
     with pytest.raises(ArtifactError, match=MANIFEST):
         invoke(base, tmp_path / "empty", "--pairs", pairs)
     assert "Missing argument" in invoke(code=2).output
+
+
+def test_a_judged_file_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "judged.jsonl")
+    for path in (tmp_path / "judged.jsonl", Path("/dev/zero")):
+        with pytest.raises(InputError, match=f"{path}: is a device, a pipe or a socket"):
+            evaluate.read_judged(path)

@@ -1,8 +1,14 @@
 """What was recorded comes back to the bit; what was changed since is noticed."""
 
+import copy
 import dataclasses
+import hashlib
+import io
 import json
+import os
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,22 +218,190 @@ def test_a_file_outside_the_folder_is_never_read(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "g" / "manifest.json").read_text())
     for name in ("../secret.npz", "/etc/hostname", "inputs/../../x"):
         manifest["cases"][0]["file"] = name
-        manifest["files"][name] = {"sha256": "0"}
+        manifest["files"][name] = {"bytes": 9, "sha256": "0"}
         edit(tmp_path / "g", **manifest)
         with pytest.raises(InputError, match="does not know"):
             Golden.open(tmp_path / "g").read("texts")
 
 
 def test_pickled_arrays_are_not_loaded(tmp_path: Path) -> None:
-    import hashlib
-
     recorded(tmp_path / "g")
     path = tmp_path / "g" / "texts.npz"
     np.savez(path, allow_pickle=True, **{"0.0.token_ids": np.array([{}], dtype=object)})
     files = json.loads((tmp_path / "g" / "manifest.json").read_text())["files"]
-    files["texts.npz"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    files["texts.npz"] = {"bytes": len(path.read_bytes()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     edit(tmp_path / "g", files=files)
     with pytest.raises(InputError, match="damaged"):
+        Golden.open(tmp_path / "g").read("texts")
+
+
+def npz(folder: Path, members: dict[str, bytes] | bytes, **options: Any) -> None:
+    """Put another archive in the place of the arrays of "texts", with a manifest that fits."""
+    data = members
+    if isinstance(members, dict):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", **{"compression": zipfile.ZIP_DEFLATED, **options}) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        data = stream.getvalue()
+    assert isinstance(data, bytes)
+    (folder / "texts.npz").write_bytes(data)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files["texts.npz"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit(folder, files=files)
+
+
+def npy(array: Any, **header: Any) -> bytes:
+    stream = io.BytesIO()
+    described = {**np.lib.format.header_data_from_array_1_0(array), **header}
+    np.lib.format.write_array_header_1_0(stream, described)
+    return stream.getvalue() + array.tobytes()
+
+
+NINE = np.arange(9)
+ONE = npy(NINE)
+
+
+def overlapping() -> bytes:
+    """Two entries of the directory that lead to the same bytes."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("0.0.token_ids.npy", ONE)
+        other = copy.copy(archive.filelist[0])
+        other.filename = "0.0.hidden.npy"
+        archive.filelist.append(other)
+    return stream.getvalue()
+
+
+def lying() -> bytes:
+    """A gigabyte that its entry calls nine numbers."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.0.token_ids.npy", b"\0" * (1 << 26))
+        archive.filelist[0].file_size = len(ONE)
+    return stream.getvalue()
+
+
+ARCHIVES: dict[str, tuple[Any, str]] = {
+    "no archive": (b"PK\x03\x04", "BadZipFile"),
+    "gigabytes": ({"0.0.token_ids.npy": b"\0" * (385 << 20)}, "it would unpack to 403701760 bytes, of which 3 pairs"),
+    "more than it says": (lying(), "BadZipFile|not in numpy's format"),
+    "members in one place": (overlapping(), "BadZipFile"),
+    "a name outside": ({"../0.0.token_ids.npy": ONE}, r"an array is called '\.\./0\.0"),
+    "a stage that is none": ({"0.0.secret.npy": ONE}, "an array is called '0.0.secret.npy'"),
+    "a pair that is none": ("more", "an array called 7.0.hidden is of no pair"),
+    "a stage less": ({"0.0.token_ids.npy": ONE}, "it lacks '0.0.positions'"),
+    "packed by LZMA": (({"0.0.token_ids.npy": ONE}, {"compression": zipfile.ZIP_LZMA}), "otherwise than by deflate"),
+    "a shape of 10¹²": (
+        {"0.0.token_ids.npy": npy(NINE, shape=(10**12,))},
+        r"of shape \(1000000000000,\) is not as long",
+    ),
+    "a negative shape": ({"0.0.token_ids.npy": npy(NINE, shape=(-3, -3))}, r"of shape \(-3, -3\) is not as long"),
+    "texts": ({"0.0.token_ids.npy": npy(np.array(["a"]))}, "holds <U1, which is neither"),
+    "fields": ({"0.0.token_ids.npy": npy(np.zeros(1, [("a", "i4")]))}, "neither float nor whole number"),
+    "objects": ({"0.0.token_ids.npy": npy(np.zeros(9), descr="|O")}, "holds object, which is neither"),
+    "a header without end": (
+        {"0.0.token_ids.npy": b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535},
+        "an array is not in numpy's format",
+    ),
+    "a newer version": ({"0.0.token_ids.npy": ONE.replace(b"\x01\x00", b"\x03\x00", 1)}, "another version"),
+    "no numbers": ({"0.0.hidden.npy": npy(np.array([1.0, np.nan]))}, "a value that is not finite"),
+    "nothing": ({"0.0.hidden.npy": b""}, "an array is not in numpy's format"),
+}
+
+
+@pytest.mark.parametrize("what", ARCHIVES)
+def test_arrays_that_are_not_what_was_recorded_are_refused_by_name(tmp_path: Path, what: str) -> None:
+    recorded(tmp_path / "g")
+    members, message = ARCHIVES[what]
+    options: dict[str, Any] = {}
+    if members == "more":
+        with zipfile.ZipFile(tmp_path / "g" / "texts.npz") as archive:
+            members = {name: archive.read(name) for name in archive.namelist()} | {"7.0.hidden.npy": ONE}
+    if isinstance(members, tuple):
+        members, options = members
+    npz(tmp_path / "g", members, **options)
+    with pytest.raises(InputError, match=f"case 'texts' is damaged .*(?:{message})"):
+        Golden.open(tmp_path / "g").read("texts")
+
+
+def test_a_file_that_is_larger_than_the_manifest_says_is_not_read(tmp_path: Path) -> None:
+    golden = recorded(tmp_path / "g")
+    with open(tmp_path / "g" / "texts.npz", "r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(InputError, match=r"texts\.npz: missing or unreadable \(has more than the \d+ bytes"):
+        golden.read("texts")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    golden = recorded(tmp_path / "g")
+    (tmp_path / "g" / "texts.npz").unlink()
+    os.mkfifo(tmp_path / "g" / "texts.npz")
+    with pytest.raises(InputError, match=r"texts\.npz: missing or unreadable \(is a device, a pipe"):
+        golden.read("texts")
+    (tmp_path / "g" / "manifest.json").unlink()
+    (tmp_path / "g" / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"manifest\.json: is a device, a pipe"):
+        Golden.open(tmp_path / "g")
+    with pytest.raises(OutputError, match="choose another place"):
+        recorded(tmp_path / "g")
+
+
+def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(manifest: dict[str, Any]) -> None:
+        place: Any = manifest
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return apply
+
+
+FIRST = ("cases", 0, "groups", 0, "documents", 0)
+MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "a logit that is none": (put(*FIRST, "logit", value="nan"), "damaged .nan is no score"),
+    "a score without end": (put(*FIRST, "score", value="0x1p+99999"), "is damaged"),
+    "a score as a number": (put(*FIRST, "score", value=0.5), r"Expected `str`, got `float`"),
+    "no documents": (put("cases", 0, "groups", 0, "documents", value=[]), "Expected `array` of length >= 1"),
+    "no groups": (put("cases", 0, "groups", value={}), "Expected `array`, got `object`"),
+    "an input of another form": (put(*FIRST, "input", "form", value="eps"), "Invalid enum value 'eps'"),
+    "layers as a number": (put("layers", value=1), r"Expected `bool`, got `int` - at `\$\.layers`"),
+    "bytes in fractions": (put("files", "texts.npz", "bytes", value=1.5), "Expected `int`, got `float`"),
+    "fewer than no bytes": (put("files", "texts.npz", "bytes", value=-1), "Expected `int` >= 0"),
+    "a command that is none": (put("command", value=["rm"]), r"Expected `str`, got `array` - at `\$\.command`"),
+    "two cases of one name": (put("cases", 1, "name", value="texts"), "two of its cases have one name"),
+    "a number without end": (put("layers", value=10**400), "a whole number of more than 64 bits"),
+    "no number": (put("provenance", value={"seed": float("nan")}), "it holds NaN"),
+}
+
+
+@pytest.mark.parametrize("what", MANIFESTS)
+def test_a_manifest_of_another_form_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    recorded(tmp_path / "g")
+    change, message = MANIFESTS[what]
+    manifest = json.loads((tmp_path / "g" / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "g" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=message):
+        Golden.open(tmp_path / "g").read("texts")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    recorded(tmp_path / "g")
+    path = tmp_path / "g" / "manifest.json"
+    path.write_text(path.read_text().replace('"layers": false', '"layers": true, "layers": false'))
+    with pytest.raises(InputError, match=r"not a readable JSON file \(it has the key 'layers' twice"):
+        Golden.open(tmp_path / "g")
+
+
+def test_a_text_that_is_none_is_damage(tmp_path: Path) -> None:
+    recorded(tmp_path / "g")
+    manifest = json.loads((tmp_path / "g" / "manifest.json").read_text())
+    name = manifest["cases"][0]["groups"][0]["query"]["file"]
+    (tmp_path / "g" / name).write_bytes(b"\xff")
+    manifest["files"][name] = {"bytes": 1, "sha256": hashlib.sha256(b"\xff").hexdigest()}
+    edit(tmp_path / "g", **manifest)
+    with pytest.raises(InputError, match="case 'texts' is damaged"):
         Golden.open(tmp_path / "g").read("texts")
 
 
@@ -289,3 +463,11 @@ def test_a_golden_folder_may_be_moved(tmp_path: Path) -> None:
 def test_an_unknown_case_lists_the_recorded_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it holds texts, pages"):
         recorded(tmp_path / "g").read("nope")
+
+
+def test_names_of_files_need_not_be_ascii_nor_unicode(tmp_path: Path) -> None:
+    case = dataclasses.replace(CASES[0], name="prüfung")
+    command = f"m0kit parity record {os.fsdecode(b'caf' + bytes([0xE9]))} -o golden"
+    golden = recorded(tmp_path / "g", cases=(case,), command=command)
+    assert golden.command == "m0kit parity record caf? -o golden"
+    assert len(golden.read("prüfung").pairs) == 3

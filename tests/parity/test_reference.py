@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -18,7 +19,10 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.errors import AdapterError, CheckpointError
+from m0kit_export import patterns
+from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
+from m0kit_export.merge import AdapterStack
 from m0kit_parity.adapters import write_adapter
 from m0kit_parity.cases import draw_page, encode
 from m0kit_parity.checkpoints import ConfigForm, write_checkpoint
@@ -167,6 +171,57 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny: Path, tmp_path: P
     (tmp_path / "c" / "config.json").write_text(json.dumps({**raw, "model_type": "llama"}))
     with pytest.raises(CheckpointError, match="llama"):
         Reference.load(tmp_path / "c")
+
+
+def configured(source: Path, folder: Path, vision: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> Path:
+    """A copy of a checkpoint with other fields in its config.json."""
+    shutil.copytree(source, folder)
+    raw = json.loads((source / "config.json").read_text())
+    raw["vision_config"].update(vision)
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    return folder
+
+
+def test_what_a_config_says_of_how_to_run_the_model_is_not_followed(
+    tiny: Path, tiny_reference: Reference, tmp_path: Path
+) -> None:
+    """transformers would fetch kernels from the hub by some of these fields, and look up others in torch."""
+    how = {"attn_implementation": "a/kernel", "_attn_implementation": "a/kernel", "experts_implementation": "a/kernel"}
+    how |= {"dtype": "save", "torch_dtype": "load"}
+    folder = configured(tiny, tmp_path / "c", vision=how, **how, id2label=["a"])
+    np.testing.assert_array_equal(Reference.load(folder).score(PAIRS), tiny_reference.score(PAIRS))
+
+
+@pytest.mark.parametrize(
+    "change", [{"initializer_range": "a"}, {"bos_token_id": [1]}, {"layer_types": ["full_attention"]}]
+)
+def test_a_field_that_transformers_refuses_is_one_sentence(change: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"transformers makes no model of config\.json in c \("):
+        Reference.load(configured(tiny, tmp_path / "c", **change))
+
+
+def test_a_pattern_is_tried_on_the_names_that_the_reference_has(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one takes its time on modules alone that no tensor belongs to, which the export does not have."""
+    monkeypatch.setattr(patterns, "DEADLINE_S", 2.0)
+    write_adapter(tmp_path / "a", tiny, "plain")
+    config = tmp_path / "a" / "adapter_config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, "exclude_modules": r"(?=.*act_fn)(\w+\.?)+!"}))
+    AdapterStack.open([AdapterSpec(tmp_path / "a")], open_checkpoint(tiny))
+    with pytest.raises(AdapterError, match=r"exclude_modules holds .*: it backtracks"):
+        Reference.load(tiny, adapters=[(tmp_path / "a", 1.0)])
+
+
+def test_an_adapter_that_asks_for_a_module_by_name_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """PEFT would import what megatron_core says."""
+    write_adapter(tmp_path / "a", tiny, "plain")
+    config = tmp_path / "a" / "adapter_config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, "megatron_config": {"a": 1}, "megatron_core": "antigravity"}))
+    with pytest.raises(AdapterError, match="uses megatron_config="):
+        Reference.load(tiny, adapters=[(tmp_path / "a", 1.0)])
 
 
 @pytest.mark.parametrize("change", ["renamed", "lost"])
