@@ -32,7 +32,8 @@ from m0kit import Reranker, jobs, lines
 from m0kit.artifact import read_manifest, write_manifest
 from m0kit.errors import DependencyError, InputError, M0kitError, OutputError
 from m0kit.index import add, open_index
-from m0kit.jobs import Scored, Summary, Work, local_engine, score_file
+from m0kit.jobs import Summary, Work, local_engine, score_file
+from m0kit.journal import Scored
 
 pa, pq = optional("pyarrow"), optional("pyarrow.parquet")
 
@@ -761,21 +762,21 @@ def test_a_disk_that_is_full_at_the_end_costs_no_score(
 # rows are then kept, and after commit number `hold` waits for a line, or for whatever ends it.
 COMMAND = """
 import os, sys
-from m0kit import jobs
+from m0kit import jobs, journal
 from m0kit.cli import main
 
-jobs._COMMIT_S, jobs._PROGRESS_S, jobs._WINDOW_ROWS = 1e9, 1e9, 100
-hold, count, commit = int(sys.argv.pop(1)), 0, jobs._Journal.commit
+journal._COMMIT_S, jobs._PROGRESS_S, jobs._WINDOW_ROWS = 1e9, 1e9, 100
+hold, count, commit = int(sys.argv.pop(1)), 0, journal.Journal.commit
 
-def committed(journal):
+def committed(one):
     global count
-    commit(journal)
+    commit(one)
     count += 1
-    os.write(1, b"%d\\n" % journal.count())
+    os.write(1, b"%d\\n" % one.count())
     if count == hold:
         sys.stdin.readline()
 
-jobs._Journal.commit = committed
+journal.Journal.commit = committed
 sys.argv[0] = "m0kit"
 main()
 """
@@ -835,10 +836,11 @@ def check(output: Path, wanted: Rows) -> None:
 EACH_OPERATION = """
 import os, signal, sys
 from pathlib import Path
-from m0kit import jobs
-from m0kit.jobs import Scored, score_file
+from m0kit import jobs, journal
+from m0kit.jobs import score_file
+from m0kit.journal import Scored
 
-jobs._COMMIT_S = 0
+journal._COMMIT_S = 0
 artifact, source, output = map(Path, sys.argv[1:])
 count, limit = 0, None
 
