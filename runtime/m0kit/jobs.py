@@ -15,28 +15,41 @@ a score by rounding.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 import m0kit
 from m0kit.artifact import read_manifest
-from m0kit.errors import InputError, OutputError
-from m0kit.files import destination, sync, sync_path
+from m0kit.errors import (
+    ArtifactError,
+    DependencyError,
+    DeviceError,
+    InputError,
+    M0kitError,
+    OutputError,
+    StoreError,
+)
+from m0kit.files import destination, named_errors, sync, sync_path
 from m0kit.hub import resolve
 from m0kit.inputs import unplaced
-from m0kit.journal import FORMAT, Journal, Scored, file_stamp
+from m0kit.journal import FORMAT, Journal, Ranges, Scored, file_stamp
 from m0kit.lines import JSON_NAMES
 from m0kit.reranker import Reranker
 from m0kit.rows import PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
@@ -49,7 +62,13 @@ _WINDOW_BYTES = 256 << 20
 # A window holds its images decoded: RGB at the published limit, 768 visual tokens of 28×28 pixels.
 _IMAGE_BYTES = 768 * 28 * 28 * 3
 _WRITE_ROWS = 1 << 16
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _PROGRESS_S = 30.0
+_GRACE_S = 0.5  # who ends the whole job ends its processes within such a time
+_ENDED = (
+    "the process was ended while this row was scored (twice). See to its text or image, or score it on a machine "
+    "with more memory."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +91,27 @@ class Work:
 
     source: Path
     done: Sequence[tuple[int, int]]  # half-open ranges of row numbers, ascending
+    size: int | None = None  # rows of a window, at most
+    watch: Callable[[list[Row]], object] | None = None  # told of a window before it is given; stays in this process
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Work, (self.source, self.done, self.size)
 
     def __iter__(self) -> Iterator[list[Row]]:
+        for window in self._windows():
+            if self.watch is not None:
+                self.watch(window)
+            yield window
+
+    def _windows(self) -> Iterator[list[Row]]:
+        most = min(_WINDOW_ROWS, self.size or _WINDOW_ROWS)
         window: list[Row] = []
         contents: dict[_Key, Any] = {}  # equal ones are kept once
         num_bytes = 0
         for row in self._rows():
             keys = {name: _key(value) for name, value in row.pair.items()}
             cost = sum(_cost(key) for key in set(keys.values()) if key not in contents)
-            if window and (len(window) == _WINDOW_ROWS or num_bytes + cost > _WINDOW_BYTES):
+            if window and (len(window) == most or num_bytes + cost > _WINDOW_BYTES):
                 yield _by_document(window)
                 window, contents, num_bytes = [], {}, 0
                 cost = sum(_cost(key) for key in set(keys.values()))
@@ -101,9 +132,13 @@ class Work:
                 start, end = next(done)
             if row.number < start:
                 yield row
+            elif end == sys.maxsize:
+                return
 
 
-# (artifact, options of Reranker.load, work) → results in any order; None is a good moment to commit.
+# (artifact, options of Reranker.load, work) → results in any order; None is a good moment to commit. Where a process
+# died, the engine is also run in a forked child, unless it has an attribute `elsewhere`, which says that it scores in
+# other processes, whose end is its own business.
 Engine = Callable[[Path, Mapping[str, Any], Work], Generator[Scored | None, None, None]]
 
 
@@ -123,16 +158,58 @@ def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
             readable.append(row)
         else:
             yield Scored(row.number, row.id, None, None, None, _plain(row.error))
+    yield from _isolated(reranker, readable)
+
+
+def _isolated(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
+    """The results of rows that could be read; what a library raises on one of them is that row's error."""
     stamp = functools.cache(file_stamp)
-    files = [{str(path): stamp(path) for path in _image_files(row)} for row in readable]  # before they are read
-    for position, result in reranker.stream([row.pair for row in readable]):
-        row, named = readable[position], json.dumps(files[position]) if files[position] else None
-        if result.error is None:
-            cut = ",".join(result.truncated) or None
-            yield Scored(row.number, row.id, result.score, result.logit, cut, None, named)
-        else:
-            message = f"{row.place}: {unplaced(result.error)[1]}"
-            yield Scored(row.number, row.id, None, None, None, _plain(message), named)
+    files = [{str(path): stamp(path) for path in _image_files(row)} for row in rows]  # before they are read
+    named = [json.dumps(stamps) if stamps else None for stamps in files]
+    left = dict.fromkeys(range(len(rows)))
+    try:
+        for position, result in reranker.stream([row.pair for row in rows]):
+            row = rows[position]
+            del left[position]
+            if result.error is None:
+                cut = ",".join(result.truncated) or None
+                yield Scored(row.number, row.id, result.score, result.logit, cut, None, named[position])
+            else:
+                message = f"{row.place}: {unplaced(result.error)[1]}"
+                yield Scored(row.number, row.id, None, None, None, _plain(message), named[position])
+    except BaseException as error:  # an input is data, and nothing that it makes a library do may stop a job
+        if not left or not _may_be_of_a_row(error):
+            raise
+        failed = error.with_traceback(None)  # which holds what filled the memory
+    if not left:
+        return
+    try:
+        reranker.score([("a", "a")])
+    except Exception:
+        raise failed from None  # it was no row: nothing can be scored
+    if len(left) > 1:
+        rest = [rows[position] for position in left]
+        for part in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            yield from _isolated(reranker, part)
+    else:
+        (position,) = left
+        row, why = rows[position], _reason(failed)
+        yield Scored(row.number, row.id, None, None, None, _plain(f"{row.place}: {why}"), named[position])
+
+
+def _may_be_of_a_row(error: BaseException) -> bool:
+    """Not what is wrong with the artifact, the index or the machine, and not an interruption."""
+    if isinstance(error, ArtifactError | StoreError | OutputError | DeviceError | DependencyError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of Rust, a BaseException
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, M0kitError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it. Shorten the text, or shrink the image."
+    return f"it cannot be scored ({type(error).__name__})."
 
 
 def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
@@ -197,16 +274,12 @@ def score_file(
     facts = {"the journal's format": FORMAT, **identity(source), **needed}
     with Journal(output, facts, overwrite) as journal:
         total = count(source)
-        if strict:
-            journal.forget_errors()  # they are tried again
-        journal.forget_changed_files()
-        done = journal.ranges()
+        done = journal.resume(strict=strict)
+        _tell(journal)
         resumed = sum(end - start for start, end in done)
         if resumed < total:
-            work = Work(source.absolute(), done)
-            results = engine(artifact.absolute(), load, work)
-            with contextlib.closing(results), _Progress(total, resumed, progress) as told:
-                for result in results:
+            with _Progress(total, resumed, progress) as told:
+                for result in _scored(engine, artifact.absolute(), load, source.absolute(), journal, done):
                     if result is None:
                         journal.commit()
                         continue
@@ -222,6 +295,145 @@ def score_file(
         if (missing := total - journal.count()) != 0:
             raise OutputError(f"{output}: {missing} of {total} rows have no result. Run the same command again.")
         return _finish(journal, source, output, resumed)
+
+
+# --- rows that end a process -------------------------------------------------------------------------
+
+
+def _tell(journal: Journal) -> None:
+    if journal.num_foreign:
+        warnings.warn(
+            f"{journal.path}: {journal.num_foreign} of its rows were written or changed by another hand than this "
+            "job's, and are scored again.",
+            stacklevel=3,
+        )
+    if not journal.is_lasting:
+        warnings.warn(
+            f"{journal.path}: there is no folder to keep the key in by which scores are known again: if this job is "
+            "stopped, it can only begin anew. Set HOME or XDG_CACHE_HOME to a folder that may be written.",
+            stacklevel=3,
+        )
+
+
+def _scored(
+    engine: Engine, artifact: Path, load: Mapping[str, Any], source: Path, journal: Journal, done: Ranges
+) -> Iterator[Scored | None]:
+    """The results of the rows that are left; first of those that earlier processes had in hand when they died."""
+    can_fork = hasattr(os, "fork")
+    left, is_whole = journal.suspects(), False
+    while left[1] and not getattr(engine, "elsewhere", False):
+        if condemned := journal.condemned():
+            for (row,) in Work(source, _others(condemned), 1):
+                yield Scored(row.number, row.id, None, None, None, _plain(f"{row.place}: {_ENDED}"))
+        else:
+            size, rows = left
+            work = Work(source, _others(rows), size)
+            is_whole = yield from (_forked if can_fork else _here)(engine, artifact, load, work, journal, True)
+        before, left = left, journal.suspects()
+        done = journal.done()
+        if is_whole and left == before:  # the engine leaves them out
+            break
+    yield from _here(engine, artifact, load, Work(source, done), journal, False)
+
+
+def _here(
+    engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, journal: Journal, apart: bool
+) -> Generator[Scored | None, None, bool]:
+    watched = replace(work, watch=lambda window: journal.begin([row.number for row in window], apart=apart))
+    with contextlib.closing(engine(artifact, load, watched)) as results:
+        yield from results
+    return True
+
+
+def _forked(
+    engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, journal: Journal, apart: bool
+) -> Generator[Scored | None, None, bool]:
+    """What the engine makes of the work in a child of this process; returns whether that came to the end of it.
+
+    That tells a row that ends its process from somebody who ends the job: then this process is gone as well.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, on which the child does not depend
+        child = os.fork()
+    if child == 0:
+        receiver.close()
+        _be_child(engine, artifact, load, work, sender)
+    sender.close()
+    signal_number, is_whole = 0, False
+    try:
+        with contextlib.suppress(EOFError):
+            while not is_whole:
+                kind, said = receiver.recv()
+                if kind == "window":
+                    journal.begin(said, apart=apart)
+                elif kind == "error":
+                    raise said
+                elif kind == "result":
+                    yield said
+                else:
+                    is_whole = True
+    finally:
+        receiver.close()
+        signal_number = _end_of(child, is_whole)
+    if is_whole:
+        return True
+    time.sleep(_GRACE_S)
+    in_hand = journal.in_hand()
+    if not in_hand or signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        raise M0kitError(
+            f"the process in which rows are tried apart was ended (signal {signal_number}) before it came to one. "
+            "See whether there is memory enough, then run the same command again."
+        )
+    journal.died(in_hand, apart=apart)
+    return False
+
+
+def _be_child(engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, sender: Any) -> NoReturn:
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to answer
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: not to outlive it
+        watched = replace(work, watch=lambda window: sender.send(("window", [row.number for row in window])))
+        for result in engine(artifact, load, watched):
+            sender.send(("result", result))
+        sender.send(("end", None))
+    except BaseException as error:
+        with contextlib.suppress(BaseException):
+            sender.send(("error", _portable(error)))
+    finally:
+        os._exit(0)
+
+
+def _portable(error: BaseException) -> BaseException:
+    try:
+        same: BaseException = pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its parts raise
+        return M0kitError(f"{type(error).__name__}: {error}")
+    return same
+
+
+def _end_of(child: int, is_whole: bool) -> int:
+    """The signal that ended it, or 0; one that has more to say than anybody reads is ended here."""
+    try:
+        ended, status = os.waitpid(child, 0 if is_whole else os.WNOHANG)
+        if not ended:
+            time.sleep(_GRACE_S)  # whoever closed its pipe is about to end
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return 0
+    except (ChildProcessError, ProcessLookupError):  # somebody else has waited for it
+        return 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def _others(ranges: Ranges) -> Ranges:
+    """All numbers that are not in these."""
+    bounds = [0, *(bound for pair in ranges for bound in pair), sys.maxsize]
+    return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
 
 
 # --- windows -----------------------------------------------------------------------------------------
@@ -300,7 +512,8 @@ def _finish(journal: Journal, source: Path, output: Path, resumed: int) -> Summa
                 line = {"row": result.number, "id": json.loads(result.id or "null"), "error": result.error}
                 file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
     else:
-        listed.unlink(missing_ok=True)
+        with named_errors(listed):
+            listed.unlink(missing_ok=True)
     has_id = journal.count("id IS NOT NULL") > 0
     with _written_aside(output, journal) as file:
         if is_parquet(output):
@@ -323,7 +536,8 @@ def _written_aside(path: Path, journal: Journal | None = None) -> Iterator[Any]:
     """A new file that takes the name when the block ends well, and vanishes when not."""
     aside = path.with_name(f".{path.name}.unfinished")
     try:
-        with aside.open("wb") as file:
+        aside.unlink(missing_ok=True)  # a link that lies there is not followed
+        with open(os.open(aside, _NEW_FILE, 0o666), "wb") as file:
             yield file
             file.flush()
             sync(file.fileno())
