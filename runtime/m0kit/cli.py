@@ -14,17 +14,29 @@ import sys
 from dataclasses import asdict, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import click
 
 from m0kit.answers import summary
 from m0kit.artifact import MANIFEST, MANIFEST_BYTES, read_manifest, verify_files
-from m0kit.cli_options import ARTIFACT, DEVICE, DOCUMENTS, JSON, MEMORY, PIXELS, SIZE, THREADS, exit_code, tell
+from m0kit.cli_options import (
+    ARTIFACT,
+    DEVICE,
+    DOCUMENTS,
+    JSON,
+    MEMORY,
+    PIXELS,
+    SIZE,
+    THREADS,
+    exit_code,
+    require_pixels,
+    tell,
+)
 from m0kit.cli_options import load as load_reranker
 from m0kit.doctor import answers_here, doctor
 from m0kit.documents import STDIN, find, read
-from m0kit.errors import InputError, M0kitError
+from m0kit.errors import InputError
 from m0kit.files import read_regular
 from m0kit.formats import read as read_file
 from m0kit.index import index, read_ids
@@ -168,7 +180,7 @@ def rerank(
 
 @cli.command()
 @ARTIFACT
-@click.argument("pairs", type=click.File("rb"), default="-")
+@click.argument("pairs", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default=STDIN)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the scores to a file: .jsonl or .parquet.")
 @click.option("--overwrite", is_flag=True, help="With -o: replace the file, and what another job left half done.")
 @click.option(
@@ -178,7 +190,7 @@ def rerank(
     show_default=True,
     help="With -o: score in this process, or on the cluster at RAY_ADDRESS, or one started here.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Actors of --engine ray; 1 by default.")
+@click.option("--workers", type=click.IntRange(1, 10_000), help="Actors of --engine ray; 1 by default.")
 @_INDEX
 @click.option("--cache", "cache_bytes", type=SIZE, default=0, help="Memory to keep documents in that come again: 2G.")
 @_RAW
@@ -191,7 +203,7 @@ def rerank(
 def score(
     ctx: click.Context,
     artifact: Path,
-    pairs: Any,
+    pairs: str,
     output: Path | None,
     overwrite: bool,
     engine: Literal["local", "ray"],
@@ -225,11 +237,12 @@ def score(
         ctx.exit(_score_file(artifact, pairs, output, load, engine, workers or 1, overwrite, strict))
     if overwrite or engine != "local" or workers is not None:
         raise click.UsageError("--overwrite, --engine and --workers need -o.")
-    is_file = pairs.name not in ("-", "<stdin>")
-    if is_file and is_parquet(Path(pairs.name)):
+    is_file = pairs != STDIN
+    if is_file and is_parquet(Path(pairs)):
         raise click.UsageError("Parquet needs -o.")
-    folder, place = (Path(pairs.name).parent, f"{pairs.name}: ") if is_file else (Path(), "")
-    rows = list(read_lines(pairs, folder, pairs.name))
+    folder, place = (Path(pairs).parent, f"{pairs}: ") if is_file else (Path(), "")
+    with click.open_file(pairs, "rb") as file:  # which may be a pipe
+        rows = list(read_lines(cast(BinaryIO, file), folder, pairs if is_file else "<stdin>"))
     values = [InputError(f"{place}{row.error}") if row.error else row.pair for row in rows]
     reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder, cache_bytes=cache_bytes)
     results = _evaluate(reranker, values, [plain(f"{place}{row.place}") for row in rows], strict)
@@ -242,7 +255,7 @@ def score(
 
 def _score_file(
     artifact: Path,
-    pairs: Any,
+    pairs: str,
     output: Path,
     load: dict[str, Any],
     engine: Literal["local", "ray"],
@@ -254,8 +267,9 @@ def _score_file(
     from m0kit.jobs import local_engine, score_file
     from m0kit.ray_engine import ray_engine
 
-    if pairs.name in ("-", "<stdin>"):
+    if pairs == STDIN:
         raise click.UsageError("-o needs a file of PAIRS: stdin could not be read again after an interruption.")
+    require_pixels(artifact, load["max_pixels"])
 
     def stop(*_: object) -> None:
         raise SystemExit(143)
@@ -264,12 +278,8 @@ def _score_file(
     try:
         chosen = ray_engine(workers) if engine == "ray" else local_engine
         done = score_file(
-            artifact, pairs.name, output, load=load, engine=chosen, overwrite=overwrite, strict=strict, progress=True
+            artifact, pairs, output, load=load, engine=chosen, overwrite=overwrite, strict=strict, progress=True
         )
-    except M0kitError:
-        raise
-    except ValueError as error:  # a limit that this model cannot have
-        raise click.UsageError(f"--max-pixels: {error}.") from None
     except (KeyboardInterrupt, SystemExit):
         say(f"{output}: not finished; the same command goes on with it")
         raise

@@ -4,12 +4,14 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from m0kit.errors import M0kitError, OutputError
+from m0kit.artifact import read_manifest
+from m0kit.errors import OutputError
 from m0kit.hub import resolve
 from m0kit.reranker import Reranker
 from m0kit.terminal import say
@@ -56,7 +58,8 @@ DEVICE = click.option(
     show_default=True,
     help="cpu, cuda, cuda:1, or the name of an execution provider.",
 )
-THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores by default.")
+# More than the largest machines have cores; an engine would be busy with its threads alone.
+THREADS = click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores by default.")
 MEMORY = click.option(
     "--memory",
     type=click.Choice(["fast", "low"]),
@@ -79,6 +82,9 @@ else:
     _IntType = click.ParamType  # up to click 8.3 it says nothing of what comes out
 
 
+_SIZE_DIGITS = 20  # of more bytes than there are
+
+
 class _Size(_IntType):
     """Bytes, with K, M, G or T for powers of 1024."""
 
@@ -88,7 +94,7 @@ class _Size(_IntType):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
-        if match is None:
+        if match is None or len(match[1]) > _SIZE_DIGITS:
             self.fail(f"{value!r} is not a size; write bytes, or 500M, 20G.", param, ctx)
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
@@ -105,10 +111,17 @@ def load(
     **options: Any,
 ) -> Reranker:
     """`Reranker.load` with the options of a command. Raises click.UsageError for limits the model cannot have."""
+    require_pixels(artifact, max_pixels)
+    return Reranker.load(artifact, device=device, threads=threads, memory=memory, max_pixels=max_pixels, **options)
+
+
+def require_pixels(artifact: Path, max_pixels: int | None) -> None:
+    """Raises click.UsageError for a limit that the model cannot have."""
+    if max_pixels is None:
+        return
+    image = read_manifest(artifact).model.image
     try:
-        return Reranker.load(artifact, device=device, threads=threads, memory=memory, max_pixels=max_pixels, **options)
-    except M0kitError:
-        raise
+        replace(image, max_pixels=max_pixels)
     except ValueError as error:
         raise click.UsageError(f"--max-pixels: {error}.") from None
 

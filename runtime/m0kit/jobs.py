@@ -2,10 +2,10 @@
 
     score_file("m0-int8", "candidates.jsonl", "scores.parquet", load={"threads": 4})
 
-Owns the windows that bound memory, the journal and the finished file; what a row is belongs to `m0kit.rows`, how rows
-become scores is an engine's: `local_engine` here, `m0kit.ray_engine` on a cluster. Results are committed about once
-a second to the journal, an SQLite file beside the output (`.scores.parquet.partial`). It knows what it belongs to
-and skips what is done, so that the same command, after a kill or a crash, goes on where it was. The output is written
+Owns the windows that bound memory and the finished file; what a row is belongs to `m0kit.rows`, what is done so far to
+`m0kit.journal`, how rows become scores is an engine's: `local_engine` here, `m0kit.ray_engine` on a cluster. Results
+are committed about once a second to the journal beside the output (`.scores.parquet.partial`), so that the same
+command, after a kill or a crash, goes on where it was. The output is written
 aside and renamed once every row has its result; rows that cannot be scored are also listed in
 `scores.parquet.errors.jsonl`. Parquet needs the extra m0kit[parquet].
 
@@ -15,29 +15,41 @@ a score by rounding.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
+import multiprocessing
 import os
-import sqlite3
+import pickle
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 import m0kit
 from m0kit.artifact import read_manifest
-from m0kit.errors import InputError, OutputError
-from m0kit.files import destination, sync, sync_path
+from m0kit.errors import (
+    ArtifactError,
+    DependencyError,
+    DeviceError,
+    InputError,
+    M0kitError,
+    OutputError,
+    StoreError,
+)
+from m0kit.files import destination, named_errors, sync, sync_path
 from m0kit.hub import resolve
 from m0kit.inputs import unplaced
+from m0kit.journal import FORMAT, Journal, Ranges, Scored, file_stamp
 from m0kit.lines import JSON_NAMES
 from m0kit.reranker import Reranker
 from m0kit.rows import PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
@@ -51,26 +63,13 @@ _WINDOW_BYTES = 256 << 20
 # A window holds its images decoded: RGB at the published limit, 768 visual tokens of 28×28 pixels.
 _IMAGE_BYTES = 768 * 28 * 28 * 3
 _WRITE_ROWS = 1 << 16
-_COMMIT_S = 1.0
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _PROGRESS_S = 30.0
-_FORMAT = "2"  # of the journal
-_ROWS = (
-    "CREATE TABLE IF NOT EXISTS rows "
-    "(row INTEGER PRIMARY KEY, id TEXT, score REAL, logit REAL, truncated TEXT, error TEXT, files TEXT)"
+_GRACE_S = 0.5  # who ends the whole job ends its processes within such a time
+_ENDED = (
+    "the process was ended while this row was scored (twice). See to its text or image, or score it on a machine "
+    "with more memory."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What became of one row: score and logit, or an error."""
-
-    number: int
-    id: str | None
-    score: float | None
-    logit: float | None
-    truncated: str | None  # "document", "query", "document,query"
-    error: str | None
-    files: str | None = None  # JSON: {path of an image: what told it from another one before it was read}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +92,27 @@ class Work:
 
     source: Path
     done: Sequence[tuple[int, int]]  # half-open ranges of row numbers, ascending
+    size: int | None = None  # rows of a window, at most
+    watch: Callable[[list[Row]], object] | None = None  # told of a window before it is given; stays in this process
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Work, (self.source, self.done, self.size)
 
     def __iter__(self) -> Iterator[list[Row]]:
+        for window in self._windows():
+            if self.watch is not None:
+                self.watch(window)
+            yield window
+
+    def _windows(self) -> Iterator[list[Row]]:
+        most = min(_WINDOW_ROWS, self.size or _WINDOW_ROWS)
         window: list[Row] = []
         contents: dict[_Key, Any] = {}  # equal ones are kept once
         num_bytes = 0
         for row in self._rows():
             keys = {name: _key(value) for name, value in row.pair.items()}
             cost = sum(_cost(key) for key in set(keys.values()) if key not in contents)
-            if window and (len(window) == _WINDOW_ROWS or num_bytes + cost > _WINDOW_BYTES):
+            if window and (len(window) == most or num_bytes + cost > _WINDOW_BYTES):
                 yield _by_document(window)
                 window, contents, num_bytes = [], {}, 0
                 cost = sum(_cost(key) for key in set(keys.values()))
@@ -122,9 +133,13 @@ class Work:
                 start, end = next(done)
             if row.number < start:
                 yield row
+            elif end == sys.maxsize:
+                return
 
 
-# (artifact, options of Reranker.load, work) → results in any order; None is a good moment to commit.
+# (artifact, options of Reranker.load, work) → results in any order; None is a good moment to commit. Where a process
+# died, the engine is also run in a forked child, unless it has an attribute `elsewhere`, which says that it scores in
+# other processes, whose end is its own business.
 Engine = Callable[[Path, Mapping[str, Any], Work], Generator[Scored | None, None, None]]
 
 
@@ -144,16 +159,58 @@ def score_rows(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
             readable.append(row)
         else:
             yield Scored(row.number, row.id, None, None, None, _plain(row.error))
-    stamp = functools.cache(_stamp)
-    files = [{str(path): stamp(path) for path in _image_files(row)} for row in readable]  # before they are read
-    for position, result in reranker.stream([row.pair for row in readable]):
-        row, named = readable[position], json.dumps(files[position]) if files[position] else None
-        if result.error is None:
-            cut = ",".join(result.truncated) or None
-            yield Scored(row.number, row.id, result.score, result.logit, cut, None, named)
-        else:
-            message = f"{row.place}: {unplaced(result.error)[1]}"
-            yield Scored(row.number, row.id, None, None, None, _plain(message), named)
+    yield from _isolated(reranker, readable)
+
+
+def _isolated(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
+    """The results of rows that could be read; what a library raises on one of them is that row's error."""
+    stamp = functools.cache(file_stamp)
+    files = [{str(path): stamp(path) for path in _image_files(row)} for row in rows]  # before they are read
+    named = [json.dumps(stamps) if stamps else None for stamps in files]
+    left = dict.fromkeys(range(len(rows)))
+    try:
+        for position, result in reranker.stream([row.pair for row in rows]):
+            row = rows[position]
+            del left[position]
+            if result.error is None:
+                cut = ",".join(result.truncated) or None
+                yield Scored(row.number, row.id, result.score, result.logit, cut, None, named[position])
+            else:
+                message = f"{row.place}: {unplaced(result.error)[1]}"
+                yield Scored(row.number, row.id, None, None, None, _plain(message), named[position])
+    except BaseException as error:  # an input is data, and nothing that it makes a library do may stop a job
+        if not left or not _may_be_of_a_row(error):
+            raise
+        failed = error.with_traceback(None)  # which holds what filled the memory
+    if not left:
+        return
+    try:
+        reranker.score([("a", "a")])
+    except Exception:
+        raise failed from None  # it was no row: nothing can be scored
+    if len(left) > 1:
+        rest = [rows[position] for position in left]
+        for part in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            yield from _isolated(reranker, part)
+    else:
+        (position,) = left
+        row, why = rows[position], _reason(failed)
+        yield Scored(row.number, row.id, None, None, None, _plain(f"{row.place}: {why}"), named[position])
+
+
+def _may_be_of_a_row(error: BaseException) -> bool:
+    """Not what is wrong with the artifact, the index or the machine, and not an interruption."""
+    if isinstance(error, ArtifactError | StoreError | OutputError | DeviceError | DependencyError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of Rust, a BaseException
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, M0kitError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it. Shorten the text, or shrink the image."
+    return f"it cannot be scored ({type(error).__name__})."
 
 
 def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
@@ -215,19 +272,15 @@ def score_file(
         load["index"] = Path(load["index"]).absolute()  # an engine may be in another folder
     _check_places(source, output)
     needed = dependencies(artifact, load)
-    facts = {"the journal's format": _FORMAT, **identity(source), **needed}
-    with _Journal(output, facts, overwrite) as journal:
+    facts = {"the journal's format": FORMAT, **identity(source), **needed}
+    with Journal(output, facts, overwrite) as journal:
         total = count(source)
-        if strict:
-            journal.forget_errors()  # they are tried again
-        journal.forget_changed_files()
-        done = journal.ranges()
+        done = journal.resume(strict=strict)
+        _tell(journal)
         resumed = sum(end - start for start, end in done)
         if resumed < total:
-            work = Work(source.absolute(), done)
-            results = engine(artifact.absolute(), load, work)
-            with contextlib.closing(results), _Progress(total, resumed, progress) as told:
-                for result in results:
+            with _Progress(total, resumed, progress) as told:
+                for result in _scored(engine, artifact.absolute(), load, source.absolute(), journal, done):
                     if result is None:
                         journal.commit()
                         continue
@@ -243,6 +296,145 @@ def score_file(
         if (missing := total - journal.count()) != 0:
             raise OutputError(f"{output}: {missing} of {total} rows have no result. Run the same command again.")
         return _finish(journal, source, output, resumed)
+
+
+# --- rows that end a process -------------------------------------------------------------------------
+
+
+def _tell(journal: Journal) -> None:
+    if journal.num_foreign:
+        warnings.warn(
+            f"{journal.path}: {journal.num_foreign} of its rows were written or changed by another hand than this "
+            "job's, and are scored again.",
+            stacklevel=3,
+        )
+    if not journal.is_lasting:
+        warnings.warn(
+            f"{journal.path}: there is no folder to keep the key in by which scores are known again: if this job is "
+            "stopped, it can only begin anew. Set HOME or XDG_CACHE_HOME to a folder that may be written.",
+            stacklevel=3,
+        )
+
+
+def _scored(
+    engine: Engine, artifact: Path, load: Mapping[str, Any], source: Path, journal: Journal, done: Ranges
+) -> Iterator[Scored | None]:
+    """The results of the rows that are left; first of those that earlier processes had in hand when they died."""
+    can_fork = hasattr(os, "fork")
+    left, is_whole = journal.suspects(), False
+    while left[1] and not getattr(engine, "elsewhere", False):
+        if condemned := journal.condemned():
+            for (row,) in Work(source, _others(condemned), 1):
+                yield Scored(row.number, row.id, None, None, None, _plain(f"{row.place}: {_ENDED}"))
+        else:
+            size, rows = left
+            work = Work(source, _others(rows), size)
+            is_whole = yield from (_forked if can_fork else _here)(engine, artifact, load, work, journal, True)
+        before, left = left, journal.suspects()
+        done = journal.done()
+        if is_whole and left == before:  # the engine leaves them out
+            break
+    yield from _here(engine, artifact, load, Work(source, done), journal, False)
+
+
+def _here(
+    engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, journal: Journal, apart: bool
+) -> Generator[Scored | None, None, bool]:
+    watched = replace(work, watch=lambda window: journal.begin([row.number for row in window], apart=apart))
+    with contextlib.closing(engine(artifact, load, watched)) as results:
+        yield from results
+    return True
+
+
+def _forked(
+    engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, journal: Journal, apart: bool
+) -> Generator[Scored | None, None, bool]:
+    """What the engine makes of the work in a child of this process; returns whether that came to the end of it.
+
+    That tells a row that ends its process from somebody who ends the job: then this process is gone as well.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, on which the child does not depend
+        child = os.fork()
+    if child == 0:
+        receiver.close()
+        _be_child(engine, artifact, load, work, sender)
+    sender.close()
+    signal_number, is_whole = 0, False
+    try:
+        with contextlib.suppress(EOFError):
+            while not is_whole:
+                kind, said = receiver.recv()
+                if kind == "window":
+                    journal.begin(said, apart=apart)
+                elif kind == "error":
+                    raise said
+                elif kind == "result":
+                    yield said
+                else:
+                    is_whole = True
+    finally:
+        receiver.close()
+        signal_number = _end_of(child, is_whole)
+    if is_whole:
+        return True
+    time.sleep(_GRACE_S)
+    in_hand = journal.in_hand()
+    if not in_hand or signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        raise M0kitError(
+            f"the process in which rows are tried apart was ended (signal {signal_number}) before it came to one. "
+            "See whether there is memory enough, then run the same command again."
+        )
+    journal.died(in_hand, apart=apart)
+    return False
+
+
+def _be_child(engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, sender: Any) -> NoReturn:
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to answer
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: not to outlive it
+        watched = replace(work, watch=lambda window: sender.send(("window", [row.number for row in window])))
+        for result in engine(artifact, load, watched):
+            sender.send(("result", result))
+        sender.send(("end", None))
+    except BaseException as error:
+        with contextlib.suppress(BaseException):
+            sender.send(("error", _portable(error)))
+    finally:
+        os._exit(0)
+
+
+def _portable(error: BaseException) -> BaseException:
+    try:
+        same: BaseException = pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its parts raise
+        return M0kitError(f"{type(error).__name__}: {error}")
+    return same
+
+
+def _end_of(child: int, is_whole: bool) -> int:
+    """The signal that ended it, or 0; one that has more to say than anybody reads is ended here."""
+    try:
+        ended, status = os.waitpid(child, 0 if is_whole else os.WNOHANG)
+        if not ended:
+            time.sleep(_GRACE_S)  # whoever closed its pipe is about to end
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return 0
+    except (ChildProcessError, ProcessLookupError):  # somebody else has waited for it
+        return 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def _others(ranges: Ranges) -> Ranges:
+    """All numbers that are not in these."""
+    bounds = [0, *(bound for pair in ranges for bound in pair), sys.maxsize]
+    return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
 
 
 # --- windows -----------------------------------------------------------------------------------------
@@ -285,185 +477,6 @@ def _image_files(row: Row) -> Iterator[Path]:
             yield image
 
 
-def _stamp(path: Path | str) -> str:
-    """What tells a file from another one under its name; empty where there is none."""
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):
-        return ""
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
-# --- the journal -------------------------------------------------------------------------------------
-
-
-class _Journal:
-    """The results of a job so far, in SQLite, locked for as long as it is open. Deleted when it is left empty."""
-
-    def __init__(self, output: Path, facts: Mapping[str, str], overwrite: bool) -> None:
-        self.path = output.with_name(f".{output.name}.partial")
-        self.output = output
-        self.overwrites = overwrite
-        self.is_finishing = False  # an output that is there is this job's own
-        self._committed = time.monotonic()
-        with self._named_errors():
-            try:
-                self._open(facts)
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError:  # not a journal, or a damaged one
-                if not overwrite:
-                    raise
-                self.delete()
-                self._open(facts)
-
-    def _open(self, facts: Mapping[str, str]) -> None:
-        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
-        try:
-            self._begin(facts)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _begin(self, facts: Mapping[str, str]) -> None:
-        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # from the first transaction until it is closed
-        self._db.execute("BEGIN EXCLUSIVE")
-        if not self.path.exists():  # another job finished, and deleted it, between our opening and our lock
-            raise self._busy()
-        self._db.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
-        self._db.execute(_ROWS)
-        found = dict(self._db.execute("SELECT name, value FROM facts"))
-        finishing, begun = found.pop("finishing", None), found.pop("overwrites", None)
-        # The same command must go on after a kill: --overwrite does not throw away what it began itself.
-        if self.overwrites and (found != facts or begun != "True"):
-            self._db.execute("DELETE FROM facts")
-            self._db.execute("DROP TABLE rows")  # it may be another format's
-            self._db.execute(_ROWS)
-            found, finishing = {}, None
-        self.is_finishing = finishing is not None
-        if self.output.exists() and not self.overwrites and not self.is_finishing:
-            if not found:
-                self.delete()
-            raise OutputError(f"{self.output}: exists. Choose another file, or give --overwrite to replace it.")
-        if found and found != facts:
-            raise OutputError(self._differences(found, facts))
-        if not found:
-            facts = {**facts, "overwrites": str(self.overwrites)}
-            self._db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-        self._db.execute("COMMIT")
-        self._db.execute("BEGIN")
-
-    def _differences(self, found: Mapping[str, str], facts: Mapping[str, str]) -> str:
-        names = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
-        if "the journal's format" in names:
-            names = ["the journal's format"]  # the others may have other names there
-        told = ", ".join(f"{name} (was {str(found.get(name))[:20]}, is {str(facts.get(name))[:20]})" for name in names)
-        return (
-            f"{self.path}: holds the scores of another job, which was stopped; different: {told}. "
-            "Run that job again to go on with it, or give --overwrite to start anew."
-        )
-
-    def count(self, condition: str = "1") -> int:
-        with self._named_errors():
-            return int(self._db.execute(f"SELECT COUNT(*) FROM rows WHERE {condition}").fetchone()[0])
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Half-open ranges of the rows that have a result."""
-        ranges: list[tuple[int, int]] = []
-        start = end = 0
-        with self._named_errors():
-            for (row,) in self._db.execute("SELECT row FROM rows ORDER BY row"):
-                if row != end:
-                    ranges.append((start, end))
-                    start = row
-                end = row + 1
-        return [(first, last) for first, last in [*ranges, (start, end)] if first < last]
-
-    def add(self, result: Scored) -> int:
-        """Rows that are new: 1, or 0 for one that was there. Commits when a second has passed."""
-        values = (result.number, result.id, result.score, result.logit, result.truncated, result.error, result.files)
-        with self._named_errors():
-            added = self._db.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", values).rowcount
-        if time.monotonic() - self._committed >= _COMMIT_S:
-            self.commit()
-        return added
-
-    def commit(self) -> None:
-        with self._named_errors():
-            self._db.execute("COMMIT")
-            self._db.execute("BEGIN")
-        self._committed = time.monotonic()
-
-    def claim_output(self) -> None:
-        """Note that an output that is there from now on is this job's own. Raises OutputError for one that is not."""
-        if self.output.exists() and not self.overwrites and not self.is_finishing:
-            raise OutputError(f"{self.output}: has appeared meanwhile. Move it away and run the same command again.")
-        self.is_finishing = True
-        with self._named_errors():
-            self._db.execute("INSERT OR REPLACE INTO facts VALUES ('finishing', 'True')")
-        self.commit()
-
-    def forget_errors(self) -> None:
-        with self._named_errors():
-            self._db.execute("DELETE FROM rows WHERE error IS NOT NULL")
-
-    def forget_changed_files(self) -> None:
-        """Drop results of images that are others by now, or that are there by now, so that they are scored again."""
-
-        def has_changed(files: str) -> bool:
-            return any(_stamp(path) != stamp for path, stamp in json.loads(files).items())
-
-        with self._named_errors():
-            self._db.create_function("has_changed", 1, has_changed)
-            named = "SELECT DISTINCT files FROM rows WHERE files IS NOT NULL"
-            self._db.execute(f"DELETE FROM rows WHERE files IN (SELECT files FROM ({named}) WHERE has_changed(files))")
-
-    def results(self, condition: str = "1") -> Iterator[Scored]:
-        """In input order."""
-        with self._named_errors():
-            for values in self._db.execute(f"SELECT * FROM rows WHERE {condition} ORDER BY row"):
-                yield Scored(*values)
-
-    def delete(self) -> None:
-        """While the lock is still held; the journal itself last, so that nothing is left without it."""
-        for name in (f"{self.path.name}-journal", self.path.name):
-            self.path.with_name(name).unlink(missing_ok=True)
-
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Keep what is there, also when something went wrong."""
-        try:
-            with contextlib.suppress(sqlite3.Error):  # what could not be committed is scored again
-                self._db.execute("COMMIT")
-                if kind is not None and not self.count():
-                    self.delete()
-        finally:
-            self._db.close()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise self._busy() from None
-            raise OutputError(
-                f"{self.path}: the journal cannot be written ({error}). See to space and permissions there, "
-                "then run the same command again: it goes on from what was kept."
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise OutputError(
-                f"{self.path}: is no journal, or a damaged one. Give --overwrite to start anew."
-            ) from error
-
-    def _busy(self) -> OutputError:
-        return OutputError(f"{self.output}: another job is writing it. Wait for that, or choose another file.")
-
-
 # --- the finished file -------------------------------------------------------------------------------
 
 
@@ -489,7 +502,7 @@ def _check_places(source: Path, output: Path) -> None:
         raise OutputError(f"{source}: is the file that is read. Choose another output.")
 
 
-def _finish(journal: _Journal, source: Path, output: Path, resumed: int) -> Summary:
+def _finish(journal: Journal, source: Path, output: Path, resumed: int) -> Summary:
     """Write the output aside, put it in its place, delete the journal."""
     num_errors = journal.count("error IS NOT NULL")
     listed = error_file(output)
@@ -500,7 +513,8 @@ def _finish(journal: _Journal, source: Path, output: Path, resumed: int) -> Summ
                 line = {"row": result.number, "id": json.loads(result.id or "null"), "error": result.error}
                 file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
     else:
-        listed.unlink(missing_ok=True)
+        with named_errors(listed):
+            listed.unlink(missing_ok=True)
     has_id = journal.count("id IS NOT NULL") > 0
     with _written_aside(output, journal) as file:
         if is_parquet(output):
@@ -519,11 +533,12 @@ def _finish(journal: _Journal, source: Path, output: Path, resumed: int) -> Summ
 
 
 @contextlib.contextmanager
-def _written_aside(path: Path, journal: _Journal | None = None) -> Iterator[Any]:
+def _written_aside(path: Path, journal: Journal | None = None) -> Iterator[Any]:
     """A new file that takes the name when the block ends well, and vanishes when not."""
     aside = path.with_name(f".{path.name}.unfinished")
     try:
-        with aside.open("wb") as file:
+        aside.unlink(missing_ok=True)  # a link that lies there is not followed
+        with open(os.open(aside, _NEW_FILE, 0o666), "wb") as file:
             yield file
             file.flush()
             sync(file.fileno())
@@ -561,7 +576,7 @@ def _float32(value: float | None) -> float | None:
     return None if value is None else float(str(np.float32(value)))
 
 
-def _write_parquet(file: Any, journal: _Journal, id_type: Any) -> None:
+def _write_parquet(file: Any, journal: Journal, id_type: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -586,7 +601,7 @@ def _write_parquet(file: Any, journal: _Journal, id_type: Any) -> None:
             writer.write_table(pa.Table.from_pydict(columns, schema))
 
 
-def _id_type(source: Path, journal: _Journal, has_id: bool) -> Any:
+def _id_type(source: Path, journal: Journal, has_id: bool) -> Any:
     """The Arrow type of the ids: the input's own where it is a plain one, what holds them all, or string."""
     import pyarrow as pa
 

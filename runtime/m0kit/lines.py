@@ -6,6 +6,7 @@ A line ends with \n or \r\n and with nothing else; lines are counted from 1, bla
 that cannot be read is an error of that line alone; only a file that is not UTF-8 text at all is one of the file.
 """
 
+import io
 import itertools
 import json
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from m0kit.errors import InputError
+from m0kit.files import open_regular
 from m0kit.formats import MARK, no_text
 
 JSON_NAMES: Final = (".jsonl", ".ndjson")
 _MAX_LINE_BYTES = 256 << 20  # more is a file without line ends, and not for memory
+# In one line: a value of two letters takes a hundred bytes as Python has it. A text may have as many commas.
+_MAX_VALUES: Final = 10_000_000
 
 
 def is_json_lines(path: Path) -> bool:
@@ -33,25 +37,27 @@ def lines(source: Path | BinaryIO, place: str | None = None) -> Iterator[tuple[i
     """
     place = place or str(source)
     try:
-        opened = source.open("rb") if isinstance(source, Path) else nullcontext(source)
+        opened = open_regular(source) if isinstance(source, Path) else nullcontext(source)
     except OSError as error:
-        raise InputError(f"{place}: {os.strerror(error.errno or 0)}.") from None
+        raise InputError(f"{place}: {error.strerror}.") from None
     except ValueError:  # a null character, or half of a surrogate pair
         raise InputError(f"{place!r} cannot be the name of a file.") from None
     with opened as file:
         number = 0
         while line := _readline(file, place):
             number += 1
+            if number == 1 and (what := no_text(line)):
+                raise InputError(f"{place}: {what}")
             whole: bytes | None = line
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while (rest := _readline(file, place)) and not rest.endswith(b"\n"):
                     pass
                 whole = None
-            if number == 1 and (what := no_text(line)):
-                raise InputError(f"{place}: {what}")
             line = line.removeprefix(MARK)  # of the file, or of one that was appended to it
             if line.strip():
                 yield number, whole and line
+            elif line == b"\n" and isinstance(file, io.BufferedReader):
+                number += _pass_blanks(file, place)
 
 
 def records(
@@ -80,6 +86,8 @@ def strings(source: Path | BinaryIO, place: str | None = None) -> Iterator[tuple
 def json_object(line: bytes | None, wanted: str) -> Mapping[str, Any]:
     """What a line holds; `wanted` is what it should, for the message. Raises InputError."""
     text = _decoded(line)
+    if len(text) > _MAX_VALUES and sum(map(text.count, ",:[{")) > _MAX_VALUES:
+        raise InputError(f"the line holds more than {_MAX_VALUES} values. Write them as one string, or leave them out.")
     try:
         record = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
     except InputError:
@@ -100,6 +108,17 @@ def _readline(file: BinaryIO, place: str) -> bytes:
         return file.readline(_MAX_LINE_BYTES)
     except OSError as error:
         raise InputError(f"{place}: {os.strerror(error.errno or 0)}.") from None
+
+
+def _pass_blanks(file: io.BufferedReader, place: str) -> int:
+    """Read on as long as nothing but line feeds is buffered, and count them: a file may be made of such."""
+    passed = 0
+    try:
+        while blanks := len(ahead := file.peek()) - len(ahead.lstrip(b"\n")):
+            passed += len(file.read(blanks))
+    except OSError as error:
+        raise InputError(f"{place}: {os.strerror(error.errno or 0)}.") from None
+    return passed
 
 
 def _decoded(line: bytes | None) -> str:

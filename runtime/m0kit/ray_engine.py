@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from m0kit.errors import DependencyError, DeviceError, InputError, M0kitError
-from m0kit.jobs import Engine, Scored, Work, dependencies, score_rows
+from m0kit.jobs import Engine, Work, dependencies, score_rows
+from m0kit.journal import Scored
 from m0kit.reranker import Reranker
 from m0kit.rows import Row
 

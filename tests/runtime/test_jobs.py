@@ -32,7 +32,8 @@ from m0kit import Reranker, jobs, lines
 from m0kit.artifact import read_manifest, write_manifest
 from m0kit.errors import DependencyError, InputError, M0kitError, OutputError
 from m0kit.index import add, open_index
-from m0kit.jobs import Scored, Summary, Work, local_engine, score_file
+from m0kit.jobs import Summary, Work, local_engine, score_file
+from m0kit.journal import Scored
 
 pa, pq = optional("pyarrow"), optional("pyarrow.parquet")
 
@@ -597,7 +598,7 @@ def test_a_journal_of_another_format_is_refused_and_overwritten_when_asked(artif
         db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, score REAL)")
         db.execute("INSERT INTO facts VALUES ('the journal''s format', '1'), ('index', 'None')")
     db.close()
-    with pytest.raises(OutputError, match=r"different: the journal's format \(was 1, is \d+\)\. Run"):
+    with pytest.raises(OutputError, match=r"is no journal of this version.*Give --overwrite"):
         score_file(artifact, source, output, engine=never)
     assert score_file(artifact, source, output, engine=pretended, overwrite=True).rows == 50
 
@@ -612,7 +613,7 @@ def test_overwrite_starts_anew_what_was_begun_without(artifact: Path, source: Pa
 def test_a_damaged_journal_is_said_and_overwritten_when_asked(artifact: Path, source: Path) -> None:
     output = source.parent / "out.jsonl"
     (source.parent / ".out.jsonl.partial").write_bytes(b"no database, but some bytes" * 99)
-    with pytest.raises(OutputError, match=r"is no journal, or a damaged one\. Give --overwrite"):
+    with pytest.raises(OutputError, match=r"is no journal .*or a damaged one\. Give --overwrite"):
         score_file(artifact, source, output, engine=never)
     assert score_file(artifact, source, output, engine=pretended, overwrite=True).rows == 50
 
@@ -761,21 +762,21 @@ def test_a_disk_that_is_full_at_the_end_costs_no_score(
 # rows are then kept, and after commit number `hold` waits for a line, or for whatever ends it.
 COMMAND = """
 import os, sys
-from m0kit import jobs
+from m0kit import jobs, journal
 from m0kit.cli import main
 
-jobs._COMMIT_S, jobs._PROGRESS_S, jobs._WINDOW_ROWS = 1e9, 1e9, 100
-hold, count, commit = int(sys.argv.pop(1)), 0, jobs._Journal.commit
+journal._COMMIT_S, jobs._PROGRESS_S, jobs._WINDOW_ROWS = 1e9, 1e9, 100
+hold, count, commit = int(sys.argv.pop(1)), 0, journal.Journal.commit
 
-def committed(journal):
+def committed(one):
     global count
-    commit(journal)
+    commit(one)
     count += 1
-    os.write(1, b"%d\\n" % journal.count())
+    os.write(1, b"%d\\n" % one.count())
     if count == hold:
         sys.stdin.readline()
 
-jobs._Journal.commit = committed
+journal.Journal.commit = committed
 sys.argv[0] = "m0kit"
 main()
 """
@@ -835,10 +836,11 @@ def check(output: Path, wanted: Rows) -> None:
 EACH_OPERATION = """
 import os, signal, sys
 from pathlib import Path
-from m0kit import jobs
-from m0kit.jobs import Scored, score_file
+from m0kit import jobs, journal
+from m0kit.jobs import score_file
+from m0kit.journal import Scored
 
-jobs._COMMIT_S = 0
+journal._COMMIT_S = 0
 artifact, source, output = map(Path, sys.argv[1:])
 count, limit = 0, None
 
@@ -945,6 +947,229 @@ def test_a_job_that_did_nothing_leaves_nothing(artifact: Path, source: Path) -> 
     with pytest.raises(M0kitError):
         score_file(artifact, source, source.parent / "out.jsonl", load={"device": "nonsense"})
     assert leftovers(source.parent) == []
+
+
+# --- rows that end a process -------------------------------------------------------------------------
+
+# A job whose engine ends its process when it comes to one of some rows, or after so many results.
+DEADLY = """
+import json, os, sys
+from pathlib import Path
+from m0kit import jobs, journal
+from m0kit.jobs import score_file
+from m0kit.journal import Scored
+
+source, output, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+jobs._WINDOW_ROWS, jobs._GRACE_S = settings["window"], 0.1
+artifact, end, left = Path(sys.argv[4]), settings["end"], settings.get("left", 1e9)
+
+def engine(artifact, load, work):
+    global left
+    parent = os.getpid() == job
+    for window in work:
+        if settings["at once"] and {row.number for row in window} & set(settings["rows"]):
+            exec(end)
+        for row in window:
+            if row.number in settings["rows"]:
+                exec(end)
+            yield Scored(row.number, row.id, row.number / 1000, row.number / 8, None, None)
+            left -= parent
+            if left == 0:
+                exec(end)
+        yield None
+
+job = os.getpid()
+score_file(artifact, source, output, engine=engine)
+"""
+
+
+def deadly(source: Path, output: Path, artifact: Path, **settings_: Any) -> "subprocess.CompletedProcess[str]":
+    told = {"window": 100, "rows": [], "at once": False, "end": "os.abort()", **settings_}
+    words = [sys.executable, "-c", DEADLY, str(source), str(output), json.dumps(told), str(artifact)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+ENDS = {"abort": "os.abort()", "kill": "os.kill(os.getpid(), 9)", "exit": "os._exit(3)"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="rows are tried in forked processes")
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("rows", "window", "at_once"),
+    [
+        ([0], 100, False),
+        ([49], 100, True),
+        ([7], 1, False),
+        ([20], 10, True),
+        ([3, 30], 100, True),
+        ([8, 9], 100, False),
+    ],
+)
+def test_a_row_that_ends_its_process_is_told_the_second_time(
+    artifact: Path, source: Path, rows: list[int], window: int, at_once: bool, end: str
+) -> None:
+    output = source.parent / "out.jsonl"
+    options = {"rows": rows, "window": window, "at once": at_once, "end": ENDS[end]}
+    assert deadly(source, output, artifact, **options).returncode != 0
+    assert not output.exists()
+    done = deadly(source, output, artifact, **options)
+    assert (done.returncode, output.exists()) == (0, True), done.stderr
+    for row in read(output):
+        if row["row"] in rows:
+            assert row["error"].startswith(
+                f"line {row['row'] + 1}: the process was ended while this row was scored (tw"
+            )
+        else:
+            assert (row["score"], row["error"]) == (pytest.approx(row["row"] / 1000), None)
+    assert leftovers(source.parent) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="rows are tried in forked processes")
+def test_rows_in_different_windows_that_end_their_processes_are_found_one_run_after_another(
+    artifact: Path, source: Path
+) -> None:
+    output = source.parent / "out.jsonl"
+    options = {"rows": [5, 25, 45], "window": 10, "end": ENDS["kill"]}
+    ended = [deadly(source, output, artifact, **options).returncode for _ in range(4)]
+    assert ended == [-9, -9, -9, 0]
+    assert [row["row"] for row in read(output) if row["error"]] == [5, 25, 45]
+
+
+@pytest.mark.parametrize("end", ["kill", "abort"])
+def test_no_row_is_blamed_for_a_job_that_is_killed_at_any_moment(artifact: Path, source: Path, end: str) -> None:
+    """Whatever the rows in hand were, none ended a process of its own."""
+    output = source.parent / "out.jsonl"
+    for left in random.Random(3).choices(range(1, 12), k=8):
+        deadly(source, output, artifact, window=13, end=ENDS[end], left=left)
+        if output.exists():
+            break
+    done = deadly(source, output, artifact)
+    assert done.returncode == 0 or output.exists(), done.stderr
+    assert [row["error"] for row in read(output)] == [None] * 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="rows are tried in forked processes")
+def test_an_error_of_the_engine_comes_out_of_the_process_in_which_rows_are_tried(artifact: Path, source: Path) -> None:
+    output = source.parent / "out.jsonl"
+    deadly(source, output, artifact, rows=[20], end=ENDS["kill"])
+    with pytest.raises(StoppedError):
+        score_file(artifact, source, output, engine=stopping(10))
+    with pytest.raises(DependencyError, match="nothing"):
+        score_file(artifact, source, output, engine=raising(DependencyError("nothing")))
+    assert score_file(artifact, source, output, engine=pretended).rows == 50
+
+
+def raising(error: Exception) -> jobs.Engine:
+    def engine(artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
+        raise error
+        yield
+
+    return engine
+
+
+class OfRust(BaseException):
+    """As pyo3 raises a panic."""
+
+
+OfRust.__name__ = "PanicException"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "there is not enough memory for it"),
+        (OverflowError("x"), "it cannot be scored (OverflowError)."),
+        (OfRust("x"), "it cannot be scored (PanicException)."),
+        (M0kitError("the decoder graph failed."), "the decoder graph failed."),
+    ],
+)
+def test_what_a_library_raises_on_a_row_is_that_rows_error(
+    artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
+) -> None:
+    rows = texts(50)
+    poison = {rows[3]["query"], rows[30]["query"]}
+    whole = Reranker.stream
+
+    def stream(self: Reranker, pairs: Any, **options: Any) -> Any:
+        for position, result in whole(self, pairs, **options):
+            if pairs[position][0 if isinstance(pairs[position], tuple) else "query"] in poison:
+                raise error
+            yield position, result
+
+    score_file(artifact, source, source.parent / "wanted.jsonl", load=ONE)
+    monkeypatch.setattr(Reranker, "stream", stream)
+    score_file(artifact, source, source.parent / "out.jsonl", load=ONE)
+    for number, (row, wanted) in enumerate(
+        zip(*(read(source.parent / f"{n}.jsonl") for n in ("out", "wanted")), strict=True)
+    ):
+        if rows[number]["query"] in poison:
+            assert row["error"].startswith(f"line {number + 1}: {said}")
+        else:
+            assert row["score"] == pytest.approx(wanted["score"], abs=SAME)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), M0kitError("the graph failed"), ZeroDivisionError(), KeyboardInterrupt()]
+)
+def test_where_nothing_can_be_scored_no_row_is_blamed(
+    artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def stream(*_: Any, **options: Any) -> Any:
+        raise error
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reranker, "stream", stream)
+        with pytest.raises(type(error)):
+            score_file(artifact, source, source.parent / "out.jsonl", load=ONE)
+    assert score_file(artifact, source, source.parent / "out.jsonl", load=ONE).errors == 0
+
+
+def test_a_planted_score_is_scored_again_and_said(artifact: Path, source: Path) -> None:
+    output = source.parent / "out.jsonl"
+    with pytest.raises(StoppedError):
+        score_file(artifact, source, output, engine=stopping(20))
+    with contextlib.closing(sqlite3.connect(source.parent / ".out.jsonl.partial")) as db, db:
+        db.execute("UPDATE rows SET score = 0.99, error = NULL WHERE row IN (SELECT row FROM rows LIMIT 2)")
+        there = {row for (row,) in db.execute("SELECT row FROM rows")}
+        db.execute(f"INSERT INTO rows VALUES ({min(set(range(50)) - there)}, NULL, 0.99, 9, NULL, NULL, NULL, X'00')")
+    with pytest.warns(UserWarning, match=r"partial: 3 of its rows were written or changed by another hand"):
+        assert score_file(artifact, source, output, engine=pretended).resumed == 18
+    score_file(artifact, source, source.parent / "wanted.jsonl", engine=pretended)
+    assert read(output) == read(source.parent / "wanted.jsonl")
+
+
+def test_a_job_that_cannot_be_gone_on_with_says_so_at_once(
+    artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m0kit.journal.own_key", lambda: None)
+    with pytest.warns(UserWarning, match="no folder to keep the key in"):
+        assert score_file(artifact, source, source.parent / "out.jsonl", engine=pretended).rows == 50
+
+
+@pytest.mark.parametrize(
+    "name", [".out.jsonl.unfinished", ".out.jsonl.errors.jsonl.unfinished", "out.jsonl.errors.jsonl"]
+)
+@pytest.mark.parametrize("kind", ["link", "hard link", "fifo", "folder"])
+def test_nothing_is_written_through_what_lies_in_the_way(artifact: Path, source: Path, name: str, kind: str) -> None:
+    output, victim, planted = source.parent / "out.jsonl", source.parent / "victim", source.parent / name
+    victim.write_text("precious")
+    if kind == "link":
+        planted.symlink_to(victim)
+    elif kind == "hard link":
+        planted.hardlink_to(victim)
+    elif kind == "fifo":
+        os.mkfifo(planted)
+    else:
+        planted.mkdir()
+    if kind == "folder":
+        with pytest.raises(OutputError, match="cannot be written"):
+            score_file(artifact, source, output, engine=pretended)
+        planted.rmdir()
+    score_file(artifact, source, output, engine=pretended)
+    assert victim.read_text() == "precious"
+    assert len(read(output)) == 50
+    assert len(read(source.parent / "out.jsonl.errors.jsonl")) == 7
 
 
 # --- the command -------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from PIL import Image
 
 from m0kit import ray_engine as engine_file
 from m0kit.errors import ArtifactError, DependencyError, DeviceError, InputError, M0kitError
-from m0kit.jobs import Scored, Work, dependencies, score_file
+from m0kit.jobs import Work, dependencies, score_file
+from m0kit.journal import Scored
 from m0kit.ray_engine import blocks, ray_engine
 from m0kit.rows import Row
 
@@ -110,21 +111,21 @@ def test_a_killed_worker_loses_nothing(cluster: str, artifact: Path, tmp_path: P
 # Runs the command; after commit number `hold` it says so and waits for a line, or for its end.
 COMMAND = """
 import os, sys
-from m0kit import jobs
+from m0kit import jobs, journal
 from m0kit.cli import main
 
-jobs._COMMIT_S = jobs._PROGRESS_S = 1e9  # nothing that the clock decides: a block is committed once it is there
-hold, count, commit = int(sys.argv.pop(1)), 0, jobs._Journal.commit
+journal._COMMIT_S = jobs._PROGRESS_S = 1e9  # nothing that the clock decides: a block is committed once it is there
+hold, count, commit = int(sys.argv.pop(1)), 0, journal.Journal.commit
 
-def committed(journal):
+def committed(one):
     global count
-    commit(journal)
+    commit(one)
     count += 1
     if count == hold:
-        os.write(1, b"%d rows\\n" % journal.count())
+        os.write(1, b"%d rows\\n" % one.count())
         sys.stdin.readline()
 
-jobs._Journal.commit = committed
+journal.Journal.commit = committed
 sys.argv[0] = "m0kit"
 main()
 """

@@ -1,0 +1,69 @@
+"""A secret of this user, by which m0kit knows again what it wrote itself. Owns the file it is kept in.
+
+It lies beside what was verified, in the user's cache folder (`journal.key`), for that user's eyes alone, and is made
+once. It never leaves the machine; whoever has it can write scores that are taken for m0kit's.
+"""
+
+import contextlib
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from m0kit.verified import cache_folder
+
+_NAME: Final = "journal.key"
+_BYTES: Final = 32
+
+
+def key_file() -> Path | None:
+    """Where the secret is kept; None where the user has no home."""
+    folder = cache_folder()
+    return None if folder is None else folder / _NAME
+
+
+def own_key() -> bytes | None:
+    """The secret, made where there is none; None where it cannot be kept: no home, or nothing may be written there.
+
+    One that others could read, or that is a link, is no secret: another takes its place.
+    """
+    path = key_file()
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _read(path) or _made(path)
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> bytes | None:
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        is_ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
+        key = file.read(_BYTES + 1) if stat.S_ISREG(found.st_mode) and is_ours else b""
+    return key if len(key) == _BYTES else None
+
+
+def _made(path: Path) -> bytes | None:
+    """A new one, or that of a process which was faster."""
+    handle, aside = tempfile.mkstemp(dir=path.parent)  # readable by this user alone
+    try:
+        with open(handle, "wb") as file:
+            file.write(secrets.token_bytes(_BYTES))
+        try:
+            os.link(aside, path)  # fails where something lies there
+        except (OSError, NotImplementedError):
+            if _read(path) is None:  # that is none, or the file system has no hard links
+                os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+    return _read(path)
