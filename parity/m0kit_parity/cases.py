@@ -30,10 +30,10 @@ from typing import Any, Final, Literal, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m0kit.decoding import MAX_FILE_BYTES, load, open_image
+from m0kit.decoding import load, open_image
 from m0kit.errors import InputError
 from m0kit.files import read_regular
-from m0kit.formats import read_text
+from m0kit.formats import MAX_IMAGE_BYTES, read_text
 from m0kit.inputs import Picture, Text, at, group_from_file, parse_content, shown
 from m0kit.lines import records
 
@@ -356,7 +356,7 @@ def _own_content(value: Any, where: str) -> Content:
 def image_content(path: Path) -> Content:
     """An image file as it is. Raises InputError when it is missing or no image that m0kit reads."""
     try:
-        data = read_regular(path, MAX_FILE_BYTES)
+        data = read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
         raise InputError(f"{path}: no readable image file there ({error.strerror})") from error
     open_image(data, str(path))

@@ -35,9 +35,10 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.config import ModelConfig
-from m0kit.decoding import MAX_FILE_BYTES, open_image
+from m0kit.decoding import open_image
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES
 from m0kit.terminal import bar
 from m0kit.trace import Trace
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
@@ -291,7 +292,7 @@ def _content(value: Any) -> str | Image.Image:
             value = base64.b64decode(value.partition(",")[2])
     if isinstance(value, str | Image.Image):
         return value
-    raw = value if isinstance(value, bytes) else read_regular(value, MAX_FILE_BYTES)
+    raw = value if isinstance(value, bytes) else read_regular(value, MAX_IMAGE_BYTES)
     image: Image.Image = load_image(open_image(raw, "an image"))
     return image
 

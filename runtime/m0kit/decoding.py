@@ -22,9 +22,6 @@ from m0kit.formats import FORMATS, described
 # Pixels of a file, read from its header before anything is decoded: Pillow's own limit for a warning
 # (a quarter of a gibibyte in RGB). 4K is a tenth of it.
 MAX_DECODED_PIXELS: Final = 89_478_485
-# Four channels of 16 bits, uncompressed, at the limit of pixels: no image needs more.
-MAX_FILE_BYTES: Final = 8 * MAX_DECODED_PIXELS
-
 # JPEG decodes the whole image once for each scan and colour in it, at 20 to 60 ns for 64 pixels. Encoders write 14 of
 # them (libjpeg's script for three colours) to 20: enough for each image up to the limit of pixels.
 _MAX_SCAN_PIXELS: Final = 24 * MAX_DECODED_PIXELS

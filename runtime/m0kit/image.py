@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from m0kit.config import ImageConfig
-from m0kit.decoding import MAX_FILE_BYTES, load, open_image, require_room
+from m0kit.decoding import load, open_image, require_room
 from m0kit.errors import ImageError
 from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES
 from m0kit.inputs import Picture, at
 
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's smart_resize
@@ -124,7 +125,7 @@ def _bytes(picture: Picture, where: str) -> bytes:
         return picture.source
     assert isinstance(picture.source, Path)
     try:
-        raw = read_regular(picture.source, MAX_FILE_BYTES)
+        raw = read_regular(picture.source, MAX_IMAGE_BYTES)
     except OSError as error:
         raise ImageError(f"{where}: {error.strerror}.") from None
     if hashlib.sha256(raw).hexdigest() != picture.key:

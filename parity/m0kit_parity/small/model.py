@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from m0kit.decoding import MAX_FILE_BYTES, open_image
+from m0kit.decoding import open_image
 from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES
 
 SCORE_TOKEN: Final = 100
 LOGIT_BIAS: Final = 2.65
@@ -166,7 +167,7 @@ class Ranker(nn.Module):
 
 
 def _opened(path: Path) -> Image.Image:
-    return open_image(read_regular(path, MAX_FILE_BYTES), str(path)).convert("RGB")
+    return open_image(read_regular(path, MAX_IMAGE_BYTES), str(path)).convert("RGB")
 
 
 def encode_prompt(tokenizer: Tokenizer, query: Content, document: Content, counts: Sequence[int]) -> list[int]:
