@@ -29,9 +29,10 @@ from typing import Any, Final, Literal, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from m0kit.decoding import load, open_image
 from m0kit.errors import InputError
 from m0kit.files import open_regular, read_regular
-from m0kit.formats import read_text
+from m0kit.formats import MAX_IMAGE_BYTES, read_text
 from m0kit.inputs import Picture, Text, at, group_from_file, parse_content, shown
 from m0kit.lines import records
 from m0kit.schema import parse_toml
@@ -50,6 +51,7 @@ _MAX_BYTES: Final = 1 << 20  # of a case file; the longest has 4 kB
 _MAX_LETTERS: Final = 1 << 22  # of a repeated text; a prompt keeps some 50,000
 _MAX_PIXELS: Final = 16_000_000  # of a drawn page, which takes 30 bytes for each; a 4K page has half
 _EXIF_ORIENTATION: Final = 0x0112
+_PLACE: Final = "an image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ class Content:
         """Hash over size, mode, palette and pixels as this machine's Pillow decodes them; None for a text."""
         if self.form == "text":
             return None
-        image = self._open(load=True)
+        image = self._open()
+        load(image, _PLACE)
         head = f"{image.mode} {image.width}×{image.height}\n".encode()
         return hashlib.sha256(head + bytes(image.getpalette() or ()) + image.tobytes()).hexdigest()
 
@@ -89,16 +92,8 @@ class Content:
         text = " ".join(self.data.decode("utf-8").split())
         return text if len(text) <= length else f"{text[: length - 1]}…"
 
-    def _open(self, load: bool = False) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(self.data))
-            if load:
-                image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"image of {len(self.data)} bytes: Pillow cannot read it; give a PNG, JPEG, WebP or GIF file"
-            ) from error
-        return image
+    def _open(self) -> Image.Image:
+        return open_image(self.data, _PLACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,31 +362,24 @@ def _page(raw: Mapping[str, Any]) -> Content:
 
 
 def _own_content(value: Any, where: str) -> Content:
-    """A content of a user's file of pairs. Raises InputError for an image that Pillow does not know."""
+    """A content of a user's file of pairs. Raises InputError for what is no image that m0kit reads."""
     parsed = parse_content(value, where)
     if isinstance(parsed, Text):
         return text_content(parsed.text)
     assert isinstance(parsed, Picture)
     assert isinstance(parsed.source, bytes)
-    content = Content("file", parsed.source)
-    try:
-        content.label()
-    except InputError as error:
-        raise InputError(f"{at(where, parsed.path)}: {error}") from error
-    return content
+    open_image(parsed.source, at(where, parsed.path))
+    return Content("file", parsed.source)
 
 
 def image_content(path: Path) -> Content:
-    """An image file as it is. Raises InputError when it is missing or no image that Pillow knows."""
+    """An image file as it is. Raises InputError when it is missing or no image that m0kit reads."""
     try:
-        content = Content("file", path.read_bytes())
+        data = read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
-        raise InputError(f"{path}: no readable image file there") from error
-    try:
-        content.label()
-    except InputError as error:
-        raise InputError(f"{path}: Pillow cannot read it; give a PNG, JPEG, WebP or GIF file") from error
-    return content
+        raise InputError(f"{path}: no readable image file there ({error.strerror})") from error
+    open_image(data, str(path))
+    return Content("file", data)
 
 
 def _known(raw: Mapping[str, Any], names: set[str]) -> None:

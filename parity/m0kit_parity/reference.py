@@ -12,9 +12,7 @@ One intended difference from the published code: text of a user never becomes a 
 """
 
 import base64
-import io
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +34,10 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.config import ModelConfig
+from m0kit.decoding import open_image
 from m0kit.errors import AdapterError, CheckpointError
+from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES
 from m0kit.terminal import bar
 from m0kit.trace import Trace
 from m0kit_export.answers import open_tokenizer
@@ -307,8 +308,8 @@ def _content(value: Any) -> str | Image.Image:
             value = base64.b64decode(value.partition(",")[2])
     if isinstance(value, str | Image.Image):
         return value
-    source = Image.open(io.BytesIO(value)) if isinstance(value, bytes) else os.fspath(value)
-    image: Image.Image = load_image(source)
+    raw = value if isinstance(value, bytes) else read_regular(value, MAX_IMAGE_BYTES)
+    image: Image.Image = load_image(open_image(raw, "an image"))
     return image
 
 

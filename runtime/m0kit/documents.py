@@ -21,6 +21,7 @@ import click
 
 from m0kit import formats
 from m0kit.errors import FormatError, InputError
+from m0kit.files import open_regular
 from m0kit.inputs import from_file, refuse_url, shown
 from m0kit.lines import is_json_lines, lines, records
 from m0kit.plain import plain
@@ -38,6 +39,7 @@ class Found:
 
     name: str
     path: Path | None = None  # None: stdin, or an error
+    is_named: bool = False  # by the argument itself, and so may be a pipe; what was found must be a file
     is_listed: bool = False  # found in a folder, where files of other formats are passed over
     error: InputError | None = None
 
@@ -51,9 +53,9 @@ def read(found: Iterable[Found], passed: list[tuple[str, str]]) -> Iterator[Give
     """The documents of these files. Those of a folder that are neither text nor images go to `passed`, with why."""
     for file in found:
         if file.path is not None and is_json_lines(file.path):
-            yield from _lines(file.path, file.name)
+            yield from _lines(file.path, file.name, file.is_named)
             continue
-        content = file.error or _content(file.path)
+        content = file.error or _content(file)
         if file.is_listed and isinstance(content, FormatError):
             name = plain(click.format_filename(file.name))
             passed.append((name, f"{str(content).removeprefix(f'{plain(file.name)}: ')} It was passed over."))
@@ -63,7 +65,7 @@ def read(found: Iterable[Found], passed: list[tuple[str, str]]) -> Iterator[Give
 
 def count(found: Iterable[Found]) -> int:
     """Documents in these files, about: for a bar."""
-    return sum(_count(file.path) for file in found)
+    return sum(_count(file) for file in found)
 
 
 def _found(argument: str) -> list[Found]:
@@ -78,12 +80,12 @@ def _found(argument: str) -> list[Found]:
     if not os.path.lexists(argument) and glob.has_magic(argument):
         matches = sorted(glob.glob(argument, recursive=True))
         return [file for match in matches for file in _at(Path(match))] or [_none(argument, "no file matches.")]
-    return _at(Path(argument))
+    return _at(Path(argument), is_named=True)
 
 
-def _at(path: Path) -> list[Found]:
+def _at(path: Path, *, is_named: bool = False) -> list[Found]:
     if not path.is_dir():
-        return [Found(str(path), path)]
+        return [Found(str(path), path, is_named=is_named)]
     return _below(path) or [_none(str(path), "the folder holds no file.")]
 
 
@@ -108,16 +110,25 @@ def _none(argument: str, why: str) -> Found:
     return Found(argument, error=InputError(f"{click.format_filename(argument)}: {why}"))
 
 
-def _content(path: Path | None) -> Any:
+def _content(file: Found) -> Any:
     try:
-        if path is not None:
-            return formats.read(path)
-        return formats.parse(sys.stdin.buffer.read(), STDIN)
+        if file.path is not None:
+            return formats.read(file.path, named=file.is_named)
+        raw = sys.stdin.buffer.read(formats.MAX_IMAGE_BYTES + 1)
+        if len(raw) <= formats.MAX_IMAGE_BYTES:
+            return formats.parse(raw, STDIN)
+        return InputError(f"{STDIN}: has more than the {formats.MAX_IMAGE_BYTES >> 20} MiB that are read of it.")
     except InputError as error:
         return error
 
 
-def _lines(path: Path, name: str) -> Iterator[Given]:
+def _lines(path: Path, name: str, is_named: bool) -> Iterator[Given]:
+    try:
+        if not is_named:
+            open_regular(path).close()
+    except OSError as error:
+        yield name, InputError(f"{click.format_filename(name)}: {error.strerror}."), name
+        return
     try:
         for number, record in records(path, _WANTED, click.format_filename(name)):
             yield _document(record, f"{name}:{number}", path.parent)
@@ -148,8 +159,11 @@ def _id(value: Any, place: str) -> str:
     return value
 
 
-def _count(path: Path | None) -> int:
+def _count(file: Found) -> int:
+    if file.path is None or not is_json_lines(file.path):
+        return 1
     try:
-        return sum(1 for _ in lines(path)) if path is not None and is_json_lines(path) else 1
-    except InputError:
+        with open_regular(file.path) as opened:  # what comes through a pipe comes once
+            return sum(1 for _ in lines(opened, file.name))
+    except (OSError, ValueError):
         return 1

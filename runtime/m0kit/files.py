@@ -51,6 +51,8 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """The bytes of a regular file that has at most so many. Raises OSError, whose `strerror` says what is wrong."""
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)  # it may grow, and some of the system's files do not tell their size
+    if data is None:  # of a file of the system's that would have been waited for
+        raise OSError(errno.EAGAIN, "holds nothing now, and is no file that ends", os.fspath(path))
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than the {max_bytes} bytes that are read of it", os.fspath(path))
     return data

@@ -7,15 +7,19 @@ A file is what its content is, and its name must not deny it: text that is calle
 .txt, is an error. Valid UTF-8 without a null byte is text; an image is known by its first bytes.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Final
 
 from m0kit.errors import FormatError, ImageError, InputError
+from m0kit.files import open_regular
 
 # Formats that are handed to Pillow; the others it knows are rare, or run programs (EPS), or are lists of other files.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# Of a file of text: as much as of a line of JSON. A prompt keeps a megabyte of one at most.
+MAX_TEXT_BYTES: Final = 256 << 20
+# Of an image: 8 bytes (four channels of 16 bits) for each of the 89 million pixels that are decoded, and a third more.
+MAX_IMAGE_BYTES: Final = 1 << 30
 MARK: Final = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 _HEAD_BYTES: Final = 4096  # enough to tell any format
 _IMAGE_NAMES: Final = frozenset({
@@ -54,23 +58,28 @@ _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _WHAT_TO_DO: Final = "m0kit reads text and images: render its pages to PNG, or take its text out."
 
 
-def read(path: Path) -> str | Path | bytes:
-    """The text of a file; for an image the path, or what came through a pipe.
+def read(path: Path, *, named: bool = False) -> str | Path | bytes:
+    """The text of a file; for an image the path, or what came through a pipe, as a file `named` by a person may be one.
 
     Raises FormatError for what is neither, ImageError for an image's name without an image, InputError for the rest.
     """
     suffix = path.suffix.lower()
     try:
-        with path.open("rb") as file:
-            raw = file.read(_HEAD_BYTES)
-            if _is_text(raw, cut=True) or not path.is_file():  # what comes through a pipe comes once
-                raw += file.read()
+        with path.open("rb") if named else open_regular(path) as file:
+            is_pipe = named and not path.is_file()  # what comes through a pipe comes once
+            raw = file.read(_HEAD_BYTES) or b""
+            text = _is_text(raw, cut=True)
+            most = MAX_TEXT_BYTES if text else MAX_IMAGE_BYTES
+            if text or (is_pipe and image_format(raw)):
+                raw += file.read(most + 1 - len(raw)) or b""
     except OSError as error:
-        raise InputError(f"{path}: {os.strerror(error.errno or 0)}.") from None
+        raise InputError(f"{path}: {error.strerror or 'cannot be read'}.") from None
     except ValueError:  # a null character, or half of a surrogate pair
         raise InputError(f"{str(path)!r} cannot be the name of a file.") from None
+    if len(raw) > most:
+        raise InputError(f"{path}: has more than the {most >> 20} MiB that are read of it.")
     found = parse(raw, str(path), suffix)
-    return found if isinstance(found, str) or not path.is_file() else path
+    return found if isinstance(found, str) or is_pipe else path
 
 
 def parse(raw: bytes, place: str, suffix: str = "") -> str | bytes:

@@ -1,6 +1,6 @@
 """From an image to patches, bit for bit what transformers' Pillow processor for Qwen2-VL makes of it.
 
-Owns decoding, orientation, alpha, resizing, normalisation and the order of patches. One rule per form:
+Owns orientation, alpha, resizing, normalisation and the order of patches. One rule per form:
 
 * a file (path, bytes, data URI): first frame, turned as its EXIF orientation says, converted to RGB; an alpha
   channel is dropped with the conversion, a single transparent colour (tRNS, GIF) becomes white;
@@ -15,7 +15,6 @@ These are the rules of `load_image` followed by `Qwen2VLImageProcessorPil` (tran
 import hashlib
 import io
 import math
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,14 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from m0kit.config import ImageConfig
+from m0kit.decoding import load, open_image, require_room
 from m0kit.errors import ImageError
-from m0kit.formats import FORMATS, described
+from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES
 from m0kit.inputs import Picture, at
 
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's smart_resize
-# Pixels of a file, read from its header before anything is decoded: Pillow's own limit for a warning
-# (a quarter of a gibibyte in RGB). 4K is a tenth of it.
-MAX_DECODED_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +76,26 @@ def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int
 def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
     """Decode a picture and bring it to the model's size. Raises ImageError naming `where`."""
     where = at(where, picture.path)
-    image = picture.source if isinstance(picture.source, Image.Image) else _decode(_bytes(picture, where), where)
+    own = isinstance(picture.source, Image.Image)
+    image = picture.source if isinstance(picture.source, Image.Image) else open_image(_bytes(picture, where), where)
+    if not picture.ready:  # before anything is decoded
+        _check_sides(*image.size, where)
+    if not own:
+        image = _upright(image, where)
     width, height = image.size
     if picture.ready:
         if height % config.factor or width % config.factor:
             raise ImageError(f"{where}: kept pixels of {width}×{height}, sides must be multiples of {config.factor}.")
         return _pixels(np.asarray(image), config)
-    if not width or not height:
-        raise ImageError(f"{where}: the image has no pixels ({width}×{height}).")
-    try:
-        rows, columns = smart_resize(height, width, config)
-    except ValueError:
-        raise ImageError(
-            f"{where}: an image of {width}×{height} pixels is too narrow; one side may be at most "
-            f"{MAX_ASPECT_RATIO} times the other. Cut it into parts."
-        ) from None
+    rows, columns = smart_resize(height, width, config)
+    said = f"{where}: the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
     try:
         resized = _on_white(image).resize((columns, rows), Image.Resampling.BICUBIC)
     except MemoryError:
-        raise
+        require_room(image.size)
+        raise ImageError(said) from None
     except Exception as error:  # a lazily opened PIL image decodes here; Pillow raises what it likes
-        raise ImageError(
-            f"{where}: the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
-        ) from error
+        raise ImageError(said) from error
     return _pixels(np.asarray(resized), config)
 
 
@@ -111,10 +106,10 @@ def to_png(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def ready_grid(picture: Picture, config: ImageConfig) -> NDArray[np.int64]:
-    """grid_thw (3,) of a `ready` picture, from its header alone."""
+def ready_grid(picture: Picture, config: ImageConfig, where: str) -> NDArray[np.int64]:
+    """grid_thw (3,) of a `ready` picture, from its header alone. Raises ImageError naming `where`."""
     assert isinstance(picture.source, bytes)
-    width, height = Image.open(io.BytesIO(picture.source), formats=("PNG",)).size
+    width, height = open_image(picture.source, where).size
     return np.array([1, height // config.patch_size, width // config.patch_size], np.int64)
 
 
@@ -130,9 +125,9 @@ def _bytes(picture: Picture, where: str) -> bytes:
         return picture.source
     assert isinstance(picture.source, Path)
     try:
-        raw = picture.source.read_bytes()
+        raw = read_regular(picture.source, MAX_IMAGE_BYTES)
     except OSError as error:
-        raise ImageError(f"{where}: {os.strerror(error.errno or 0)}.") from None
+        raise ImageError(f"{where}: {error.strerror}.") from None
     if hashlib.sha256(raw).hexdigest() != picture.key:
         raise ImageError(f"{where}: was changed while it was being scored. Score it again.")
     return raw
@@ -164,40 +159,40 @@ def _normalised(config: ImageConfig) -> NDArray[np.float32]:
     return table
 
 
-def _decode(raw: bytes, where: str) -> Image.Image:
-    """The first frame of a file, upright, in RGB. Raises ImageError."""
-    try:
-        image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning where it is made an error
+def _check_sides(width: int, height: int, where: str) -> None:
+    """Raises ImageError for sides that the model does not take."""
+    if not width or not height:
+        raise ImageError(f"{where}: the image has no pixels ({width}×{height}).")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError(
-            f"{where}: the image has more than the limit of {MAX_DECODED_PIXELS} pixels. Shrink it."
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageError(
-            f"{where}: not an image that can be read ({len(raw)} bytes).{described(raw)} "
-            f"Accepted: {', '.join(FORMATS)}."
-        ) from error
-    width, height = image.size
-    if width * height > MAX_DECODED_PIXELS:
-        raise ImageError(
-            f"{where}: an image of {width}×{height} pixels is over the limit of {MAX_DECODED_PIXELS}. Shrink it."
+            f"{where}: an image of {width}×{height} pixels is too narrow; one side may be at most "
+            f"{MAX_ASPECT_RATIO} times the other. Cut it into parts."
         )
+
+
+def _upright(image: Image.Image, where: str) -> Image.Image:
+    """The first frame of a file that was opened, turned, in RGB. Raises ImageError."""
+    load(image, where)
+    width, height = image.size
+    said = f"{where}: the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
     try:
-        turned = ImageOps.exif_transpose(image)
-        return turned.convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
     except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageError(
-            f"{where}: the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
-        ) from error
+        require_room(image.size)
+        raise ImageError(said) from None
+    except Exception as error:  # of damaged metadata
+        raise ImageError(said) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """As it is or converted; Pillow would copy one that is in RGB already."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB, transparency on white. A colour that was transparent in a file is still noted in `info`."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
+        return _rgb(image)
     opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")

@@ -64,7 +64,7 @@ class Images:
     def see(self, picture: Picture, where: str) -> int:
         """Decode and resize a picture, if it is new; returns its number of visual tokens. Raises ImageError."""
         if picture.key not in self._seen and picture.ready:
-            grid = ready_grid(picture, self._config)  # the pixels of a document that is kept are rarely needed
+            grid = ready_grid(picture, self._config, where)  # the pixels of a document that is kept are rarely needed
             self._seen[picture.key] = _Seen(picture, where, grid, int(grid.prod()) // self._config.merge_size**2, None)
         elif picture.key not in self._seen:
             pixels = resize(picture, self._config, where)

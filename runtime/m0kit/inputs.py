@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from m0kit.errors import ImageError, InputError
-from m0kit.formats import image_format
+from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES, image_format
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_PATH: Final = 4096  # characters; Linux's limit, and more than others have
@@ -226,9 +227,9 @@ def _picture(value: Any, where: str) -> Picture:
     if isinstance(value, os.PathLike):
         path = Path(os.fsdecode(value))
         try:
-            return replace(_file(path.read_bytes()), path=path)
+            return replace(_file(read_regular(path, MAX_IMAGE_BYTES)), path=path)
         except OSError as error:
-            raise ImageError(f"{at(where, path)}: {os.strerror(error.errno or 0)}.") from None
+            raise ImageError(f"{at(where, path)}: {error.strerror}.") from None
         except ValueError:  # a null character, or half of a surrogate pair
             raise ImageError(f"{where}: {str(path)!r} cannot be the name of a file.") from None
     raise InputError(

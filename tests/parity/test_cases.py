@@ -8,6 +8,7 @@ import sys
 import tomllib
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_own_pairs_are_read_with_images_beside_the_file(tmp_path: Path) -> None:
         ("[]", "line 1: expected"),
         ('{"query": "q"}', "line 1: expected"),
         ('{"query": "q", "documents": [{"image": "none.png"}]}', r"line 1: .*none\.png: No such file"),
-        ('{"query": "q", "documents": ["d", {"image": "torn.png"}]}', r"line 1: document: .*torn\.png: image of 4 byt"),
+        ('{"query": "q", "documents": ["d", {"image": "torn.png"}]}', r"line 1: document: .*torn\.png: not an image"),
         ('{"query": "q", "documents": [{"video": "x"}]}', "line 1: document 1: unknown key 'video'"),
         ("", "no pairs"),
     ],
@@ -291,9 +292,30 @@ def test_a_wrong_line_of_pairs_is_named_and_costs_itself(tmp_path: Path, line: s
 def test_a_file_that_is_no_image_is_refused_without_the_library_s_words(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("not an image")
-    with pytest.raises(InputError, match="a PNG, JPEG, WebP or GIF") as caught:
+    with pytest.raises(InputError, match="Accepted: PNG, JPEG") as caught:
         image_content(path)
     assert "cannot identify" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["file", "pillow"])
+def test_a_format_that_runs_a_program_is_refused_without_one(
+    tmp_path: Path, form: Literal["file", "pillow"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        pytest.fail("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(os, "posix_spawn", start)
+    out = io.BytesIO()
+    Image.new("RGB", (30, 30)).save(out, "EPS")
+    content = Content(form, out.getvalue())
+    (tmp_path / "page.png").write_bytes(content.data)
+    attempts = [content.label, content.pixels_sha256, lambda: image_content(tmp_path / "page.png")]
+    if form == "pillow":
+        attempts.append(content.value)
+    for attempt in attempts:
+        with pytest.raises(InputError, match="They are PostScript"):
+            attempt()
 
 
 def fill_published(folder: Path) -> None:

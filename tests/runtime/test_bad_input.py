@@ -66,7 +66,7 @@ PAIRS: dict[str, tuple[Any, type[InputError], list[str]]] = {
     "smaller bomb": (("q", png(10_000, 10_000)), ImageError, ["document", "89478485 pixels", "Shrink it"]),
     "absurd ratio": (("q", Image.new("RGB", (1000, 4))), ImageError, ["document", "1000×4", "200 times", "Cut it"]),
     "no such file": ((Path("nowhere.png"), "d"), ImageError, ["query", "nowhere.png", "No such file"]),
-    "a folder": (("q", Path("/")), ImageError, ["document: /", "Is a directory"]),
+    "a folder": (("q", Path("/")), ImageError, ["document: /", "is a folder"]),
     "a path in a string": (("q", {"image": "a.png"}), ImageError, ["document", "data URI", "Pass a file as Path(…)"]),
     "spoiled base64": (("q", {"image": "data:image/png;base64,?"}), ImageError, ["document", "not valid base64"]),
     "unknown key": (("q", {"img": b""}), InputError, ["document", "unknown key 'img'", "Known are 'text', 'image'"]),

@@ -97,3 +97,32 @@ def test_a_folder_that_may_not_be_listed_is_said(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", denied)
     found, _ = documents("b")
     assert ("b/deep", "b/deep: Permission denied.") in found
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_what_a_folder_or_a_pattern_holds_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a pipe waits for its writer, and a device has no end."""
+    monkeypatch.chdir(tmp_path)
+    Path("pages").mkdir()
+    os.mkfifo("pages/b.txt")
+    os.mkfifo("pages/c.jsonl")
+    Path("pages/d.txt").symlink_to("b.txt")
+    Path("pages/e.jsonl").symlink_to("/dev/zero")
+    Path("pages/a.txt").write_text("words")
+    found = find(["pages", "pages/*"])
+    assert count(found) == len(found) == 8
+    given = [(name, str(content)) for name, content, _ in read(found, [])]
+    why = "is a device, a pipe or a socket, and no file."
+    linked = [(f"pages/{name}", f"pages/{name}: {why}") for name in ("d.txt", "e.jsonl")]
+    everything = [(f"pages/{name}", f"pages/{name}: {why}") for name in ("b.txt", "c.jsonl", "d.txt", "e.jsonl")]
+    assert given == [("pages/a.txt", "words"), *linked, ("pages/a.txt", "words"), *everything]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_a_file_that_is_named_may_be_a_pipe() -> None:
+    out, into = os.pipe()
+    os.write(into, b"from a substitution\n")
+    os.close(into)
+    (given,) = read(find([f"/dev/fd/{out}"]), [])
+    os.close(out)
+    assert given[1] == "from a substitution"

@@ -3,7 +3,10 @@
 import codecs
 import io
 import os
+import socket
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit.errors import FormatError, ImageError, InputError
-from m0kit.formats import FORMATS, image_format, parse, read, read_text, text_of
+from m0kit.formats import FORMATS, MAX_TEXT_BYTES, image_format, parse, read, read_text, text_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 PAGE = "<!DOCTYPE html><html><body>404 not found</body></html>"
@@ -131,7 +134,7 @@ def test_an_image_written_in_letters_is_one_under_its_own_name(tmp_path: Path) -
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "no.png", "no.png: No such file or directory."),
-        (tmp_path, "Is a directory."),
+        (tmp_path, "is a folder, and no file."),
         (Path("a\0b"), "cannot be the name of a file."),
     ):
         with pytest.raises(InputError, match=words):
@@ -163,8 +166,56 @@ def test_an_image_from_a_pipe_is_read_once(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(PNG,))
     writer.start()
-    assert read(pipe) == PNG
+    assert read(pipe, named=True) == PNG
     writer.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_what_nobody_named_is_a_file_or_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.txt")  # opening it would wait for a writer
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "s"))
+        for name in ("fifo.txt", "zero.txt", "s"):
+            with pytest.raises(InputError, match=f"{name}: is a device, a pipe or a socket, and no file"):
+                read(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_of_a_named_device_no_more_is_read_than_may_be_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FormatError):
+        read(Path("/dev/zero"), named=True)
+    monkeypatch.setattr("m0kit.formats.MAX_TEXT_BYTES", 10 << 20)
+    with pytest.raises(InputError, match=r"/dev/fd/[0-9]+: has more than the 10 MiB that are read of it"):
+        endless(lambda path: read(path, named=True))
+
+
+def endless(use: Callable[[Path], object]) -> None:
+    """A pipe in which text never ends."""
+    out, into = os.pipe()
+
+    def write() -> None:
+        with suppress(BrokenPipeError):
+            while True:
+                os.write(into, b"y\n" * 9999)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        use(Path(f"/dev/fd/{out}"))
+    finally:
+        os.close(out)
+        writer.join()
+        os.close(into)
+
+
+def test_a_text_of_more_than_is_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"words " * 2000)
+    with path.open("r+b") as file:
+        file.truncate(MAX_TEXT_BYTES + 1)  # sparse
+    with pytest.raises(InputError, match="has more than the 256 MiB that are read of it"):
+        read(path)
 
 
 @given(st.binary(), st.sampled_from(["", ".txt", ".png", ".pdf", ".ppm", ".svg"]))

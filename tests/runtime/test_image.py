@@ -20,8 +20,9 @@ from PIL import Image
 from tests._alone import optional
 
 from m0kit.config import ImageConfig
+from m0kit.decoding import MAX_DECODED_PIXELS
 from m0kit.errors import ImageError
-from m0kit.image import MAX_DECODED_PIXELS, patchify, resize, smart_resize
+from m0kit.image import patchify, resize, smart_resize
 from m0kit.inputs import Picture, parse_content
 from m0kit_parity.checkpoints import model_config
 

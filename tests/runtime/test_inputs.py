@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m0kit.errors import ImageError, InputError
+from m0kit.image import resize
 from m0kit.inputs import Pair, Picture, Text, from_file, group_from_file, parse_content, parse_pair, shown
+from m0kit_parity.checkpoints import model_config
 
 RAW = b"any bytes: decoding is not done here"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
@@ -156,17 +158,35 @@ def test_a_path_that_is_no_readable_file_is_an_image_error(make: Callable[[Path]
     make(path)
     if not os.path.lexists(path):
         path = tmp_path / "f" / "page.png"
-    with pytest.raises(ImageError, match=f"^here: {path}: [A-Z][a-z ]+"):
+    with pytest.raises(ImageError, match=f"^here: {path}: ([A-Z][a-z ]+|is a folder)"):
         parse_content(path, "here")
 
 
 def test_no_permission_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(self: Path) -> bytes:
-        raise PermissionError(13, "secret words", str(self))
+    def denied(path: Path, *_: object) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr("m0kit.inputs.read_regular", denied)
     with pytest.raises(ImageError, match=r"page\.png: Permission denied\.$"):
         parse_content(tmp_path / "page.png", "here")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+@pytest.mark.parametrize("form", ["Path", "a file of pairs"])
+def test_an_image_is_a_file_of_bounded_size(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(20 << 30)
+    monkeypatch.setattr("m0kit.inputs.MAX_IMAGE_BYTES", 1 << 20)
+    pipe = "is a device, a pipe or a socket, and no file"
+    cases = [(tmp_path / "fifo", pipe), (Path("/dev/zero"), pipe), (tmp_path, "is a folder, and no file")]
+    cases.append((tmp_path / "sparse", "has more than the 1048576 bytes that are read of it"))
+    if Path("/proc/kmsg").exists():  # which is read in vain until there is news
+        cases.append((Path("/proc/kmsg"), ""))
+    for path, said in cases:
+        value = path if form == "Path" else from_file({"image": str(path)}, tmp_path)
+        with pytest.raises(ImageError, match=f"^here: {path}: {said}"):
+            resize(parse_content(value, "here"), model_config("tiny").image, "here")  # type: ignore[arg-type]
 
 
 leaves = st.one_of(

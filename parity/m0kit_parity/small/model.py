@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from m0kit.decoding import open_image
+from m0kit.files import read_regular
+from m0kit.formats import MAX_IMAGE_BYTES
+
 SCORE_TOKEN: Final = 100
 LOGIT_BIAS: Final = 2.65
 FP16_MAX: Final = 65504.0
@@ -141,7 +145,7 @@ class Ranker(nn.Module):
 
     def score_documents(self, query: Content, documents: Sequence[Content | Path]) -> list[float]:
         """sigmoid(logit − 2.65) of each document; a path is an image file."""
-        opened = [Image.open(d).convert("RGB") if isinstance(d, Path) else d for d in documents]
+        opened = [_opened(d) if isinstance(d, Path) else d for d in documents]
         logits = torch.tensor(self.score_pairs([(query, d) for d in opened]))
         scores: list[float] = torch.sigmoid(logits - LOGIT_BIAS).tolist()
         return scores
@@ -160,6 +164,10 @@ class Ranker(nn.Module):
         hidden = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).last_hidden_state
         logit: Tensor = self.score(hidden[:, -1])[0, 0]
         return logit
+
+
+def _opened(path: Path) -> Image.Image:
+    return open_image(read_regular(path, MAX_IMAGE_BYTES), str(path)).convert("RGB")
 
 
 def encode_prompt(tokenizer: Tokenizer, query: Content, document: Content, counts: Sequence[int]) -> list[int]:
