@@ -52,19 +52,10 @@ class _File:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
-
-    @property
-    def head(self) -> bytes:
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        return os.read(self._descriptor, 20)
-
-    @property
-    def num_names(self) -> int:
-        return os.fstat(self._descriptor).st_nlink
+        os.close(self.descriptor)
 
 
 class _Files:
@@ -77,24 +68,27 @@ class _Files:
     def after_fork(self) -> None:
         self.fork_lock = threading.RLock()
 
-    def open(self, path: Path) -> _File | None:
+    def open(self, path: Path, writing: bool) -> _File | None:
         """The file of the database at `path`; None where there is none. Raises ForeignDatabaseError."""
         flags = ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK")
+        file = None
         with self.fork_lock:
             try:
                 found = os.lstat(path)
                 _require_regular(path, found)
-                if (file := self._files.get((found.st_dev, found.st_ino))) is not None:
-                    return file
-                descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+                place = found.st_dev, found.st_ino
+                file = self._files.get(place) or _File(
+                    os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+                )
+                _require_own_file(path, file.descriptor, writing)
+                self._files[place] = file
             except FileNotFoundError:
                 return None
             except OSError as error:
                 raise ForeignDatabaseError(f"{path}: cannot be read: {error.strerror}") from error
-            file = _File(descriptor)
-            found = os.fstat(descriptor)
-            _require_regular(path, found)
-            self._files[found.st_dev, found.st_ino] = file
+            except ForeignDatabaseError:
+                del file  # or the traceback keeps it open
+                raise
             return file
 
 
@@ -151,24 +145,24 @@ def connect(path: Path, *, writing: bool, wait_s: float) -> sqlite3.Connection:
     Raises ForeignDatabaseError; sqlite3.Error as SQLite does.
     """
     path = path.absolute()
-    file = _examined(path, writing)
+    require_own(path, writing=writing)
     uri = f"{path.as_uri()}?mode={'rwc' if writing else 'ro'}"
+    file = _files.open(path, writing)  # before SQLite opens it, so that nothing is closed while that has locks
     db = sqlite3.connect(
         uri, timeout=wait_s, isolation_level=None, check_same_thread=False, factory=_Connection, uri=True
     )
     try:
-        db.file, db.steps = file, _Steps(path)
-        if file is None and (file := _files.open(path)) is not None:
-            db.file = file
+        db.file, db.steps = file or _files.open(path, writing), _Steps(path)
         db.set_progress_handler(db.steps.look, _LOOK_EVERY)
         for limit, value in _LIMITS.items():
             db.setlimit(limit, value)
         # EXTRA also flushes the journal's removal: a segment is only unlinked after what replaces it is on disk.
         for setting in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA", "fullfsync = ON"):
             db.execute(f"PRAGMA {setting}")
-        if file is not None:  # by now a killed writer's transaction has been rolled back, to whatever was before it
-            _require_no_log(path, file)
+        # By now a killed writer's transaction has been rolled back, to what its journal says was there before.
+        require_own(path, writing=writing)
     except BaseException:
+        del file
         db.close()
         raise
     return db
@@ -181,7 +175,22 @@ def needs_rollback(error: sqlite3.Error) -> bool:
 
 def require_own(path: Path, *, writing: bool = False) -> None:
     """Raises ForeignDatabaseError for a database, or a file beside it, by which SQLite would touch others."""
-    _examined(path, writing)
+    for suffix in ("-wal", "-shm"):
+        if os.path.lexists(beside := path.with_name(path.name + suffix)):
+            raise ForeignDatabaseError(f"{beside}: belongs to a write-ahead log, which m0kit never uses")
+    _files.open(path, writing)
+    journal = path.with_name(f"{path.name}-journal")
+    try:
+        _require_regular(journal, os.lstat(journal))
+        with open(journal, "rb") as opened:
+            opened.seek(max(os.fstat(opened.fileno()).st_size - len(_JOURNAL_MAGIC), 0))
+            end = opened.read(len(_JOURNAL_MAGIC))
+    except FileNotFoundError:  # or gone meanwhile: a writer has finished
+        return
+    except OSError as error:
+        raise ForeignDatabaseError(f"{journal}: cannot be read: {error.strerror}") from error
+    if end == _JOURNAL_MAGIC:
+        raise ForeignDatabaseError(f"{journal}: names another file, which SQLite would delete")
 
 
 def require_schema(db: sqlite3.Connection, sql: str) -> None:
@@ -209,40 +218,21 @@ def _schema(db: sqlite3.Connection, most: int) -> list[tuple[str, ...]]:
     return sorted(tuple(map(str, row)) for row in rows)
 
 
-def _examined(path: Path, writing: bool) -> _File | None:
-    """The database's file, if there is one, after a look at it and at all that SQLite would find beside it."""
-    for suffix in ("-wal", "-shm"):
-        if os.path.lexists(beside := path.with_name(path.name + suffix)):
-            raise ForeignDatabaseError(f"{beside}: belongs to a write-ahead log, which m0kit never uses")
-    file = _files.open(path)
-    if file is not None:
-        if writing and file.num_names > 1:
-            raise ForeignDatabaseError(f"{path}: is known by another name too (a hard link), which would be changed")
-        _require_no_log(path, file)
-    journal = path.with_name(f"{path.name}-journal")
-    try:
-        _require_regular(journal, os.lstat(journal))
-        with open(journal, "rb") as opened:
-            opened.seek(max(os.fstat(opened.fileno()).st_size - len(_JOURNAL_MAGIC), 0))
-            end = opened.read(len(_JOURNAL_MAGIC))
-    except FileNotFoundError:  # or gone meanwhile: a writer has finished
-        return file
-    except OSError as error:
-        raise ForeignDatabaseError(f"{journal}: cannot be read: {error.strerror}") from error
-    if end == _JOURNAL_MAGIC:
-        raise ForeignDatabaseError(f"{journal}: names another file, which SQLite would delete")
-    return file
+def _require_own_file(path: Path, descriptor: int, writing: bool) -> None:
+    found = os.fstat(descriptor)
+    _require_regular(path, found)
+    if writing and found.st_nlink > 1:
+        raise ForeignDatabaseError(f"{path}: has another name too (a hard link), whose file would be changed")
+    if hasattr(os, "pread"):  # forked processes share the place in a file
+        head = os.pread(descriptor, 20, 0)
+    else:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        head = os.read(descriptor, 20)
+    if head[:16] == _HEADER and head[18:20] != b"\1\1":
+        raise ForeignDatabaseError(f"{path}: uses a write-ahead log, which m0kit never does, or is damaged")
 
 
 def _require_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         what = "a link" if stat.S_ISLNK(found.st_mode) else "no file"
         raise ForeignDatabaseError(f"{path}: is {what}, and m0kit writes only files of its own")
-
-
-def _require_no_log(path: Path, file: _File) -> None:
-    head = file.head
-    if head and head[:16] != _HEADER:
-        raise ForeignDatabaseError(f"{path}: is no database")
-    if head and head[18:20] != b"\1\1":
-        raise ForeignDatabaseError(f"{path}: uses a write-ahead log, which m0kit never does")

@@ -598,7 +598,7 @@ class Store:
         contents = {document.id: hashlib.sha256(document.data).digest() for document in documents}
         now = time.time()
         with self._writing:
-            self._count_all()
+            self._sweep()
             new = [_New(True, contents[d.id], [memoryview(d.data)], now) for d in documents]
             new = list({piece.key: piece for piece in new}.values())
             new += [_New(False, key, [_bytes_of(b) for b in buffers], now) for key, buffers in records.items()]
@@ -651,7 +651,7 @@ class Store:
         self._must_write()
         with self._writing:
             with suppress(M0kitError):
-                self._count_all()
+                self._sweep()
             before = self._disk_bytes()
             excess = 0
             if max_bytes is not None:
@@ -680,7 +680,7 @@ class Store:
         damaged: dict[bytes, tuple[str, ...]] = {}
         with self._writing:
             with suppress(M0kitError):
-                self._count_all()
+                self._sweep()
             before = self._disk_bytes()
             # The newest first: what the others still hold is appended behind it, and should not move twice.
             for number, dead in sorted(self._dead(), reverse=True):
@@ -905,11 +905,21 @@ class Store:
             raise StoreError(f"{self.path}: opened for reading. Open it with writable=True.")
 
     def _sweep(self) -> None:
-        """Remove segments that the database does not know, and count as dead what lies behind the end of others.
+        """Make what is on the disk agree with the database, after another writer or a failed operation.
 
-        What cannot go (Windows: still mapped) is left for the next time.
+        Segments that it does not know go; what lies behind the end of others is dead bytes of theirs. What cannot go
+        (Windows: still mapped) is left for the next time.
         """
-        self._is_swept = False
+        if self._is_swept:
+            return
+        longer = self._remove_unknown()
+        if longer:
+            with self._transaction() as db:
+                db.executemany("UPDATE segments SET size = ?2, mirror = -?2 WHERE number = ?1", longer)
+        self._is_swept = True
+
+    def _remove_unknown(self) -> list[tuple[int, int]]:
+        """Remove the segments that the database does not know; of those longer than it knows number and size."""
         known = dict(self._rows("SELECT number, size FROM segments"))
         longer: list[tuple[int, int]] = []
         try:
@@ -917,21 +927,13 @@ class Store:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         for number in numbers:
-            if number not in known:
-                if not self._rows("SELECT 1 FROM pieces WHERE segment = ? LIMIT 1", number):
-                    with suppress(OSError):
-                        self._segments.unlink(number)
-            elif (size := self._segments.size(number)) > known[number]:
-                longer.append((size, number))
-        if longer:
-            with self._transaction() as db:
-                db.executemany("UPDATE segments SET size = ?1, mirror = -?1 WHERE number = ?2", longer)
-        self._is_swept = True
-
-    def _count_all(self) -> None:
-        """What a failed operation left is there and takes space, so it counts."""
-        if not self._is_swept:
-            self._sweep()
+            if number in known:
+                if (size := self._segments.size(number)) > known[number]:
+                    longer.append((number, size))
+            elif not self._rows("SELECT 1 FROM pieces WHERE segment = ? LIMIT 1", number):
+                with suppress(OSError):
+                    self._segments.unlink(number)
+        return longer
 
     @contextmanager
     def _published(self, new: Sequence[_New], fresh: bool = False) -> Iterator[sqlite3.Connection]:
@@ -960,8 +962,9 @@ class Store:
                 )
                 yield db
         except BaseException:
-            with suppress(M0kitError):
-                self._sweep()
+            self._is_swept = False
+            with suppress(M0kitError):  # no transaction now, which may fail as well: the next operation counts the rest
+                self._remove_unknown()
             raise
 
     def _append(self, new: Sequence[_New], fresh: bool) -> tuple[list[_Piece], dict[int, int]]:
