@@ -5,9 +5,10 @@
     segments/000001.kv …    the bytes, only ever appended to; a number is never used for two segments
 
 A *piece* is a record or a document's content (equal contents are kept once); it starts at a multiple of 4096 and has
-a checksum. Bytes are appended behind the end that the database knows and flushed; then one transaction makes them
-visible. What lies behind that end, or in a segment that the database does not know, was left by a killed writer:
-the next one sweeps it away. Space comes back by rewriting: what a segment still holds is appended elsewhere, one
+a checksum that begins with its key, so that no other piece's bytes pass for it. Bytes are appended behind the end that
+the database knows and flushed; then one transaction makes them visible. A segment that the database does not know was
+left by a killed writer, and the next one removes it; what lies behind a known end it counts as dead, since nothing that
+may be mapped is ever made shorter. Space comes back by rewriting: what a segment still holds is appended elsewhere, one
 transaction points there, and the file goes; whoever has it mapped keeps its bytes.
 
 With a limit (`max_bytes`) the folder never holds more, not for a moment. The database counts twice, because its
@@ -18,8 +19,12 @@ longest is rewritten without its cold records. So no record is moved for less th
 was used recently stays.
 
 Nothing that is done for one document looks at all of them: triggers count what each segment holds, and a record is
-marked as cold once for each use. Opening for writing reads the database once, to be sure of it; for reading, while it
-is small.
+marked as cold once for each use. Opening for writing reads the database once, to be sure of it; so does opening for
+reading, once per change that it has not seen (`m0kit.verified`).
+
+A folder may come from somebody else, or from a failing disk. The database is only used with exactly the tables below,
+and no link is followed in the folder. What the trees of SQLite do not hold twice has a check of its own: a document's
+row a sum, a number that nothing else tells its mirror. Each document is so read as what was written, or as damaged.
 
     with Store.create(folder, {"model": "…"}, max_bytes=20 << 30) as store:
         store.add([Document("a", "text", b"hello", key)], {key: [keys, values]})
@@ -34,9 +39,9 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import secrets
 import sqlite3
+import sys
 import threading
 import time
 import zlib
@@ -45,30 +50,33 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 from weakref import WeakValueDictionary
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from m0kit import forks
+from m0kit import database, forks, schema, segments
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
 from m0kit.files import destination, occupied, replacing, sync, sync_path
+from m0kit.segments import Segments
+from m0kit.verified import Memory
 
-FORMAT_VERSION = 2  # raised when an older m0kit could no longer read the folder rightly
-INDEX, LOCK, SEGMENTS = "index.sqlite", "lock.sqlite", "segments"
+FORMAT_VERSION = 3  # raised when an older m0kit could no longer read the folder rightly
+INDEX, LOCK = "index.sqlite", "lock.sqlite"
 SEGMENT_BYTES = 256 << 20  # rewriting one takes a second or so and as much free space
 MIN_LIMIT = 4 << 20  # below that the database alone would crowd the records out
+MAX_LIMIT = 1 << 60  # above every disk, and far from where whole numbers end
 KEY_BYTES = 32
+MAX_NAME_BYTES = 1 << 20  # of an id or a source, which stand in rows: longer than any path
 _APPLICATION = 0x6D306B78  # "m0kx", in the database's header
 _ALIGN = 4096
 _WAIT_S = 600.0  # for another process's transaction: milliseconds, unless the machine is busy; guards against hanging
 _WRITER_WAIT_S = 0.5  # for another process that is just trying; a writer stays for longer, and so does its lock
-_TOUCH_WAIT_MS = 50  # noting a use is not worth more
-_CHECKED_BYTES = 4 << 20  # a database up to that size is looked at whole when it is opened for reading: 30 ms
+_TOUCH_WAIT_S = 0.05  # noting a use is not worth more
 _GROWTH = 128 << 10  # of the database and its journal in one `add`: a split in every tree …
 _GROWTH_PER_ROW = 8 << 10  # … and for each document or record, several times what was measured
-_SEGMENT_NAME = re.compile(r"(\d{6,})\.kv")
 
 
 def _held(row: str, sign: str) -> str:
@@ -87,12 +95,18 @@ def _held(row: str, sign: str) -> str:
 
 
 _SCHEMA = f"""
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL CHECK (typeof(value) = 'integer'));
-INSERT INTO counts VALUES ('text', 0), ('image', 0), ('changes', 0);
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL, sum INTEGER NOT NULL);
+CREATE TABLE counts (
+  name TEXT PRIMARY KEY,
+  value INTEGER NOT NULL CHECK (typeof(value) = 'integer' AND value BETWEEN 0 AND {segments.MOST}),
+  mirror INTEGER NOT NULL CHECK (mirror = -value)
+);
+-- documents of each kind; how often an id came to mean something else; the highest number that a segment has had
+INSERT INTO counts VALUES ('text', 0, 0), ('image', 0, 0), ('changes', 0, 0), ('segment', 0, 0);
 CREATE TABLE segments (
-  number INTEGER PRIMARY KEY AUTOINCREMENT,
-  size INTEGER NOT NULL CHECK (typeof(size) = 'integer'),
+  number INTEGER PRIMARY KEY,
+  size INTEGER NOT NULL CHECK (typeof(size) = 'integer' AND size BETWEEN 0 AND {MAX_LIMIT}),
+  mirror INTEGER NOT NULL CHECK (mirror = -size),
   pieces INTEGER NOT NULL DEFAULT 0, -- in it
   records INTEGER NOT NULL DEFAULT 0, -- of them
   live INTEGER NOT NULL DEFAULT 0, -- bytes of pieces
@@ -105,10 +119,10 @@ CREATE TABLE pieces (
   content INTEGER NOT NULL CHECK (content IN (0, 1)),
   key BLOB NOT NULL CHECK (typeof(key) = 'blob' AND length(key) = {KEY_BYTES}),
   segment INTEGER NOT NULL REFERENCES segments (number),
-  start INTEGER NOT NULL CHECK (typeof(start) = 'integer'),
-  size INTEGER NOT NULL CHECK (typeof(size) = 'integer' AND size >= 0),
-  crc INTEGER NOT NULL CHECK (typeof(crc) = 'integer'),
-  used REAL NOT NULL CHECK (typeof(used) = 'real'),
+  start INTEGER NOT NULL CHECK (typeof(start) = 'integer' AND start BETWEEN 0 AND {MAX_LIMIT}),
+  size INTEGER NOT NULL CHECK (typeof(size) = 'integer' AND size BETWEEN 0 AND {MAX_LIMIT}),
+  crc INTEGER NOT NULL CHECK (typeof(crc) = 'integer'), -- of its kind, its key and its bytes
+  used REAL NOT NULL CHECK (typeof(used) = 'real' AND used BETWEEN 0 AND 1e11),
   warm INTEGER NOT NULL CHECK (warm = 1 OR (warm = 0 AND content = 0)),
   PRIMARY KEY (content, key)
 ) WITHOUT ROWID;
@@ -120,33 +134,50 @@ CREATE TRIGGER piece_changed AFTER UPDATE ON pieces
 WHEN OLD.segment <> NEW.segment OR OLD.size <> NEW.size OR OLD.warm <> NEW.warm
 BEGIN {_held("OLD", "-")} {_held("NEW", "+")} END;
 CREATE TABLE documents (
-  place INTEGER PRIMARY KEY AUTOINCREMENT,
+  place INTEGER PRIMARY KEY,
   id TEXT NOT NULL UNIQUE CHECK (typeof(id) = 'text' AND id <> ''),
   kind TEXT NOT NULL CHECK (kind IN ('text', 'image')),
   key BLOB NOT NULL CHECK (typeof(key) = 'blob' AND length(key) = {KEY_BYTES}),
   content BLOB NOT NULL CHECK (typeof(content) = 'blob'),
-  source TEXT NOT NULL CHECK (typeof(source) = 'text')
+  source TEXT NOT NULL CHECK (typeof(source) = 'text'),
+  sum INTEGER NOT NULL CHECK (typeof(sum) = 'integer') -- of all but its place
 );
 CREATE INDEX documents_by_key ON documents (key);
 CREATE INDEX documents_by_content ON documents (content);
 CREATE TRIGGER document_added AFTER INSERT ON documents
-BEGIN UPDATE counts SET value = value + 1 WHERE name = NEW.kind; END;
+BEGIN UPDATE counts SET value = value + 1, mirror = mirror - 1 WHERE name = NEW.kind; END;
 CREATE TRIGGER document_removed AFTER DELETE ON documents
 BEGIN
-  UPDATE counts SET value = value - 1 WHERE name = OLD.kind;
-  UPDATE counts SET value = value + 1 WHERE name = 'changes';
+  UPDATE counts SET value = value - 1, mirror = mirror + 1 WHERE name = OLD.kind;
+  UPDATE counts SET value = value + 1, mirror = mirror - 1 WHERE name = 'changes';
 END;
 CREATE TRIGGER document_replaced AFTER UPDATE ON documents
 WHEN OLD.kind <> NEW.kind OR OLD.key <> NEW.key OR OLD.content <> NEW.content
 BEGIN
-  UPDATE counts SET value = value - 1 WHERE name = OLD.kind;
-  UPDATE counts SET value = value + 1 WHERE name IN ('changes', NEW.kind);
+  UPDATE counts SET value = value - 1, mirror = mirror + 1 WHERE name = OLD.kind;
+  UPDATE counts SET value = value + 1, mirror = mirror - 1 WHERE name IN ('changes', NEW.kind);
 END;
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {FORMAT_VERSION};
 """
+_ROOM = f"(size + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}"
+# Each finds something only in a database that is not sound: pieces outside of their segment, and wrong counts.
+_UNSOUND = (
+    "SELECT 1 FROM pieces JOIN segments ON number = segment "
+    f"WHERE start % {_ALIGN} <> 0 OR start + pieces.size > segments.size LIMIT 1",
+    "SELECT number, pieces, records, live, taken, fixed, cold FROM segments EXCEPT SELECT segment, COUNT(*), "
+    f"SUM(content = 0), SUM(size), SUM({_ROOM}), SUM((content = 1) * ({_ROOM})), SUM((warm = 0) * ({_ROOM})) "
+    "FROM pieces GROUP BY segment",
+    "SELECT kind, COUNT(*) FROM documents GROUP BY kind "
+    "EXCEPT SELECT name, value FROM counts WHERE name IN ('text', 'image')",
+    "SELECT name, value FROM counts WHERE name IN ('text', 'image') AND value <> 0 "
+    "EXCEPT SELECT kind, COUNT(*) FROM documents GROUP BY kind",
+    "SELECT 1 FROM (SELECT group_concat(name) AS names FROM (SELECT name FROM counts ORDER BY name)) "
+    "WHERE names <> 'changes,image,segment,text' OR names IS NULL",
+)
 # SQLite by itself would read all records and sort them.
 _RECORDS_BY_USE = "pieces INDEXED BY records_by_use WHERE content = 0"
+_DESCRIBED = "id, kind, key, content, source, sum"  # all of a document but its place
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
@@ -169,11 +200,15 @@ class Document:
         if len(self.key) != KEY_BYTES:
             raise InputError(f"document {self.id!r}: a key of {len(self.key)} bytes, expected {KEY_BYTES} (a sha256).")
         try:
-            (self.id + self.source).encode()
+            longest = max(len(self.id.encode()), len(self.source.encode()))
             if self.kind == "text":
                 self.data.decode()
         except UnicodeError:
             raise InputError(f"document {self.id!r}: its id, source or text is not valid UTF-8.") from None
+        if longest > MAX_NAME_BYTES:
+            raise InputError(
+                f"document {self.id!r}: its id or source has {longest} bytes, expected at most {MAX_NAME_BYTES}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +258,14 @@ class Stats:
     identity: Mapping[str, Any]
 
 
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
+    """What the table `meta` says, as JSON."""
+
+    identity: dict[str, Any]
+    max_bytes: Annotated[int, msgspec.Meta(ge=MIN_LIMIT, le=MAX_LIMIT)] | None
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+
+
 class _Piece(NamedTuple):
     """A row of `pieces`: where a piece lies."""
 
@@ -234,6 +277,10 @@ class _Piece(NamedTuple):
     crc: int
     used: float  # seconds since 1970
     warm: int  # 0 for a record that has to go first when room is needed
+
+    def fits(self, view: NDArray[np.uint8] | None) -> bool:
+        """Whether these are the bytes that were written."""
+        return view is not None and zlib.crc32(view.data, _begun(self.content, self.key)) == self.crc
 
 
 class _New(NamedTuple):
@@ -264,29 +311,41 @@ class Store:
         self._lock = threading.RLock()  # around each use of the connection; a transaction holds it to its end
         self._writing = threading.RLock()  # one writing operation at a time; reading goes on meanwhile
         self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # a map lives as long as its views
-        self._whole: set[tuple[int, int, int]] = set()  # (segment, start, size) of pieces whose checksum was right
+        self._whole: set[tuple[Any, ...]] = set()  # pieces, without `used` and `warm`, whose checksum was right
+        self._segments = Segments(path)
         self._is_behind = False  # opened in a process of which this one is a forked child
+        self._is_open = False
+        self._is_swept = False
         self._writer: sqlite3.Connection | None = None
         self._db: sqlite3.Connection | None = None
+        self._noting: sqlite3.Connection | None = None  # a reader's, for `touch` alone
+        self._memory = Memory.load()
+        self._sound: list[Any] | None = None  # stamp of the database when it was known to be sound
         try:
             with self._guarded():
+                for name in (INDEX, LOCK):
+                    database.require_own(path / name, writing=writable)
+                if os.path.lexists(self._segments.folder):
+                    self._segments.numbers()
                 if writable:
                     # SQLite lets a reader "begin exclusively" and only complains later.
-                    for place in (path, path / SEGMENTS, path / INDEX, path / LOCK):
+                    for place in (path, self._segments.folder, path / INDEX, path / LOCK):
                         _must_be_writable(place)
-                    self._writer = _connect(path / LOCK, "rwc", _WRITER_WAIT_S)
+                    self._writer = database.connect(path / LOCK, writing=True, wait_s=_WRITER_WAIT_S)
                     self._writer.execute("BEGIN EXCLUSIVE")
-                # SQLite falls back to reading where writing is not allowed; where it is, even a reader must be
-                # able to roll a killed writer's transaction back.
-                self._db = _connect(path / INDEX, "rw", _WAIT_S)
-            # A writer could make damage worse; a reader meets it, or `verify` does.
-            self._check(whole=writable or _size_of(path / INDEX) <= _CHECKED_BYTES)
-            self.identity, self.max_bytes, self._id = self._meta()
+                self._db = database.connect(path / INDEX, writing=writable, wait_s=_WAIT_S)
+            self._check(whole=writable)  # a writer could make damage worse
+            meta = self._meta()
+            self.identity, self.max_bytes, self._id = meta.identity, meta.max_bytes, meta.id
             if writable:
-                self._sweep()
-        except BaseException:
+                with suppress(M0kitError):  # on a full disk it must still be possible to remove something
+                    self._sweep()
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError) and not isinstance(error, M0kitError):
+                raise _unwritable(path, error) if writable else _unreadable(path, error) from error
             raise
+        self._is_open = True
         forks.watch(self)
         limited = SEGMENT_BYTES if self.max_bytes is None else self.max_bytes // 32
         self._segment_bytes = min(SEGMENT_BYTES, limited)
@@ -298,20 +357,22 @@ class Store:
         `identity` (JSON) is kept for the caller to compare. Raises OutputError; StoreError for too small a limit.
         """
         path = destination(Path(path))
-        if max_bytes is not None and max_bytes < MIN_LIMIT:
-            raise StoreError(f"{path}: a limit of {max_bytes} bytes is too small, expected at least {MIN_LIMIT}.")
+        if max_bytes is not None and not MIN_LIMIT <= max_bytes <= MAX_LIMIT:
+            what = f"too small, expected at least {MIN_LIMIT}" if max_bytes < MIN_LIMIT else "larger than any disk"
+            raise StoreError(f"{path}: a limit of {max_bytes} bytes is {what}.")
         values = {"identity": dict(identity), "max_bytes": max_bytes, "id": secrets.token_hex(8)}
         if occupied(path):
             raise OutputError(f"{path}: exists already. Open it, remove it, or give another folder.")
         # Made aside and renamed, so that a killed `create` leaves nothing that looks like a store.
         with replacing(path) as aside:
             try:
-                (aside / SEGMENTS).mkdir()
+                (aside / segments.FOLDER).mkdir()
                 (aside / LOCK).touch()
-                db = _connect(aside / INDEX, "rwc", 0)
+                db = database.connect(aside / INDEX, writing=True, wait_s=0)
                 try:
                     db.executescript(f"BEGIN; {_SCHEMA}")
-                    db.executemany("INSERT INTO meta VALUES (?, ?)", ((n, json.dumps(v)) for n, v in values.items()))
+                    rows = [(name, json.dumps(value)) for name, value in values.items()]
+                    db.executemany("INSERT INTO meta VALUES (?, ?, ?)", [(*row, _sum(*row)) for row in rows])
                     db.execute("COMMIT")
                 finally:
                     db.close()
@@ -325,12 +386,12 @@ class Store:
     def open(cls, path: str | Path, *, writable: bool = False) -> Self:
         """Open a store: any number of readers, with one writer beside them.
 
-        Raises StoreError if there is none, it is damaged or of another format; StoreBusyError for a second writer.
-        For reading a database of more than 4 MiB is not looked at whole: `verify` does that, and damage that is met is
-        an error.
+        Raises StoreError if there is none, it is damaged or of another format, or one that was killed while writing
+        has to be rolled back by opening it for writing; StoreBusyError for a second writer. The database is looked at
+        whole, for reading once per change that this machine has not seen.
         """
         path = Path(os.path.abspath(path))
-        if not os.path.isfile(path / INDEX):
+        if not os.path.lexists(path / INDEX):
             what = f"there is no {INDEX}, so this is not an index" if os.path.isdir(path) else "no such folder"
             raise StoreError(f"{path}: {what}. Give the folder of an index, or make one.")
         return cls(path, writable)
@@ -342,19 +403,23 @@ class Store:
 
     def after_fork(self) -> None:
         """Leave the connections to the parent: SQLite's must not be used in a child, nor closed there."""
-        forks.abandon((self._db, self._writer))
+        forks.abandon((self._db, self._noting, self._writer))
         self._lock, self._writing = threading.RLock(), threading.RLock()
         self._is_behind |= self._db is not None
-        self._db = self._writer = None
+        self._db = self._noting = self._writer = None
 
     def close(self) -> None:
         """Let the files go. Views that `get` gave stay valid."""
         with self._lock:
             self._is_behind = False
-            for connection in (self._db, self._writer):
+            for connection in (self._noting, self._db, self._writer):
                 if connection is not None:
                     connection.close()
-            self._db = self._writer = None
+            self._db = self._noting = self._writer = None
+            place, sound, self._sound = str(self.path / INDEX), self._sound, None
+            if sound is not None and not sys.is_finalizing() and not self._memory.knows_file(place, sound):
+                self._memory.remember_file(place, sound)
+                self._memory.save()
 
     def __enter__(self) -> Self:
         return self
@@ -364,13 +429,13 @@ class Store:
 
     def __del__(self) -> None:
         # One that nobody holds any more lets its files go; Python 3.13 would warn that it did not.
-        if hasattr(self, "_writer") and hasattr(self, "_db"):
+        if hasattr(self, "_sound"):
             self.close()
 
     # Reading
 
     def __len__(self) -> int:
-        return int(self._rows("SELECT SUM(value) FROM counts WHERE name <> 'changes'")[0][0])
+        return int(self._rows("SELECT COALESCE(SUM(value), 0) FROM counts WHERE name IN ('text', 'image')")[0][0])
 
     @property
     def edition(self) -> str:
@@ -378,29 +443,45 @@ class Store:
 
         A document with a new id, and what becomes of records, leave it as it is.
         """
-        changes = self._rows("SELECT value FROM counts WHERE name = 'changes'")[0][0]
-        return f"{self._id}.{changes}"
+        for (changes,) in self._rows("SELECT value FROM counts WHERE name = 'changes'"):
+            return f"{self._id}.{changes}"
+        raise _damaged(self.path)
 
     def ids(self) -> list[str]:
         """All ids, in the order in which they were first added."""
         return [row[0] for row in self._rows("SELECT id FROM documents ORDER BY place")]
 
     def document(self, document_id: str) -> Document | None:
-        """The document with that id. Raises RecordDamagedError if its content is not what was written."""
+        """The document with that id. Raises RecordDamagedError if it is not what was written."""
         before = None
-        while rows := self._rows("SELECT kind, key, source, content FROM documents WHERE id = ?", document_id):
-            kind, key, source, content = rows[0]
+        while rows := self._described(document_id):
+            _, kind, key, content, source, _ = row = rows[0]
+            if not _is_own(row):
+                raise RecordDamagedError(
+                    f"{self.path / INDEX}: what it says of document {document_id!r} is not what was written. "
+                    "Add the document again."
+                )
             if (data := self._load(True, content)) is not None:
                 return Document(document_id, kind, data.tobytes(), key, source)
-            if rows == before:  # otherwise it was replaced between the two looks
-                raise _damaged(self.path)
-            before = rows
+            if row == before:  # otherwise it was replaced between the two looks
+                raise RecordDamagedError(
+                    f"{self.path / INDEX}: the content of document {document_id!r} is missing. Add the document again."
+                )
+            before = row
         return None
 
     def content(self, document_id: str) -> bytes | None:
-        """The sha256 of the data of the document with that id, without reading it; None if there is none."""
-        rows = self._rows("SELECT content FROM documents WHERE id = ?", document_id)
-        return rows[0][0] if rows else None
+        """The sha256 of the data of the document with that id, without reading it; None if there is none.
+
+        None also where what is said of the document is not what was written: adding it heals it.
+        """
+        return next((row[3] for row in self._described(document_id) if _is_own(row)), None)
+
+    def _described(self, document_id: str) -> list[Any]:
+        """What is said of a document, if there is one."""
+        if not _may_be(document_id):
+            return []
+        return self._rows(f"SELECT {_DESCRIBED} FROM documents WHERE id = ?", document_id)
 
     def has(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of the records are there."""
@@ -419,21 +500,32 @@ class Store:
             return
         for key in keys:
             for row in self._rows("SELECT * FROM pieces WHERE content = 0 AND key = ?", key):
-                piece = _Piece(*row)
+                piece = self._piece(row)
                 if piece.size and (mapped := self._mapped(piece)) is not None:
-                    mapped.madvise(mmap.MADV_WILLNEED, piece.start, piece.size)
+                    with suppress(OSError):  # where pages are larger than what pieces are aligned to
+                        mapped.madvise(mmap.MADV_WILLNEED, piece.start, piece.size)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Note that records were used now. A read-only or busy database is left alone: this only guides `prune`."""
         rows = [(time.time(), key) for key in keys]
-        with self._lock, suppress(sqlite3.Error, UnicodeDecodeError):
+        with self._lock:
             db = self._connection()
-            db.execute(f"PRAGMA busy_timeout = {_TOUCH_WAIT_MS}")
-            try:
-                with _committed(db):
-                    db.executemany("UPDATE pieces SET used = ?, warm = 1 WHERE content = 0 AND key = ?", rows)
-            finally:
-                db.execute(f"PRAGMA busy_timeout = {_WAIT_S * 1000:.0f}")
+            with suppress(sqlite3.Error, UnicodeDecodeError):
+                if self.writable:
+                    db.execute(f"PRAGMA busy_timeout = {_TOUCH_WAIT_S * 1000:.0f}")
+                else:
+                    # Who has a journal is writing, or was killed, and rolling that back is a writer's.
+                    if os.path.lexists(self.path / f"{INDEX}-journal"):
+                        return
+                    if self._noting is None:
+                        self._noting = database.connect(self.path / INDEX, writing=True, wait_s=_TOUCH_WAIT_S)
+                    db = self._noting
+                try:
+                    with self._committed(db):
+                        db.executemany("UPDATE pieces SET used = ?, warm = 1 WHERE content = 0 AND key = ?", rows)
+                finally:
+                    if self.writable:
+                        db.execute(f"PRAGMA busy_timeout = {_WAIT_S * 1000:.0f}")
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> Verified:
         """Read every piece; `progress` is told the bytes of each. Raises StoreError if the database is damaged.
@@ -446,7 +538,7 @@ class Store:
             self._maps.clear()
         damaged: dict[bytes, tuple[str, ...]] = {}
         contents: dict[str, None] = {}
-        segments: list[str] = []
+        short: list[str] = []
         records = number = 0
         # What is moved meanwhile goes to a higher number. A segment at a time: all pieces may be too many for memory.
         while rows := self._rows("SELECT number, size FROM segments WHERE number > ? ORDER BY number LIMIT 1", number):
@@ -454,25 +546,33 @@ class Store:
             for piece in self._pieces(number):
                 records += not piece.content
                 try:
-                    self._load(bool(piece.content), piece.key)
+                    self._load(piece.content, piece.key)
                 except RecordDamagedError:
-                    owners = self._owners(bool(piece.content), piece.key)
+                    owners = self._owners(piece.content, piece.key)
                     if piece.content:
                         contents.update(dict.fromkeys(owners))
                     else:
                         damaged[piece.key] = owners
                 progress(piece.size)
-            if _size_of(self._segment(number)) < size and self._rows("SELECT 1 FROM segments WHERE number = ?", number):
-                segments.append(self._segment(number).name)
-        pending = self._rows(
-            "SELECT id FROM documents AS d WHERE NOT EXISTS "
-            "(SELECT 1 FROM pieces WHERE content = 0 AND key = d.key) ORDER BY place"
-        )
-        return Verified(records, damaged, tuple(contents), tuple(segments), tuple(row[0] for row in pending))
+            is_short = self._segments.size(number) < size
+            if is_short and self._rows("SELECT 1 FROM segments WHERE number = ?", number):
+                short.append(self._segments.path(number).name)
+        pending: list[str] = []
+        place = -(1 << 63)
+        there = "EXISTS (SELECT 1 FROM pieces WHERE content = {} AND key = documents.{})"
+        asked = f"place, {there.format(0, 'key')}, {there.format(1, 'content')}, {_DESCRIBED}"
+        while rows := self._rows(f"SELECT {asked} FROM documents WHERE place > ? ORDER BY place LIMIT 1000", place):
+            place = rows[-1][0]
+            for _, has_record, has_content, *row in rows:
+                if not has_content or not _is_own(row):
+                    contents[row[0]] = None
+                if not has_record:
+                    pending.append(row[0])
+        return Verified(records, damaged, tuple(contents), tuple(short), tuple(pending))
 
     def stats(self) -> Stats:
         """What the store holds and how much space that takes."""
-        kinds = dict(self._rows("SELECT name, value FROM counts WHERE name <> 'changes' AND value > 0"))
+        kinds = dict(self._rows("SELECT name, value FROM counts WHERE name IN ('text', 'image') AND value > 0"))
         sums = "COALESCE(SUM(records), 0), COALESCE(SUM(live), 0), COALESCE(SUM(size - taken), 0)"
         records, live, dead = self._rows(f"SELECT {sums} FROM segments")[0]
         by_use = f"SELECT used FROM {_RECORDS_BY_USE} ORDER BY warm {{0}}, used {{0}} LIMIT 1"
@@ -498,6 +598,7 @@ class Store:
         contents = {document.id: hashlib.sha256(document.data).digest() for document in documents}
         now = time.time()
         with self._writing:
+            self._sweep()
             new = [_New(True, contents[d.id], [memoryview(d.data)], now) for d in documents]
             new = list({piece.key: piece for piece in new}.values())
             new += [_New(False, key, [_bytes_of(b) for b in buffers], now) for key, buffers in records.items()]
@@ -507,17 +608,18 @@ class Store:
             growth = _GROWTH + _GROWTH_PER_ROW * (len(documents) + len(records)) + 4 * texts
             dropped = self._make_room(sum(_room(piece.size) for piece in new) + growth, used)
             with self._published(new) as db:
-                find = "SELECT key, content FROM documents WHERE id = ?"
+                find = f"SELECT {_DESCRIBED} FROM documents WHERE id = ?"
                 replaced = [row for document in documents for row in db.execute(find, (document.id,)).fetchall()]
+                described = [(d.id, d.kind, d.key, contents[d.id], d.source) for d in documents]
                 db.executemany(
-                    "INSERT INTO documents (id, kind, key, content, source) VALUES (?, ?, ?, ?, ?) "
+                    f"INSERT INTO documents ({_DESCRIBED}) VALUES (?, ?, ?, ?, ?, ?) "
                     "ON CONFLICT (id) DO UPDATE SET kind = excluded.kind, key = excluded.key, "
-                    "content = excluded.content, source = excluded.source",
-                    [(d.id, d.kind, d.key, contents[d.id], d.source) for d in documents],
+                    "content = excluded.content, source = excluded.source, sum = excluded.sum",
+                    [(*row, _sum(*row)) for row in described],
                 )
                 touched = "UPDATE pieces SET used = ?, warm = 1 WHERE content = 0 AND key = ?"
                 db.executemany(touched, [(now, key) for key in used])
-                _drop_unneeded(db, replaced)
+                _drop_unneeded(db, _needs(replaced))
                 if self.max_bytes is not None:
                     _cool(db)  # now, so that it is not much when room is needed
         return dropped
@@ -529,15 +631,15 @@ class Store:
             raise InputError(f"ids: expected a list of ids, got {type(ids).__name__}. Put a single one into a list.")
         absent: list[str] = []
         with self._writing, self._transaction() as db:
-            gone: list[tuple[bytes, bytes]] = []
+            gone: list[Any] = []
             for document_id in dict.fromkeys(ids):
-                row = db.execute("SELECT key, content FROM documents WHERE id = ?", (document_id,)).fetchone()
-                if row is None:
+                row = self._described(document_id)
+                if not row:
                     absent.append(document_id)
                     continue
-                gone.append(row)
+                gone += row
                 db.execute("DELETE FROM documents WHERE id = ?", (document_id,))
-            _drop_unneeded(db, gone)
+            _drop_unneeded(db, _needs(gone))
         return absent
 
     def prune(self, *, max_bytes: int | None = None, unused_days: float | None = None) -> Pruned:
@@ -548,6 +650,8 @@ class Store:
         """
         self._must_write()
         with self._writing:
+            with suppress(M0kitError):
+                self._sweep()
             before = self._disk_bytes()
             excess = 0
             if max_bytes is not None:
@@ -556,13 +660,15 @@ class Store:
             drop: list[bytes] = []
             with self._transaction() as db:
                 for key, size, used in db.execute(f"SELECT key, size, used FROM {_RECORDS_BY_USE} ORDER BY warm, used"):
-                    if excess <= 0 and (since is None or used >= since):
+                    if excess <= 0 and (since is None or not used < since):
                         break
                     drop.append(key)
                     excess -= _room(size)
                 _drop_records(db, drop)
-            while max_bytes is not None and self._disk_bytes() > max_bytes and (dead := self._dead()):
-                drop += self._rewrite(dead[0][0])
+            for number, _ in self._dead() if max_bytes is not None else ():  # what is rewritten has no dead bytes
+                if max_bytes is None or self._disk_bytes() <= max_bytes:
+                    break
+                drop += self._rewrite(number)
             return Pruned(len(drop), max(0, before - self._disk_bytes()))
 
     def compact(self, progress: Callable[[int], object] = lambda _: None) -> Compacted:
@@ -573,13 +679,15 @@ class Store:
         self._must_write()
         damaged: dict[bytes, tuple[str, ...]] = {}
         with self._writing:
+            with suppress(M0kitError):
+                self._sweep()
             before = self._disk_bytes()
             # The newest first: what the others still hold is appended behind it, and should not move twice.
             for number, dead in sorted(self._dead(), reverse=True):
                 for key in self._rewrite(number):
                     damaged[key] = self._owners(False, key)
                 progress(dead)
-            with suppress(StoreBusyError, OutputError), self._lock, self._guarded():
+            with suppress(StoreBusyError, OutputError), self._lock, self._guarded(), self._changing():
                 self._connection().execute("VACUUM")
             return Compacted(max(0, before - self._disk_bytes()), damaged)
 
@@ -588,7 +696,7 @@ class Store:
     def _connection(self) -> sqlite3.Connection:
         if self._db is None and self._is_behind:
             self.writable = False  # the lock for writing is the parent's
-            self._db = _connect(self.path / INDEX, "rw", _WAIT_S)
+            self._db = database.connect(self.path / INDEX, writing=False, wait_s=_WAIT_S)
         if self._db is None:
             raise StoreError(f"{self.path}: this index has been closed. Open it again.")
         return self._db
@@ -599,34 +707,75 @@ class Store:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a message that names what is damaged
             raise _translated(self.path, error, self.writable) from error
+        except MemoryError as error:
+            raise StoreError(f"{self.path / INDEX}: takes more memory to read than there is.") from error
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         with self._lock, self._guarded():
+            try:
+                return self._connection().execute(query, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if not (self._is_open and database.needs_rollback(error)):
+                    raise
+                # It was whole when this was opened. So the writer lived beside us, and it is no stranger's journal.
+                with suppress(sqlite3.Error):
+                    database.connect(self.path / INDEX, writing=True, wait_s=_WAIT_S).close()
             return self._connection().execute(query, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._guarded():
             db = self._connection()
-            with _committed(db):
+            with self._committed(db):
                 yield db
-                emptied = db.execute("SELECT number FROM segments WHERE pieces = 0").fetchall()
+                empty = "pieces = 0 AND NOT EXISTS (SELECT 1 FROM pieces WHERE segment = number)"
+                emptied = db.execute(f"SELECT number FROM segments WHERE {empty}").fetchall()
                 if emptied:
-                    db.execute("DELETE FROM segments WHERE pieces = 0")
+                    db.execute(f"DELETE FROM segments WHERE {empty}")
         for (number,) in emptied:
-            with suppress(OSError):  # Windows: still mapped
-                self._segment(number).unlink()
+            with suppress(OSError, StoreError):  # Windows: still mapped
+                self._segments.unlink(number)
+
+    @contextmanager
+    def _committed(self, db: sqlite3.Connection) -> Iterator[None]:
+        """A transaction: committed at the end, rolled back if anything goes wrong."""
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            with self._changing():
+                yield
+                db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A sound database that only we change stays sound, and need not be looked at again for that."""
+        is_sound = self._sound is not None and self._sound == _stamp(self.path / INDEX)
+        self._sound = None
+        yield
+        self._sound = _stamp(self.path / INDEX) if is_sound else None
 
     def _check(self, whole: bool) -> None:
-        """Whether the database is ours, of our format, not cut off, and with `whole` sound in all that it holds."""
+        """Whether the database is ours, of our format, not cut off, and sound in all that it holds.
+
+        The latter is looked at once per change, or now with `whole`.
+        """
+        place = self.path / INDEX
+        stamp = _stamp(place)
+        whole |= stamp != self._sound and not self._memory.knows_file(str(place), stamp)
         if self._rows("PRAGMA application_id")[0][0] != _APPLICATION:
-            raise StoreError(f"{self.path / INDEX}: not the database of an index, or damaged. Make the index again.")
+            raise StoreError(f"{place}: not the database of an index, or damaged. Make the index again.")
         version = self._rows("PRAGMA user_version")[0][0]
         if version != FORMAT_VERSION:
             way = "Update m0kit" if version > FORMAT_VERSION else "It is of an older m0kit: make the index again"
             raise StoreError(f"{self.path}: format version {version}; this m0kit reads {FORMAT_VERSION}. {way}.")
+        with self._lock, self._guarded():
+            database.require_schema(self._connection(), _SCHEMA)
         if self._is_cut_off() or (whole and not self._is_sound()):
             raise _damaged(self.path)
+        self._sound = stamp if stamp == _stamp(place) else None
 
     def _is_cut_off(self) -> bool:
         with self._lock, self._guarded():
@@ -643,33 +792,37 @@ class Store:
                     db.execute("ROLLBACK")
 
     def _is_sound(self) -> bool:
-        """Whether the trees are, every piece has its segment, and what was counted is so."""
-        room = f"(size + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}"
-        counts = (
-            "SELECT number, pieces, records, live, taken, fixed, cold FROM segments EXCEPT SELECT segment, COUNT(*), "
-            f"SUM(content = 0), SUM(size), SUM({room}), SUM((content = 1) * ({room})), SUM((warm = 0) * ({room})) "
-            "FROM pieces GROUP BY segment",
-            "SELECT name, value FROM counts WHERE name <> 'changes' AND value <> 0 EXCEPT "
-            "SELECT kind, COUNT(*) FROM documents GROUP BY kind",
-        )
-        if self._rows("PRAGMA quick_check(1)") != [("ok",)] or self._rows("PRAGMA foreign_key_check"):
+        """Whether the trees are, every piece has its segment and lies in it, and what was counted is so."""
+        if self._rows("PRAGMA integrity_check(1)") != [("ok",)] or self._rows("PRAGMA foreign_key_check"):
             return False
-        return not any(self._rows(query) for query in counts)
+        return not any(self._rows(query) for query in _UNSOUND)
 
-    def _meta(self) -> tuple[Mapping[str, Any], int | None, str]:
+    def _meta(self) -> _Meta:
         """The identity and the limit, as given to `create`, and the index's own id."""
+        rows = self._rows("SELECT name, value, sum FROM meta LIMIT 10")
         try:
-            meta = {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM meta")}
-            identity, max_bytes, own = meta["identity"], meta["max_bytes"], meta["id"]
-        except (KeyError, TypeError, json.JSONDecodeError):
+            values = {name: schema.parse(value) for name, value, total in rows if _sum(name, value) == total}
+            return schema.fitting(values, _Meta)
+        except (ValueError, TypeError, AttributeError):
             raise _damaged(self.path) from None
-        if not isinstance(identity, dict) or not isinstance(max_bytes, int | None) or not isinstance(own, str):
+
+    def _piece(self, row: Sequence[Any]) -> _Piece:
+        """A row of `pieces`, which has the types that it should have."""
+        content, key, segment, start, size, crc, used, warm = row
+        if not (
+            type(key) is bytes
+            and type(used) is float
+            and type(segment) is type(start) is type(size) is type(crc) is int
+            and 0 <= start <= MAX_LIMIT
+            and 0 <= size <= MAX_LIMIT
+            and 0 < segment < segments.MOST
+        ):
             raise _damaged(self.path)
-        return identity, max_bytes, own
+        return _Piece(content == 1, key, segment, start, size, crc, used, int(warm == 1))
 
     def _pieces(self, segment: int) -> list[_Piece]:
         rows = self._rows("SELECT * FROM pieces WHERE segment = ?", segment)
-        return sorted((_Piece(*row) for row in rows), key=lambda piece: piece.start)
+        return sorted(map(self._piece, rows), key=lambda piece: piece.start)
 
     def _owners(self, content: bool, key: bytes) -> tuple[str, ...]:
         column = "content" if content else "key"
@@ -686,47 +839,43 @@ class Store:
 
     # The segments
 
-    def _segment(self, number: int) -> Path:
-        return self.path / SEGMENTS / f"{number:06d}.kv"
-
     def _map(self, piece: _Piece) -> NDArray[np.uint8] | None:
         """The bytes of a piece; None if its segment is gone or too short."""
+        if not piece.size:
+            return np.empty(0, np.uint8)
         mapped = self._mapped(piece)
-        if mapped is None:
-            return None if piece.start + piece.size else np.empty(0, np.uint8)
-        return np.frombuffer(mapped, np.uint8, piece.size, piece.start) if piece.start >= 0 else None
+        return None if mapped is None else np.frombuffer(mapped, np.uint8, piece.size, piece.start)
 
     def _mapped(self, piece: _Piece) -> mmap.mmap | None:
-        """The segment of a piece; None if it is gone, empty or too short."""
+        """The segment of a piece; None if it is gone or too short."""
         end = piece.start + piece.size
         with self._lock:
             mapped = self._maps.get(piece.segment)
             if mapped is None or len(mapped) < end:
                 try:
-                    with open(self._segment(piece.segment), "rb") as file:
-                        if os.fstat(file.fileno()).st_size < max(end, 1):
-                            return None
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except FileNotFoundError:
-                    return None
+                    mapped = self._segments.map(piece.segment, end)
                 except OSError as error:
-                    what = os.strerror(error.errno or 0)
-                    raise StoreError(f"{self._segment(piece.segment)}: cannot be read: {what}.") from error
-                self._maps[piece.segment] = mapped
+                    what = f"{self._segments.path(piece.segment)}: cannot be read: {error.strerror}."
+                    raise StoreError(what) from error
+                if mapped is not None:
+                    self._maps[piece.segment] = mapped
         return mapped
 
     def _load(self, content: bool, key: bytes) -> NDArray[np.uint8] | None:
         before = None
         while rows := self._rows("SELECT * FROM pieces WHERE content = ? AND key = ?", content, key):
-            piece = _Piece(*rows[0])
-            place = piece[2:5]  # with the size: an empty piece begins where the next one does
+            piece = self._piece(rows[0])
+            known = piece[:6]
             view = self._map(piece)
-            if view is not None and (place in self._whole or zlib.crc32(view.data) == piece.crc):
-                self._whole.add(place)
+            if view is not None and (known in self._whole or piece.fits(view)):
+                self._whole.add(known)
                 return view
-            if place == before:
+            if known == before:
                 raise RecordDamagedError(self._complaint(piece))
-            before = place  # a writer may have moved it between the two looks: ask once more
+            # A writer may have moved it between the two looks, or its number may stand for another file by now.
+            before = known
+            with self._lock:
+                self._maps.pop(piece.segment, None)
         return None
 
     def _complaint(self, piece: _Piece) -> str:
@@ -735,7 +884,7 @@ class Store:
         what = "the content" if piece.content else f"record {piece.key.hex()[:12]}"
         of = f" of {'documents' if len(owners) > 1 else 'document'} {names}" if owners else ""
         return (
-            f"{self._segment(piece.segment)}: {what}{of} is not what was written (missing, cut off or changed). "
+            f"{self._segments.path(piece.segment)}: {what}{of} is not what was written (missing, cut off or changed). "
             "Add the document again: what is damaged is then written anew. "
             "If there is more of it, check the disk."
         )
@@ -756,18 +905,35 @@ class Store:
             raise StoreError(f"{self.path}: opened for reading. Open it with writable=True.")
 
     def _sweep(self) -> None:
-        """Remove what the database does not know. What cannot go (Windows: still mapped) is left for the next time."""
-        with suppress(OSError, M0kitError):
-            known = dict(self._rows("SELECT number, size FROM segments"))
-            for path in (self.path / SEGMENTS).iterdir():
-                if (match := _SEGMENT_NAME.fullmatch(path.name)) is None:
-                    continue
+        """Make what is on the disk agree with the database, after another writer or a failed operation.
+
+        Segments that it does not know go; what lies behind the end of others is dead bytes of theirs. What cannot go
+        (Windows: still mapped) is left for the next time.
+        """
+        if self._is_swept:
+            return
+        longer = self._remove_unknown()
+        if longer:
+            with self._transaction() as db:
+                db.executemany("UPDATE segments SET size = ?2, mirror = -?2 WHERE number = ?1", longer)
+        self._is_swept = True
+
+    def _remove_unknown(self) -> list[tuple[int, int]]:
+        """Remove the segments that the database does not know; of those longer than it knows number and size."""
+        known = dict(self._rows("SELECT number, size FROM segments"))
+        longer: list[tuple[int, int]] = []
+        try:
+            numbers = self._segments.numbers()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        for number in numbers:
+            if number in known:
+                if (size := self._segments.size(number)) > known[number]:
+                    longer.append((number, size))
+            elif not self._rows("SELECT 1 FROM pieces WHERE segment = ? LIMIT 1", number):
                 with suppress(OSError):
-                    end = known.get(int(match[1]))
-                    if end is None:
-                        path.unlink()
-                    elif _size_of(path) > end:
-                        os.truncate(path, end)
+                    self._segments.unlink(number)
+        return longer
 
     @contextmanager
     def _published(self, new: Sequence[_New], fresh: bool = False) -> Iterator[sqlite3.Connection]:
@@ -775,14 +941,18 @@ class Store:
         try:
             try:
                 pieces, ends = self._append(new, fresh)
+            except M0kitError:  # some of ours are OSErrors too
+                raise
             except OSError as error:
                 raise _unwritable(self.path, error) from error
             with self._transaction() as db:
                 db.executemany(
-                    "INSERT INTO segments (number, size) VALUES (?, ?) "
-                    "ON CONFLICT (number) DO UPDATE SET size = excluded.size",
+                    "INSERT INTO segments (number, size, mirror) VALUES (?1, ?2, -?2) "
+                    "ON CONFLICT (number) DO UPDATE SET size = excluded.size, mirror = excluded.mirror",
                     ends.items(),
                 )
+                highest = "UPDATE counts SET value = ?1, mirror = -?1 WHERE name = 'segment' AND value < ?1"
+                db.executemany(highest, [(number,) for number in ends])
                 # Not "OR REPLACE", for which no trigger runs.
                 changed = ", ".join(f"{name} = excluded.{name}" for name in _Piece._fields[2:])
                 db.executemany(
@@ -792,7 +962,9 @@ class Store:
                 )
                 yield db
         except BaseException:
-            self._sweep()
+            self._is_swept = False
+            with suppress(M0kitError):  # no transaction now, which may fail as well: the next operation counts the rest
+                self._remove_unknown()
             raise
 
     def _append(self, new: Sequence[_New], fresh: bool) -> tuple[list[_Piece], dict[int, int]]:
@@ -800,20 +972,24 @@ class Store:
 
         `fresh` begins a new segment. So does a segment that is not as long as it should be: it is damaged.
         """
-        last = max((seq for (seq,) in self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'segments'")), default=0)
-        known = self._rows("SELECT size FROM segments WHERE number = ?", last)
-        number, end = (last, int(known[0][0])) if known else (last + 1, 0)
-        if known and (fresh or _size_of(self._segment(last)) != end):
-            number, end = last + 1, 0
         pieces: list[_Piece] = []
         ends: dict[int, int] = {}
+        if not new:
+            return pieces, ends
+        known = self._rows("SELECT number, size FROM segments ORDER BY number DESC LIMIT 1")
+        number, end = known[0] if known else (0, 0)
+        is_new = fresh or not known or self._segments.size(number) != end
+        end = _room(end)  # after what a killed writer left
         left = deque(new)
         while left:
-            with open(self._segment(number), "r+b" if end else "wb", buffering=0) as file:
+            is_new |= end > 0 and end + _room(left[0].size) > self._segment_bytes
+            if is_new:
+                number, end = self._unused_number(), 0
+            with self._segments.appending(number, new=is_new) as file:
                 file.seek(end)
                 while left and (end == 0 or end + _room(left[0].size) <= self._segment_bytes):
                     item = left.popleft()
-                    start, crc = end, 0
+                    start, crc = end, _begun(item.content, item.key)
                     for buffer in item.buffers:
                         crc = zlib.crc32(buffer, crc)
                         _write(file, buffer)
@@ -823,10 +999,20 @@ class Store:
                     end += _room(item.size)
                     ends[number] = end
                 sync(file.fileno())
-            number, end = number + 1, 0
-        if ends:
-            sync_path(self.path / SEGMENTS)
+            is_new = True
+        sync_path(self._segments.folder)
         return pieces, ends
+
+    def _unused_number(self) -> int:
+        """Higher than that of any segment there is or was, as far as that can be told."""
+        found = self._rows(
+            "SELECT MAX(value) FROM counts WHERE name = 'segment' UNION ALL SELECT MAX(number) FROM segments "
+            "UNION ALL SELECT MAX(segment) FROM pieces"
+        )
+        number = 1 + max(0, *self._segments.numbers(), *(row[0] or 0 for row in found))
+        if number >= segments.MOST:
+            raise _damaged(self.path)
+        return number
 
     def _rewrite(self, number: int, drop: Collection[bytes] = ()) -> list[bytes]:
         """Append what the segment still holds elsewhere, without the records to `drop`, and let it go.
@@ -839,11 +1025,14 @@ class Store:
             if not piece.content and piece.key in drop:
                 continue
             view = self._map(piece)
-            if not piece.content and (view is None or zlib.crc32(view.data) != piece.crc):
+            if not piece.content and not piece.fits(view):
                 lost.append(piece.key)
                 continue
-            data = bytes(piece.size) if view is None else view
-            new.append(_New(piece.content, piece.key, [_bytes_of(data)], piece.used, piece.warm, piece.crc))
+            crc = piece.crc
+            if view is None:  # nothing in the place of a content that is missing, and nothing that fits
+                view = np.empty(0, np.uint8)
+                crc = _begun(True, piece.key) ^ 1
+            new.append(_New(piece.content, piece.key, [_bytes_of(view)], piece.used, piece.warm, crc))
         newest = self._rows("SELECT MAX(number) FROM segments")[0][0]
         with self._published(new, fresh=number == newest) as db:
             _drop_records(db, [*drop, *lost])
@@ -856,8 +1045,8 @@ class Store:
         if self.max_bytes is None:
             return 0
         budget = self.max_bytes - 2 * self._segment_bytes
-        database = _size_of(self.path / INDEX)
-        fixed = self._rows("SELECT COALESCE(SUM(fixed), 0) FROM segments")[0][0] + 2 * database
+        counted_twice = _size_of(self.path / INDEX)
+        fixed = self._rows("SELECT COALESCE(SUM(fixed), 0) FROM segments")[0][0] + 2 * counted_twice
         fixed += self._room_of(keep)
         if fixed + need > budget:
             raise StoreError(
@@ -866,10 +1055,15 @@ class Store:
                 "Add less at once, remove documents, or make an index with a higher limit."
             )
         dropped = 0
-        while self._disk_bytes() + database + need > budget:
+        # Each turn gives back a record at least, or what was dead in a segment; only damaged counts go on for longer.
+        turns = self._rows("SELECT COALESCE(SUM(records), 0) + COUNT(*) FROM segments")[0][0]
+        while self._disk_bytes() + counted_twice + need > budget:
+            if turns < 0:
+                raise _damaged(self.path)
+            turns -= 1
             number, cold = self._victim(keep)
             dropped += len(cold) + len(self._rewrite(number, cold))
-            database = _size_of(self.path / INDEX)
+            counted_twice = _size_of(self.path / INDEX)
         return dropped
 
     def _room_of(self, keys: Collection[bytes]) -> int:
@@ -882,40 +1076,14 @@ class Store:
             _cool(db, keep, self._room_of(keep))
             found = db.execute("SELECT number, size, size - taken + cold FROM segments").fetchall()
             shares = {number: min(gain / max(size, 1), 0.5) for number, size, gain in found}
-            most = max(shares.values())
-            assert most > 0, "only asked when there is something to gain"
+            most = max(shares.values(), default=0)
+            if most <= 0:  # only asked when there is something to gain
+                raise _damaged(self.path)
             newest = "SELECT MAX(used) FROM pieces WHERE segment = ? AND warm = 0"
             uses = {n: db.execute(newest, (n,)).fetchone()[0] or 0.0 for n in shares if shares[n] == most}
             number = min(uses, key=lambda number: (uses[number], number))
             cold = db.execute("SELECT key FROM pieces WHERE segment = ? AND warm = 0", (number,))
             return number, {key for (key,) in cold}
-
-
-def _connect(path: Path, mode: str, wait_s: float) -> sqlite3.Connection:
-    """A connection without implicit transactions, as durable as SQLite can be."""
-    uri = f"{path.as_uri()}?mode={mode}"
-    db = sqlite3.connect(uri, timeout=wait_s, isolation_level=None, check_same_thread=False, uri=True)
-    try:
-        # EXTRA also flushes the journal's removal: a segment is only unlinked after what replaces it is on disk.
-        for setting in ("synchronous = EXTRA", "fullfsync = ON", "cell_size_check = ON"):
-            db.execute(f"PRAGMA {setting}")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-@contextmanager
-def _committed(db: sqlite3.Connection) -> Iterator[None]:
-    """A transaction: committed at the end, rolled back if anything goes wrong."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
 
 
 def _cool(db: sqlite3.Connection, keep: Collection[bytes] = (), kept: int = 0) -> None:
@@ -938,7 +1106,12 @@ def _drop_records(db: sqlite3.Connection, keys: Iterable[bytes]) -> None:
     db.executemany("DELETE FROM pieces WHERE content = 0 AND key = ?", [(key,) for key in keys])
 
 
-def _drop_unneeded(db: sqlite3.Connection, gone: Iterable[tuple[bytes, bytes]]) -> None:
+def _needs(described: Iterable[Sequence[Any]]) -> list[tuple[bytes, bytes]]:
+    """Keys of the record and the content that documents had; what a damaged row names may be another's."""
+    return [(row[2], row[3]) for row in described if _is_own(row)]
+
+
+def _drop_unneeded(db: sqlite3.Connection, gone: Sequence[tuple[bytes, bytes]]) -> None:
     """Drop the records and contents of documents that are gone, unless others need them."""
     for position, column in enumerate(("key", "content")):
         db.executemany(
@@ -946,6 +1119,40 @@ def _drop_unneeded(db: sqlite3.Connection, gone: Iterable[tuple[bytes, bytes]]) 
             f"AND NOT EXISTS (SELECT 1 FROM documents WHERE {column} = ?1)",
             [(pair[position],) for pair in gone],
         )
+
+
+def _sum(*parts: str | bytes) -> int:
+    """A check over the fields of a row."""
+    raw = [part.encode() if isinstance(part, str) else part for part in parts]
+    return zlib.crc32(b"".join([b"%d " % len(part) for part in raw] + raw))
+
+
+def _is_own(described: Sequence[Any]) -> bool:
+    """Whether what is said of a document (`_DESCRIBED`) is what was written."""
+    *fields, total = described
+    return [type(field) for field in fields] == [str, str, bytes, bytes, str] and _sum(*fields) == total
+
+
+def _begun(content: bool, key: bytes) -> int:
+    """The checksum of a piece before its bytes: of its kind and its key."""
+    return zlib.crc32(key, 1 + content)
+
+
+def _may_be(document_id: object) -> bool:
+    """Whether there may be a document with that id."""
+    try:
+        return isinstance(document_id, str) and len(document_id.encode()) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What a file is like as long as nobody changes it; `m0kit.verified` remembers it for a database that is sound."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return []
+    return [f"index {FORMAT_VERSION}", found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _room(size: int) -> int:
@@ -967,7 +1174,7 @@ def _write(file: Any, data: memoryview) -> None:
 def _size_of(path: Path) -> int:
     """The file's size; -1 if there is none."""
     try:
-        return path.stat().st_size
+        return os.lstat(path).st_size
     except OSError:
         return -1
 
@@ -984,12 +1191,24 @@ def _damaged(path: Path) -> StoreError:
 def _unwritable(path: Path, error: OSError) -> OutputError:
     full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
     advice = "Make room" if full else "See to it that you may write there"
-    what = os.strerror(error.errno or 0)
+    what = error.strerror or os.strerror(error.errno or 0)
     return OutputError(f"{path}: cannot be written: {what}. Nothing is lost. {advice}, then try again.")
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{error.filename or path}: cannot be read: {error.strerror}. See to it that you may read it.")
 
 
 def _translated(path: Path, error: sqlite3.Error | UnicodeDecodeError, writing: bool) -> M0kitError:
     """SQLite's errors as ours."""
+    if isinstance(error, database.ForeignDatabaseError):
+        return StoreError(f"{path}: is not used, since something in it is not as m0kit makes it. {error}.")
+    if isinstance(error, sqlite3.Error) and database.needs_rollback(error):
+        return StoreError(
+            f"{path / INDEX}: a process was killed while it was writing to it, and what it left unfinished has to be "
+            "rolled back. Opening it for writing does that and loses nothing: "
+            f"`m0kit index prune {path} --unused-days 9999`."
+        )
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreBusyError(
@@ -1005,8 +1224,5 @@ def _translated(path: Path, error: sqlite3.Error | UnicodeDecodeError, writing: 
                 f"{path}: cannot be written ({name}). Nothing is lost. "
                 "See to it that there is room and that you may write there, then try again."
             )
-        return StoreError(
-            f"{path / INDEX}: cannot be read ({name}). See to it that you may read it. If a process was killed while "
-            "writing to it, open it once where it may be written."
-        )
+        return StoreError(f"{path / INDEX}: cannot be read ({name}). See to it that you may read it.")
     return _damaged(path)
