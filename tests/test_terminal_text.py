@@ -348,7 +348,6 @@ PRINTING = ("click.echo", "click.secho", "click.echo_via_pager", "click.confirm"
 STREAMS = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__")
 ALLOWED = {  # file → what it does with a stream, other than printing to it or asking whether it is a terminal
     "parity/m0kit_parity/child.py": "leads what is printed in its process to stderr",
-    "parity/m0kit_parity/peers.py": "leads a library's bar to stderr",
 }
 
 
