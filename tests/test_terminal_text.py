@@ -22,7 +22,7 @@ import click
 import pytest
 from tests._alone import ALONE
 
-from m0kit import terminal
+from m0kit import doctor, terminal
 from m0kit.artifact import read_manifest, write_manifest
 from m0kit.cli import cli
 from m0kit.plain import plain
@@ -338,6 +338,30 @@ def test_no_command_prints_what_acts_on_a_terminal(path: tuple[str, ...], as_ter
 
 def test_the_cases_are_of_commands_that_there_are() -> None:
     assert set(CASES) <= {*commands(cli), NAMELESS}
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("as_terminal", [False, True], ids=["pipe", "terminal"])
+def test_what_the_system_says_of_itself_is_only_shown(
+    as_terminal: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(doctor.detect(Path()), cpu=NASTY, system=NASTY, gpus=(doctor.Gpu(NASTY, None),))
+    monkeypatch.setattr(doctor, "detect", lambda _: machine)
+    printed = ran(["doctor", *(["--json"] if form == "json" else [])], as_terminal)
+    harmless(printed)
+    assert (IN_JSON if form == "json" else SEEN) in printed
+
+
+@pytest.mark.parametrize("as_terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(("variable", "command"), [("M0KIT_SCORE_THREADS", "score"), ("M0KIT_RERANK_DEVICE", "rerank")])
+def test_what_the_environment_holds_is_only_shown(
+    variable: str, command: str, as_terminal: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, NASTY)
+    words = ["--query", "q", place.documents] if command == "rerank" else [place.pairs]
+    printed = ran([command, place.artifact, *words], as_terminal)
+    harmless(printed)
+    assert SEEN in printed
 
 
 # --- the source ----------------------------------------------------------------------------------------------
