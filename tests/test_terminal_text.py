@@ -22,7 +22,7 @@ import click
 import pytest
 from tests._alone import ALONE
 
-from m0kit import terminal
+from m0kit import doctor, terminal
 from m0kit.artifact import read_manifest, write_manifest
 from m0kit.cli import cli
 from m0kit.plain import plain
@@ -340,6 +340,30 @@ def test_the_cases_are_of_commands_that_there_are() -> None:
     assert set(CASES) <= {*commands(cli), NAMELESS}
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("as_terminal", [False, True], ids=["pipe", "terminal"])
+def test_what_the_system_says_of_itself_is_only_shown(
+    as_terminal: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(doctor.detect(Path()), cpu=NASTY, system=NASTY, gpus=(doctor.Gpu(NASTY, None),))
+    monkeypatch.setattr(doctor, "detect", lambda _: machine)
+    printed = ran(["doctor", *(["--json"] if form == "json" else [])], as_terminal)
+    harmless(printed)
+    assert (IN_JSON if form == "json" else SEEN) in printed
+
+
+@pytest.mark.parametrize("as_terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(("variable", "command"), [("M0KIT_SCORE_THREADS", "score"), ("M0KIT_RERANK_DEVICE", "rerank")])
+def test_what_the_environment_holds_is_only_shown(
+    variable: str, command: str, as_terminal: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, NASTY)
+    words = ["--query", "q", place.documents] if command == "rerank" else [place.pairs]
+    printed = ran([command, place.artifact, *words], as_terminal)
+    harmless(printed)
+    assert SEEN in printed
+
+
 # --- the source ----------------------------------------------------------------------------------------------
 
 PACKAGES = ("runtime/m0kit", "export/m0kit_export", "quant/m0kit_quant", "parity/m0kit_parity")
@@ -348,7 +372,6 @@ PRINTING = ("click.echo", "click.secho", "click.echo_via_pager", "click.confirm"
 STREAMS = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__")
 ALLOWED = {  # file → what it does with a stream, other than printing to it or asking whether it is a terminal
     "parity/m0kit_parity/child.py": "leads what is printed in its process to stderr",
-    "parity/m0kit_parity/peers.py": "leads a library's bar to stderr",
 }
 
 

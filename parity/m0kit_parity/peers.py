@@ -10,9 +10,9 @@ it gets in the form that suits it best. Owns those forms; what is timed is `m0ki
 
 import contextlib
 import ctypes
+import io
 import logging
 import math
-import sys
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -196,7 +196,7 @@ def _compress(model: Any) -> Any:
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # its progress bar; stdout is for results
+        with contextlib.redirect_stdout(io.StringIO()):  # its bar moves the cursor, and stdout is for results
             return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     finally:
         logger.setLevel(level)

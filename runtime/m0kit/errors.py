@@ -47,7 +47,8 @@ class M0kitError(Exception):
     """Root of the tree: `except M0kitError` catches everything m0kit raises on purpose."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(_LONG.sub(_shortened, plain(message)))
+        text = plain(_LONG.sub(_shortened, str(message)))
+        super().__init__(_LONG.sub(_shortened, text))  # again: escapes are longer than what they stand for
 
 
 class InputError(M0kitError, ValueError):

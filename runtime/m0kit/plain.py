@@ -9,6 +9,7 @@ script; a text that is plain already stays as it is, so it may be asked for twic
 """
 
 import json
+import re
 import unicodedata
 from typing import Any, Final
 
@@ -17,11 +18,14 @@ MAX_CELL: Final = 100  # of a cell of a table, whose rows are all as wide as the
 
 # Letters and marks by their category, by their look nothing: fillers of Hangul, Khmer vowels that are never drawn,
 # Mongolian selectors, the joiner of graphemes.
-_UNSEEN: Final = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")
+_UNSEEN: Final = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"
 # Signs that stand before a number or a word and are drawn, though their category is that of the unseen ones.
 _DRAWN: Final = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
 _JOINERS: Final = "\u200c\u200d"  # Persian and Indic words are spelled with them, families of emoji made
 _FIRST_JOINED: Final = "\u0590"  # scripts before it, Latin, Greek and Cyrillic among them, have no use for a joiner
+_SELECTORS: Final = "\ufe00-\ufe0f\U000e0100-\U000e01ef"  # of variations
+_SELECTOR: Final = re.compile(f"[{_SELECTORS}]")
+_RARE: Final = re.compile(f"[{_UNSEEN}{_SELECTORS}]")  # what Python takes for printable, and a look at each decides
 _KEYCAPS: Final = "0123456789#*"
 
 
@@ -33,7 +37,7 @@ def plain(value: object, most: int | None = MAX_SHOWN) -> str:
     text = str(value)
     if most is not None and len(text) > most:
         text = f"{text[: most * 3 // 4]}… ({len(text)} characters) …{text[-most // 8 :]}"
-    if text.isascii() and text.isprintable():
+    if text.isprintable() and not _RARE.search(text):
         return text
     return "".join(
         char if _is_shown(text, i) else char.encode("unicode_escape").decode("ascii") for i, char in enumerate(text)
@@ -43,7 +47,7 @@ def plain(value: object, most: int | None = MAX_SHOWN) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     r"""Strict JSON of the same value; characters that are not harmless are \uXXXX. Raises ValueError for NaN."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    if text.isascii() and text.isprintable():
+    if text.isprintable() and not _RARE.search(text):
         return text
     return "".join(
         char if char == "\n" or _is_shown(text, i) else json.dumps(char)[1:-1].replace("\x7f", "\\u007f")
@@ -75,4 +79,4 @@ def _takes_joiner(text: str, i: int) -> bool:
 
 def _is_selector(char: str) -> bool:
     """A variation selector: behind an emoji or a Han character, anywhere else a place to hide things."""
-    return "\ufe00" <= char <= "\ufe0f" or "\U000e0100" <= char <= "\U000e01ef"
+    return _SELECTOR.match(char) is not None

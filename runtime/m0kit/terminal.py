@@ -256,7 +256,7 @@ def _write(stream: TextIO | None, lines: Iterable[str]) -> None:
         return
     columns = _columns(stream)
     for line in map(plain, lines):
-        pieces = _cut(line, columns) if columns and len(line) * 2 > columns else [line]
+        pieces = _cut(line, columns) if columns > 2 * _INDENT and 2 * len(line) > columns else [line]
         stream.write("".join(f"{piece}\n" for piece in pieces))
     stream.flush()
 
@@ -275,7 +275,8 @@ def _cut(line: str, columns: int) -> list[str]:
     for char in line:
         wide = 0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WFA" else 1
         if taken + wide > columns:
-            pieces, taken = [*pieces, " " * _INDENT], _INDENT
+            pieces.append(" " * _INDENT)
+            taken = _INDENT
         pieces[-1] += char
         taken += wide
     return pieces
@@ -316,7 +317,10 @@ def _usage(error: click.ClickException) -> list[str]:
     """What click would print, in lines."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         return error.format_message().splitlines()  # the help
-    message = f"Error: {_one_line(error.format_message())}"
+    text = error.format_message()
+    if isinstance(error, click.MissingParameter):  # the one with lines of its own: what there is to choose from
+        text = _one_line(text)
+    message = f"Error: {text}"
     if not isinstance(error, click.UsageError) or error.ctx is None:
         return [message]
     ctx = error.ctx

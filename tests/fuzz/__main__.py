@@ -1,9 +1,9 @@
 """`make fuzz`: many inputs of every surface, in as many processes as there are cores, and a table of what came of them.
 
-    python -m tests.fuzz                              # 100,000 inputs of each, with a random seed, which is printed
-    python -m tests.fuzz image index -n 5000 --seed 7
-    python -m tests.fuzz image --seed 7 --replay 123 -o failed.tar.xz   # one input again, written to a file
-    python -m tests.fuzz image --file failed.tar.xz                     # an input that was written, or a seed
+python -m tests.fuzz                              # 100,000 inputs of each, with a random seed, which is printed
+python -m tests.fuzz image index -n 5000 --seed 7
+python -m tests.fuzz image --seed 7 --replay 123 -o failed.tar.xz   # one input again, written to a file
+python -m tests.fuzz image --file failed.tar.xz                     # an input that was written, or a seed
 """
 
 import argparse

@@ -65,7 +65,9 @@ def tables() -> dict[str, bytes]:
 
     many = pa.nulls(1_000_000, pa.string())
     long = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["d" * 20_000_000]))
-    image = pa.array([{"bytes": None, "path": "page.png"}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    image = pa.array(
+        [{"bytes": None, "path": "page.png"}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
     zone = datetime.timezone.utc
     return {
         "whole": written({"query": ["q", "r"], "document": ["d", "e"], "id": ["a", "b"]}),

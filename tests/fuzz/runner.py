@@ -85,7 +85,9 @@ class Surface:
         files = self.seeds[chosen]
         for _ in range(random.choice((1, 1, 1, 2, 3))):
             # What one change left, the next may not be able to take for what it was.
-            with suppress(ValueError, TypeError, KeyError, AttributeError, AssertionError, OverflowError, RecursionError):
+            with suppress(
+                ValueError, TypeError, KeyError, AttributeError, AssertionError, OverflowError, RecursionError
+            ):
                 files = self.mutate(random, files)
         return f"seed {chosen}, mutated", files
 
@@ -123,9 +125,7 @@ class Result:
         return "\n".join(lines)
 
 
-def run(
-    name: str, surface: Surface, seed: int, numbers: Sequence[int], seconds: float = float("inf")
-) -> Result:
+def run(name: str, surface: Surface, seed: int, numbers: Sequence[int], seconds: float = float("inf")) -> Result:
     """Run inputs by number, as many as fit into `seconds`."""
     result = Result(name, seed)
     started = time.monotonic()
@@ -367,8 +367,11 @@ def controls(said: str) -> str | None:
     """What in a text would steer a terminal; None where nothing would."""
     for letter in said:
         code = ord(letter)
-        if code < 32 or 0x7F <= code < 0xA0 or letter in "\u061c\u200e\u200f\u2028\u2029" or (
-            0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+        if (
+            code < 32
+            or 0x7F <= code < 0xA0
+            or letter in "\u061c\u200e\u200f\u2028\u2029"
+            or (0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069)
         ):
             return "a control character"
     return None
@@ -380,7 +383,9 @@ def _resident() -> int:
 
 def _at(error: BaseException) -> str:
     """Where in m0kit's code."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if "/m0kit" in f.filename and "/tests/" not in f.filename]
+    own = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/m0kit" in f.filename and "/tests/" not in f.filename
+    ]
     return f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
 
 

@@ -339,7 +339,10 @@ def lines() -> Surface:
         "utf-16": {"rows.jsonl": b"\xff\xfe" + plain.decode().encode("utf-16-le")},
         "output-is-a-link": {"rows.jsonl": plain, ".out.jsonl.unfinished": Link("../canary/victim")},
         "errors-are-a-link": {"rows.jsonl": b"x\n", "out.jsonl.errors.jsonl": Link("../canary/victim")},
-        "errors-aside-are-a-link": {"rows.jsonl": b"x\n", ".out.jsonl.errors.jsonl.unfinished": Link("../canary/victim")},
+        "errors-aside-are-a-link": {
+            "rows.jsonl": b"x\n",
+            ".out.jsonl.errors.jsonl.unfinished": Link("../canary/victim"),
+        },
     }
 
     def change(random: Random, raw: bytes) -> bytes:
@@ -420,7 +423,11 @@ def journal() -> Surface:
         "whole": {partial: stopped},
         "super-journal": {partial: stopped, aside: super_journal("canary/victim")},
         "journal-is-a-link": {partial: stopped, aside: Link("../canary/victim")},
-        "wal": {partial: stopped, f"{partial}-wal": Link("../canary/victim"), f"{partial}-shm": Link("../canary/victim")},
+        "wal": {
+            partial: stopped,
+            f"{partial}-wal": Link("../canary/victim"),
+            f"{partial}-shm": Link("../canary/victim"),
+        },
         "link": {partial: Link("../canary/victim")},
         "unfinished-is-a-link": {partial: stopped, ".out.jsonl.unfinished": Link("../canary/victim")},
         "planted-score": {partial: edited(stopped, "UPDATE rows SET score = 0.75, logit = 0.75 WHERE row = 2")},
@@ -440,7 +447,14 @@ def journal() -> Surface:
 
     def mutated(random: Random, files: Files) -> Files:
         if random.random() < 0.1:
-            names = (aside, f"{partial}-wal", f"{partial}-shm", ".out.jsonl.unfinished", "out.jsonl.errors.jsonl", partial)
+            names = (
+                aside,
+                f"{partial}-wal",
+                f"{partial}-shm",
+                ".out.jsonl.unfinished",
+                "out.jsonl.errors.jsonl",
+                partial,
+            )
             return places(random, files, names)
         if random.random() < 0.1:
             return {**files, aside: mutate.data(random, super_journal("canary/victim"))}
@@ -575,7 +589,11 @@ def index() -> Surface:
     def mutated(random: Random, files: Files) -> Files:
         files = {**base, **files}
         if random.random() < 0.1:
-            return places(random, files, ("index.sqlite-journal", "index.sqlite-wal", "lock.sqlite", segment, "segments/000002.kv"))
+            return places(
+                random,
+                files,
+                ("index.sqlite-journal", "index.sqlite-wal", "lock.sqlite", segment, "segments/000002.kv"),
+            )
         if random.random() < 0.05:
             return {**files, "index.sqlite-journal": mutate.data(random, super_journal("canary/victim"))}
         change: dict[str, Callable[[Random, bytes], bytes]] = {"index.sqlite": mutate.database, segment: mutate.data}
@@ -701,7 +719,11 @@ def graph() -> Surface:
     seeds: dict[str, Files] = {}
     for name in ("head", "head", "head", "decoder", "vision"):
         own = f"{name}.onnx"
-        seeds[f"whole-{name}"] = {own: artifact()[own], "manifest.json": artifact()["manifest.json"], "which": name.encode()}
+        seeds[f"whole-{name}"] = {
+            own: artifact()[own],
+            "manifest.json": artifact()["manifest.json"],
+            "which": name.encode(),
+        }
     raw = artifact()["head.onnx"]
     for number, place in enumerate(("../canary/weights.data", "/etc/passwd", "", ".", "manifest.json", "canary.data")):
         moved = located(raw, place)
@@ -751,7 +773,10 @@ def tokenizer() -> Surface:
     def split(pattern: str) -> Any:
         return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
-    grown = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 4}
+    grown = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 4,
+    }
     seeds: dict[str, Files] = {
         "whole": {"tokenizer.json": text},
         "grows": attack(normalizer=grown),
@@ -759,17 +784,37 @@ def tokenizer() -> Surface:
         "backtracks": attack(pre_tokenizer=split("(a+)+$|(a|a)*b")),
         "empty-pattern": attack(pre_tokenizer=split("")),
         "template": attack(
-            post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
-                            "pair": [], "special_tokens": {}}
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
         ),  # fmt: skip
         "padding": attack(
-            padding={"strategy": {"Fixed": 1 << 40}, "direction": "Right", "pad_to_multiple_of": 1 << 40, "pad_id": 0,
-                     "pad_type_id": 0, "pad_token": "x"}
+            padding={
+                "strategy": {"Fixed": 1 << 40},
+                "direction": "Right",
+                "pad_to_multiple_of": 1 << 40,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "x",
+            }
         ),  # fmt: skip
-        "truncation": attack(truncation={"max_length": 3, "stride": 9, "strategy": "LongestFirst", "direction": "Right"}),
+        "truncation": attack(
+            truncation={"max_length": 3, "stride": 9, "strategy": "LongestFirst", "direction": "Right"}
+        ),
         "unigram": attack(model={"type": "Unigram", "unk_id": 9, "vocab": [["a", float(-1)]]}),
         "no-vocabulary": attack(model={"type": "BPE", "vocab": {}, "merges": []}),
-        "wordpiece": attack(model={"type": "WordPiece", "unk_token": "x", "continuing_subword_prefix": "é", "vocab": {}, "max_input_chars_per_word": 3}),
+        "wordpiece": attack(
+            model={
+                "type": "WordPiece",
+                "unk_token": "x",
+                "continuing_subword_prefix": "é",
+                "vocab": {},
+                "max_input_chars_per_word": 3,
+            }
+        ),
         "zero": {"tokenizer.json": Link("/dev/zero")},
         "pipe": {"tokenizer.json": Pipe()},
         **committed("tokenizer", "tokenizer.json"),
@@ -810,16 +855,24 @@ def checkpoint_folder() -> Surface:
         "weights": {weights: base[weights]},
         "shards": {**split, shard: base[weights], "model.safetensors.index.json": json.dumps(listed).encode()},
         "shard-outside": {
-            **split, "model.safetensors.index.json": json.dumps({"weight_map": dict.fromkeys(names, "../canary/victim")}).encode()
+            **split,
+            "model.safetensors.index.json": json.dumps(
+                {"weight_map": dict.fromkeys(names, "../canary/victim")}
+            ).encode(),
         },
         "layers": config(num_hidden_layers=10**9),
-        "digits": {"config.json": base["config.json"].replace(b'"hidden_size"', b'"x": ' + b"9" * 400 + b', "hidden_size"', 1)},
+        "digits": {
+            "config.json": base["config.json"].replace(b'"hidden_size"', b'"x": ' + b"9" * 400 + b', "hidden_size"', 1)
+        },
         "deep": {"config.json": b'{"a":' * 100_000 + b"1" + b"}" * 100_000},
         "licence": {"README.md": b"---\n" + b"license:\n" * 30_000, "LICENSE": b"x" * 70_000},
         "blanks": {"README.md": b"---" + b" \n" * 32_000},
         "escape-in-licence": {"README.md": b"---\nlicense: mit\x1b[2J\n---\n"},
         "pickle": {weights: Link("nowhere"), "pytorch_model.bin": b"cos\nsystem\n(S'true'\ntR."},
-        "code": {"config.json": config(auto_map={"AutoModel": "modeling.Model"})["config.json"], "modeling.py": b"1 / 0"},
+        "code": {
+            "config.json": config(auto_map={"AutoModel": "modeling.Model"})["config.json"],
+            "modeling.py": b"1 / 0",
+        },
         "config-is-zero": {"config.json": Link("/dev/zero")},
         "config-is-a-pipe": {"config.json": Pipe()},
         "weights-are-a-pipe": {weights: Pipe()},
@@ -946,8 +999,12 @@ def golden() -> Surface:
                 )  # fmt: skip
 
         page = Content("file", _bytes(committed("image")["page.png"]))
-        case = Case("tiny", "why", "mixed", False, (Group(Content("text", b"query"), (Content("text", b"text"), page)),))
-        record(Path(made) / "golden", [case], Tracer(), model=model, command="m0kit parity record", provenance={"a": "b"})
+        case = Case(
+            "tiny", "why", "mixed", False, (Group(Content("text", b"query"), (Content("text", b"text"), page)),)
+        )
+        record(
+            Path(made) / "golden", [case], Tracer(), model=model, command="m0kit parity record", provenance={"a": "b"}
+        )
         base = tree(Path(made) / "golden")
     picture = next(name for name in base if name.endswith(".png"))
 
@@ -984,7 +1041,10 @@ def golden() -> Surface:
 
     outside = json.loads(base["manifest.json"])
     outside["cases"][0]["file"] = "../canary/secret.txt"
-    outside["files"]["../canary/secret.txt"] = {"bytes": 1, "sha256": hashlib.sha256(f"{SECRET}\n".encode() * 200).hexdigest()}
+    outside["files"]["../canary/secret.txt"] = {
+        "bytes": 1,
+        "sha256": hashlib.sha256(f"{SECRET}\n".encode() * 200).hexdigest(),
+    }
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(canary/victim) (w) file closefile\nshowpage\n"
     seeds: dict[str, Files] = {
         "whole": dict(base),
@@ -1020,7 +1080,12 @@ def recipe() -> Surface:
     from m0kit.errors import InputError, RecipeError
 
     names = [n for n in json.loads(artifact()["manifest.json"])["provenance"]["base_files"]]
-    matrices = ["visual.blocks.0.mlp.fc1.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", *names]
+    matrices = [
+        "visual.blocks.0.mlp.fc1.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+        *names,
+    ]
 
     def target(folder: Path) -> object:
         said: list[object] = []
@@ -1042,7 +1107,11 @@ def recipe() -> Surface:
 
     folders = (Path(m0kit_quant.recipe.__file__).parent / "recipes", Path(m0kit_parity.cases.__file__).parent / "cases")
     texts = {p.stem: p.read_bytes() for folder in folders for p in sorted(folder.glob("*.toml"))}
-    small = {name: raw for name, raw in texts.items() if len(raw) < 4000 and name not in ("image_4k", "long_2k", "long_truncated")}
+    small = {
+        name: raw
+        for name, raw in texts.items()
+        if len(raw) < 4000 and name not in ("image_4k", "long_2k", "long_truncated")
+    }
     page = b'why = "x"\nkind = "text-image"\n[[groups]]\nquery = "q"\ndocuments = [{page = ["x"], size = [%s]}]\n'
     small |= {
         "huge-page": page % b"1000000, 1000000",
@@ -1062,7 +1131,9 @@ def recipe() -> Surface:
         if random.random() < 0.4:
             return mutate.data(random, raw)
         try:
-            return "\n".join(f"{_toml(k)} = {_toml(v)}" for k, v in mutate.tree(random, root).items()).encode("utf-8", "replace")
+            return "\n".join(f"{_toml(k)} = {_toml(v)}" for k, v in mutate.tree(random, root).items()).encode(
+                "utf-8", "replace"
+            )
         except (TypeError, AttributeError):  # dates, or no table any more
             return mutate.data(random, raw)
 
@@ -1133,9 +1204,17 @@ def terminal() -> Surface:
             said += inspected
         return said
 
-    texts = [*mutate.TEXTS, "x\nfiles        9 checked, all as exported", "a plain text", "\x1b]0;title\x07", "\x9d0;x\x9c", "\u009b2J"]
+    texts = [
+        *mutate.TEXTS,
+        "x\nfiles        9 checked, all as exported",
+        "a plain text",
+        "\x1b]0;title\x07",
+        "\x9d0;x\x9c",
+        "\u009b2J",
+    ]
     return Surface(
-        seeds={f"{i:02}": {"input": text.encode("utf-8", "surrogatepass")} for i, text in enumerate(texts)} | committed("terminal"),
+        seeds={f"{i:02}": {"input": text.encode("utf-8", "surrogatepass")} for i, text in enumerate(texts)}
+        | committed("terminal"),
         mutate=lambda r, files: one(r, files, {"input": _text}),
         target=target,
     )

@@ -163,6 +163,19 @@ def test_what_a_long_prompt_took_is_given_back(artifact: Path) -> None:
     assert resting < 20  # the document kept for its next query, slack of allocators: 8 were seen, 110 if all is kept
 
 
+def test_the_engine_prints_nothing_of_what_it_raises(artifact: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It would print the names of nodes, which are a file's, as they are."""
+    graph = open_graph(artifact, "decoder")
+    feed = {}
+    for port in graph._session.get_inputs():
+        shape = [size if isinstance(size, int) else 4 for size in port.shape]
+        kind = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}[port.type]
+        feed[port.name] = np.full(shape, 10**6, kind)
+    with pytest.raises(M0kitError):
+        graph.run(feed, ["hidden"])
+    assert capfd.readouterr() == ("", "")
+
+
 # --- graphs that are not as their manifest tells, though their hashes fit --------------------------------------------
 
 

@@ -352,6 +352,7 @@ def test_json_is_the_same_value_in_harmless_characters(capfd: pytest.CaptureFixt
         click.UsageError(NASTY),
         click.BadParameter(NASTY, param_hint="PAIRS"),
         click.NoSuchOption(NASTY),
+        click.MissingParameter(NASTY, param_hint=NASTY),
         click.FileError(NASTY, NASTY),
     ],
     ids=lambda error: type(error).__name__,
