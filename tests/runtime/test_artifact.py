@@ -263,7 +263,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bad mean": (lambda raw: raw["model"]["image"].update(mean=[1, 2]), "at `$.model.image.mean`"),
     "no spread": (lambda raw: raw["model"]["image"].update(std=[1, 0, 1]), "std must be positive"),
     "bad heads": (lambda raw: raw["model"]["decoder"].update(num_kv_heads=3), "must be a multiple of num_kv_heads"),
-    "no such token": (lambda raw: raw["model"]["prompt"].update(score_token_id=384), "the vocabulary has 384 tokens"),
+    "no such token": (lambda raw: raw["model"]["prompt"].update(score_token_id=384), "the vocabulary ends at 383"),
     "a token before all": (lambda raw: raw["model"]["prompt"].update(image_pad_id=-1), "image_pad_id is -1"),
     "no scheme": (lambda raw: raw.pop("scheme"), "missing required field `scheme`"),
     "no graphs": (lambda raw: raw.pop("graphs"), "missing required field `graphs`"),
