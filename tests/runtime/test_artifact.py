@@ -172,7 +172,7 @@ def test_a_manifest_without_its_hash_is_refused_with_known_answers_or_without(fo
         raw = json.loads((folder / "manifest.json").read_text("utf-8"))
         del raw["sha256"]
         (folder / "manifest.json").write_text(json.dumps(raw), "utf-8")
-        with pytest.raises(ArtifactDamagedError, match=r"has changed since the export \(has no sha256 of its own\)"):
+        with pytest.raises(ArtifactDamagedError, match=r"has no sha256 of its own: it was changed, or written before"):
             read_manifest(folder)
 
 
@@ -284,6 +284,9 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "provenance list": (lambda raw: raw.update(provenance=[]), "at `$.provenance`"),
     "adapters text": (lambda raw: raw["provenance"].update(adapters="mine"), "provenance: Expected `array`"),
     "an adapter's name": (lambda raw: raw["provenance"].update(adapters=[{"name": 3}]), "`$.adapters[0].name`"),
+    "a hash of an adapter": (lambda raw: raw["provenance"].update(adapters=[{"sha256": ["a"]}]), "`$.adapters[0].sha"),
+    "hashes of the base": (lambda raw: raw["provenance"].update(base_files={"a": 1}), "`$.base_files[...]`"),
+    "depth": (lambda raw: raw["provenance"].update(x=json.loads("[" * 60 + "]" * 60)), "it is nested too deeply"),
     "licence number": (lambda raw: raw["provenance"].update(licence=3), "provenance: Expected `str | null`"),
     "recipe list": (lambda raw: raw.update(recipe=[]), "at `$.recipe`"),
     "recipe null": (lambda raw: raw.update(recipe=None), "at `$.recipe`"),
