@@ -674,7 +674,7 @@ def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
 
 def _check_fit(config: ModelConfig, raw: Mapping[str, Any], num_tensors: int) -> None:
     """What no single part of the config can see."""
-    decoder, vision, prompt = config.decoder, config.vision, config.prompt
+    decoder, vision = config.decoder, config.vision
     output = (raw.get("vision_config") or {}).get("hidden_size", _VISION_DEFAULTS["hidden_size"])
     if output != decoder.hidden_size:
         raise CheckpointError(
@@ -686,9 +686,6 @@ def _check_fit(config: ModelConfig, raw: Mapping[str, Any], num_tensors: int) ->
             f"config.json speaks of {decoder.num_layers} + {vision.depth} layers, the files hold only "
             f"{num_tensors} tensors"
         )
-    for name in ("vision_start_id", "vision_end_id", "image_pad_id", "score_token_id"):
-        if getattr(prompt, name) >= decoder.vocab_size:
-            raise CheckpointError(f"{name} is {getattr(prompt, name)}, the vocabulary ends at {decoder.vocab_size - 1}")
 
 
 def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) -> dict[str, int]:

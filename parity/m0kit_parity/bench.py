@@ -29,7 +29,6 @@ from typing import Any, Final
 import click
 
 from m0kit.cli_options import ARTIFACT, PARTLY, require_place
-from m0kit.config import ModelConfig
 from m0kit.errors import DependencyError, InputError, M0kitError
 from m0kit.plain import MAX_CELL, plain
 from m0kit.precision import SCHEMES
@@ -517,10 +516,11 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
 
 
 def _prompts(artifact: Path) -> PromptBuilder:
-    from m0kit.artifact import TOKENIZER, read_manifest
+    from m0kit.artifact import TOKENIZER, read_manifest, verify_files
 
-    config: ModelConfig = read_manifest(artifact).model
-    return PromptBuilder(artifact / TOKENIZER, config.prompt)
+    manifest = read_manifest(artifact)
+    verify_files(artifact, manifest)
+    return PromptBuilder(artifact / TOKENIZER, manifest.model.prompt)
 
 
 def _doubling(first: int, last: int) -> list[int]:

@@ -33,7 +33,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest
+from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest, verify_files
 from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit.files import open_regular
@@ -271,7 +271,9 @@ def _score(
 
 def builtin_workloads(artifact: Path) -> dict[str, list[Pair]]:
     """A text and a page, both of an exact size."""
-    prompts = PromptBuilder(artifact / TOKENIZER, read_manifest(artifact).model.prompt)
+    manifest = read_manifest(artifact)
+    verify_files(artifact, manifest)
+    prompts = PromptBuilder(artifact / TOKENIZER, manifest.model.prompt)
     return {
         f"text, {TEXT_TOKENS} tokens": [(bench.QUERY, bench.text_of(prompts, TEXT_TOKENS))],
         f"page, {VISUAL_TOKENS} visual tokens": [(bench.QUERY, bench.page_of(VISUAL_TOKENS))],

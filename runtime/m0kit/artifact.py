@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, Final, Literal, NotRequired, Required, TypedDict
 
 from msgspec import Meta
@@ -46,8 +47,9 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MANIFEST_BYTES: Final = 8 << 20  # one of the full model has 60 KB
 TOKENIZER_BYTES: Final = 64 << 20  # 7 to 11 MB; tokenizers takes some ten times as much to open it
-GRAPH_BYTES: Final = 64 << 20  # 0.4 MB: weights are beside it
+GRAPH_BYTES: Final = 8 << 20  # 0.4 MB: weights are beside it
 _MOST_FILES: Final = 1000  # 9
+_DEPTH: Final = 50  # 7; who writes a manifest again needs several calls for each level
 _CHUNK = 1 << 20
 # What a file may be called on every system: no separators, drives, streams, device names, nothing hidden.
 _PLAIN: Final = re.compile(
@@ -119,9 +121,11 @@ class _Recipe(TypedDict):
 
 class _Adapter(TypedDict, total=False):
     name: str | None
-    weight: float | None
+    path: str | None
+    weight: float
     licence: str | None
     left_out: list[str]
+    sha256: dict[str, str] | None
 
 
 class _Provenance(TypedDict, total=False):
@@ -129,6 +133,7 @@ class _Provenance(TypedDict, total=False):
 
     base: str | None
     licence: str | None
+    base_files: dict[str, str] | None
     adapters: list[_Adapter]
     dropped_tensors: list[str]
 
@@ -181,7 +186,7 @@ def read_manifest(
     kind of file or one that may not be read; DependencyError where signatures cannot be checked.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir it also takes a name too long for the file system
         raise ArtifactNotFoundError(f"{folder}: no such folder. Give the folder that `m0kit export` wrote.")
     try:
         data = read_regular(path, MANIFEST_BYTES)
@@ -196,6 +201,7 @@ def read_manifest(
         signer(folder, data, signers)
     try:
         raw = parse(data)
+        _check_depth(raw)
     except ValueError as error:
         raise ArtifactDamagedError(
             f"{path}: cannot be read as JSON: {error}. Copy the whole artifact again, or export again."
@@ -210,10 +216,13 @@ def read_manifest(
             f"{path}: format version {version}; this m0kit reads up to {FORMAT_VERSION}. Update m0kit."
         )
     told = raw.pop("sha256", None)
-    if told != _sha256_of_json(raw):
-        what = "has no sha256 of its own" if told is None else "its own sha256 differs"
+    if told is None:
         raise ArtifactDamagedError(
-            f"{path}: has changed since the export ({what}). Copy the artifact again, or export again; "
+            f"{path}: has no sha256 of its own: it was changed, or written before manifests had one. Export again."
+        )
+    if told != _sha256_of_json(raw):
+        raise ArtifactDamagedError(
+            f"{path}: has changed since the export (its own sha256 differs). Copy the artifact again, or export again; "
             "limits can be changed when it is loaded."
         )
     try:
@@ -247,6 +256,15 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
         if (size := manifest.files[name].size) > limit:
             raise ValueError(f"files: {name} has {size} bytes, and at most {limit} are read of it")
     return manifest
+
+
+def _check_depth(raw: Any) -> None:
+    level = [raw]
+    for _ in range(_DEPTH):
+        level = [value for value in level if isinstance(value, dict | list)]
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def _check_names(files: Mapping[str, FileEntry]) -> None:
@@ -297,14 +315,17 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     memory = Memory.load()
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_symlink() and not _stays_inside(path):
+        if os.path.islink(path) and not _stays_inside(path):
             raise ArtifactDamagedError(
                 f"{path}: is a link to {os.path.realpath(path)}, outside of the artifact. Links may lead to files of "
                 "its own folder, or of its repository in a hub's cache. Copy the artifact with the files (cp -L)."
             )
-        if not path.is_file():
+        try:
+            stat = path.stat()
+        except OSError:
+            stat = None
+        if stat is None or not S_ISREG(stat.st_mode):
             raise ArtifactDamagedError(f"{path}: is missing. Copy the whole artifact again, or export again.")
-        stat = path.stat()
         if stat.st_size != entry.size:
             raise ArtifactDamagedError(
                 f"{path}: {stat.st_size} bytes, the manifest says {entry.size}. Copy or export again."

@@ -170,7 +170,7 @@ class ModelConfig:
                 raise ValueError(f"preprocessing has {name} {seen}, the vision encoder {eaten}")
         for name in ("vision_start_id", "vision_end_id", "image_pad_id", "score_token_id"):
             if not 0 <= (number := getattr(self.prompt, name)) < self.decoder.vocab_size:
-                raise ValueError(f"{name} is {number}, and the vocabulary has {self.decoder.vocab_size} tokens")
+                raise ValueError(f"{name} is {number}, the vocabulary ends at {self.decoder.vocab_size - 1}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

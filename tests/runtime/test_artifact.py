@@ -172,7 +172,7 @@ def test_a_manifest_without_its_hash_is_refused_with_known_answers_or_without(fo
         raw = json.loads((folder / "manifest.json").read_text("utf-8"))
         del raw["sha256"]
         (folder / "manifest.json").write_text(json.dumps(raw), "utf-8")
-        with pytest.raises(ArtifactDamagedError, match=r"has changed since the export \(has no sha256 of its own\)"):
+        with pytest.raises(ArtifactDamagedError, match=r"has no sha256 of its own: it was changed, or written before"):
             read_manifest(folder)
 
 
@@ -263,7 +263,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bad mean": (lambda raw: raw["model"]["image"].update(mean=[1, 2]), "at `$.model.image.mean`"),
     "no spread": (lambda raw: raw["model"]["image"].update(std=[1, 0, 1]), "std must be positive"),
     "bad heads": (lambda raw: raw["model"]["decoder"].update(num_kv_heads=3), "must be a multiple of num_kv_heads"),
-    "no such token": (lambda raw: raw["model"]["prompt"].update(score_token_id=384), "the vocabulary has 384 tokens"),
+    "no such token": (lambda raw: raw["model"]["prompt"].update(score_token_id=384), "the vocabulary ends at 383"),
     "a token before all": (lambda raw: raw["model"]["prompt"].update(image_pad_id=-1), "image_pad_id is -1"),
     "no scheme": (lambda raw: raw.pop("scheme"), "missing required field `scheme`"),
     "no graphs": (lambda raw: raw.pop("graphs"), "missing required field `graphs`"),
@@ -284,6 +284,9 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "provenance list": (lambda raw: raw.update(provenance=[]), "at `$.provenance`"),
     "adapters text": (lambda raw: raw["provenance"].update(adapters="mine"), "provenance: Expected `array`"),
     "an adapter's name": (lambda raw: raw["provenance"].update(adapters=[{"name": 3}]), "`$.adapters[0].name`"),
+    "a hash of an adapter": (lambda raw: raw["provenance"].update(adapters=[{"sha256": ["a"]}]), "`$.adapters[0].sha"),
+    "hashes of the base": (lambda raw: raw["provenance"].update(base_files={"a": 1}), "`$.base_files[...]`"),
+    "depth": (lambda raw: raw["provenance"].update(x=json.loads("[" * 60 + "]" * 60)), "it is nested too deeply"),
     "licence number": (lambda raw: raw["provenance"].update(licence=3), "provenance: Expected `str | null`"),
     "recipe list": (lambda raw: raw.update(recipe=[]), "at `$.recipe`"),
     "recipe null": (lambda raw: raw.update(recipe=None), "at `$.recipe`"),
