@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from m0kit.errors import InputError
+from m0kit.files import open_regular
 from m0kit.formats import MARK, no_text
 
 JSON_NAMES: Final = (".jsonl", ".ndjson")
@@ -33,9 +34,9 @@ def lines(source: Path | BinaryIO, place: str | None = None) -> Iterator[tuple[i
     """
     place = place or str(source)
     try:
-        opened = source.open("rb") if isinstance(source, Path) else nullcontext(source)
+        opened = open_regular(source) if isinstance(source, Path) else nullcontext(source)
     except OSError as error:
-        raise InputError(f"{place}: {os.strerror(error.errno or 0)}.") from None
+        raise InputError(f"{place}: {error.strerror}.") from None
     except ValueError:  # a null character, or half of a surrogate pair
         raise InputError(f"{place!r} cannot be the name of a file.") from None
     with opened as file:
