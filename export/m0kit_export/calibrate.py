@@ -136,18 +136,15 @@ def read_pairs(path: Path) -> tuple[list[tuple[int, tuple[Any, Any]]], dict[int,
     errors: dict[int, str] = {}
     pairs: list[tuple[int, tuple[Any, Any]]] = []
     try:
-        with open_regular(path) as file:
-            for number, record in records(file, _WANTED, str(path)):
-                try:
-                    if isinstance(record, InputError):
-                        raise record
-                    query, documents = group_from_file(record, path.parent)
-                except InputError as error:
-                    errors[number] = f"line {number}: {error}"
-                else:
-                    pairs += [(number, (query, document)) for document in documents]
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror or type(error).__name__}.") from None
+        for number, record in records(path, _WANTED):
+            try:
+                if isinstance(record, InputError):
+                    raise record
+                query, documents = group_from_file(record, path.parent)
+            except InputError as error:
+                errors[number] = f"line {number}: {error}"
+            else:
+                pairs += [(number, (query, document)) for document in documents]
     except InputError as error:  # of the file as a whole
         raise RecipeError(str(error)) from None
     if not pairs:

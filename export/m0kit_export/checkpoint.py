@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, TypedDict
+from typing import Annotated, Any, Final, NotRequired, TypedDict
 
 import torch
 from msgspec import Meta
@@ -127,10 +127,15 @@ class _Token(TypedDict):
     content: str
 
 
-class _Tokenizer(TypedDict, total=False):
+class _Vocabulary(TypedDict, total=False):
+    vocab: dict[str, int]
+
+
+class _Tokenizer(TypedDict):
     """What is looked at of tokenizer.json."""
 
-    added_tokens: list[_Token]
+    model: _Vocabulary
+    added_tokens: NotRequired[list[_Token]]
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
         _check_quant_type(quant_type, stored)
     image_files, image = _read_image_config(folder)
     tokenizer_files, tokenizer = read_tokenizer(folder)
-    tokens = _read_token_ids(folder, raw, tokenizer, tokenizer_files[0])
+    tokens, highest = _read_token_ids(folder, raw, tokenizer, tokenizer_files[0])
     try:
         config = ModelConfig(
             decoder=_decoder_config(raw),
@@ -220,6 +225,11 @@ def open_checkpoint(source: str | Path, revision: str | None = None, cache_dir: 
     except ValueError as error:  # our own sentences, from m0kit.config
         raise CheckpointError(f"{folder.name}: {error}. Correct config.json or the preprocessing file") from None
     _check_fit(config, raw, len(stored))
+    if highest >= config.decoder.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer_files[0]} in {folder.name} has a token with the id {highest}, the vocabulary of config.json "
+            f"ends at {config.decoder.vocab_size - 1}: the files are not of one model"
+        )
     stored, buffers = _without_buffers(folder, stored, config)
     names, dropped, in_use = _match_tensors(expected_shapes(config), stored, config.decoder, _ties_embeddings(raw))
     return Checkpoint(
@@ -688,8 +698,11 @@ def _check_fit(config: ModelConfig, raw: Mapping[str, Any], num_tensors: int) ->
         )
 
 
-def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) -> dict[str, int]:
-    """The special ids of config.json, which must agree with the tokenizer (`text`, from `file`) where it names them."""
+def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) -> tuple[dict[str, int], int]:
+    """The special ids of config.json, and the highest of the tokenizer (`text`, from `file`).
+
+    They must agree with the tokenizer where it names them.
+    """
     stated = _Section("config.json", raw, _TOKEN_DEFAULTS)
     ids = {name: stated.whole(name) for name in _TOKEN_DEFAULTS}
     try:
@@ -697,11 +710,10 @@ def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) 
     except ValueError as error:
         raise CheckpointError(f"{file} in {folder.name} is not readable JSON: {error}. Fetch it again") from None
     try:
-        added = fitting(tokenizer, _Tokenizer).get("added_tokens", [])
-        fitting(tokenizer["model"], dict)
-    except (KeyError, ValueError):
-        raise CheckpointError(f"{file} in {folder.name} is not a tokenizer. Fetch it again") from None
-    known = {token["content"]: token["id"] for token in added}
+        found = fitting(tokenizer, _Tokenizer)
+    except ValueError as error:
+        raise CheckpointError(f"{file} in {folder.name} is not a tokenizer ({error}). Fetch it again") from None
+    known = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
     for name, token in _TOKEN_TEXTS.items():
         if token in known and known[token] != ids[name]:
             raise CheckpointError(
@@ -713,7 +725,7 @@ def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) 
                 f"{folder.name} has no {TOKENIZER}, and the files it would be made from do not name {token}: "
                 "tokenizer_config.json is missing or not its own. Copy it, or tokenizer.json, from the published model"
             )
-    return ids
+    return ids, max([*found["model"].get("vocab", {}).values(), *known.values()], default=0)
 
 
 def _read_image_config(folder: Path) -> tuple[list[str], ImageConfig]:

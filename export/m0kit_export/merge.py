@@ -347,7 +347,7 @@ def _fit(
     for module in dict.fromkeys(tensor.rpartition(".")[0] for tensor in shapes):
         own = {leaf: shapes[f"{module}.{leaf}"] for leaf in _leaves(checkpoint, module)}
         _place(skeleton, _spell(module, nested), _make_module(module, own))
-    with _peft_at_work(name, raw):
+    with peft_at_work(name, raw):
         # How the base weights are initialised changes neither names nor shapes, and needs weights.
         config = _lora_config(raw, init_lora_weights=True)
         model = peft.get_peft_model(skeleton, config, low_cpu_mem_usage=True)
@@ -547,7 +547,7 @@ def _merge_by_peft(
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")),
         "task_type": None,
     }
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _peft_at_work(name, raw):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), peft_at_work(name, raw):
         model = peft.get_peft_model(skeleton, _lora_config(raw, **overrides))
         result = peft.set_peft_model_state_dict(model, state)
         if adapter.spec.weight != 1.0:
@@ -573,7 +573,7 @@ def _lora_config(raw: Mapping[str, Any], **overrides: Any) -> peft.LoraConfig:
 
 
 @contextmanager
-def _peft_at_work(name: str, raw: Mapping[str, Any]) -> Iterator[None]:
+def peft_at_work(name: str, raw: Mapping[str, Any]) -> Iterator[None]:
     """PEFT's warnings kept quiet (what they warn of is an error here), its exceptions made ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -9,7 +9,9 @@ import contextlib
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Annotated, Any, Final, TypedDict
+
+from msgspec import Meta
 
 from m0kit.errors import CheckpointError
 from m0kit.files import read_regular
@@ -22,10 +24,16 @@ _CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _MAX_BYTES: Final = 64 << 20  # of any of these; the published tokenizer.json has 7 MB, and none of its kind 30
 
 
+# More than any vocabulary has, 150,000 here. tokenizers walks through all ids up to the highest when it writes them,
+# and ends the process where it has no memory for that.
+_Ids = dict[str, Annotated[int, Meta(ge=0, lt=1 << 20)]]
+
+
 class _Settings(TypedDict, total=False):
     """What is looked at of tokenizer_config.json."""
 
     tokenizer_class: str | None
+    added_tokens_decoder: dict[str, Any]  # by their ids
 
 
 def read_tokenizer(folder: Path) -> tuple[tuple[str, ...], str]:
@@ -55,16 +63,9 @@ def _read(folder: Path, name: str) -> bytes:
 
 def _made(folder: Path, files: dict[str, bytes]) -> str:
     """By transformers, in a folder where nothing but these files is."""
-    parsed = {}
     for name, data in files.items():
         if name.endswith(".json"):
-            try:
-                parsed[name] = parse(data, wide=True)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{name} in {folder.name} is not readable JSON: {error}. Fetch it again"
-                ) from None
-    _check_class(parsed.get("tokenizer_config.json"))
+            _check_settings(folder, name, data)
     from transformers import Qwen2Tokenizer  # seconds, which a tokenizer.json saves
 
     with tempfile.TemporaryDirectory(prefix="m0kit-tokenizer-") as alone, warnings.catch_warnings():
@@ -80,14 +81,22 @@ def _made(folder: Path, files: dict[str, bytes]) -> str:
     )
 
 
-def _check_class(settings: object) -> None:
-    """Raises CheckpointError when tokenizer_config.json, if it is there, names another class."""
-    if settings is None:
-        return
+def _check_settings(folder: Path, name: str, data: bytes) -> None:
+    """Raises CheckpointError for a file that is not of its form, or names another class than Qwen2's."""
     try:
-        kind = fitting(settings, _Settings).get("tokenizer_class")
+        settings = parse(data, wide=True)
     except ValueError as error:
-        raise CheckpointError(f"tokenizer_config.json: {error}. Fetch it again") from None
+        raise CheckpointError(f"{name} in {folder.name} is not readable JSON: {error}. Fetch it again") from None
+    kind = None
+    try:
+        if name == "tokenizer_config.json":
+            found = fitting(settings, _Settings)
+            kind = found.get("tokenizer_class")
+            fitting({id_: int(id_) for id_ in found.get("added_tokens_decoder", {})}, _Ids)
+        elif name != "special_tokens_map.json":
+            fitting(settings, _Ids)
+    except ValueError as error:
+        raise CheckpointError(f"{name} in {folder.name}: {error}. Fetch it again") from None
     if kind not in _CLASSES:
         raise CheckpointError(
             f"tokenizer_config.json: tokenizer_class is {kind!r:.40}, of which m0kit makes no {TOKENIZER}. "

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m0kit.decoding import load, open_image
 from m0kit.errors import InputError
-from m0kit.files import open_regular, read_regular
+from m0kit.files import read_regular
 from m0kit.formats import MAX_IMAGE_BYTES, read_text
 from m0kit.inputs import Picture, Text, at, group_from_file, parse_content, shown
 from m0kit.lines import records
@@ -223,20 +223,14 @@ def pairs_file(path: Path) -> tuple[Case, dict[int, str]]:
     that names file and line where none can be used.
     """
     groups, errors = [], {}
-    try:
-        file = open_regular(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or type(error).__name__}.") from None
-    with file:
-        for number, record in records(file, _WANTED, str(path)):
-            try:
-                if isinstance(record, InputError):
-                    raise record
-                query, documents = group_from_file(record, path.parent)
-                contents = tuple(_own_content(document, "document") for document in documents)
-                groups.append(Group(_own_content(query, "query"), contents))
-            except InputError as error:
-                errors[number] = f"{path}: line {number}: {error}"
+    for number, record in records(path, _WANTED):
+        try:
+            if isinstance(record, InputError):
+                raise record
+            query, documents = group_from_file(record, path.parent)
+            groups.append(Group(_own_content(query, "query"), tuple(_own_content(d, "document") for d in documents)))
+        except InputError as error:
+            errors[number] = f"{path}: line {number}: {error}"
     if not groups:
         raise InputError(next(iter(errors.values()), f"{path}: no pairs; expected lines such as {_WANTED}"))
     kinds = {_kind(group.query, document) for group in groups for document in group.documents}

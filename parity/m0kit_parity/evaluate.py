@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest, verify_files
 from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
-from m0kit.files import open_regular
 from m0kit.hub import resolve
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
@@ -125,19 +124,14 @@ def read_judged(path: Path) -> tuple[list[Query], dict[str, str]]:
     """
     queries: list[Query] = []
     errors: dict[str, str] = {}
-    try:
-        file = open_regular(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or type(error).__name__}.") from None
-    with file:
-        for number, record in records(file, '{"query": …, "documents": […], "relevance": […]}', str(path)):
-            where = f"{path}: line {number}"
-            try:
-                if isinstance(record, InputError):
-                    raise record
-                queries.append(_query(record, where, path.parent))
-            except InputError as error:
-                errors[where] = f"{where}: {error}"
+    for number, record in records(path, '{"query": …, "documents": […], "relevance": […]}'):
+        where = f"{path}: line {number}"
+        try:
+            if isinstance(record, InputError):
+                raise record
+            queries.append(_query(record, where, path.parent))
+        except InputError as error:
+            errors[where] = f"{where}: {error}"
     if any(query.relevance for query in queries):
         for query in queries:
             if query.relevance is None:

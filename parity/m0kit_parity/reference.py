@@ -14,7 +14,6 @@ One intended difference from the published code: text of a user never becomes a 
 import base64
 import json
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from m0kit.terminal import bar
 from m0kit.trace import Trace
 from m0kit_export.answers import open_tokenizer
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_header, read_json_object, read_tensor
-from m0kit_export.merge import CONFIG, WEIGHTS, peft_name, read_config
+from m0kit_export.merge import CONFIG, WEIGHTS, peft_at_work, peft_name, read_config
 from m0kit_export.patterns import try_patterns
 
 PAD_ID = 0  # masked in every batch, so any token will do
@@ -122,7 +121,7 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=open_tokenizer(checkpoint.tokenizer.encode()))
+        self._tokenizer = _tokenizer(checkpoint)
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=image.min_pixels,
@@ -300,6 +299,16 @@ class Reference:
         return ids
 
 
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
+    opened = open_tokenizer(checkpoint.tokenizer.encode())
+    try:
+        return PreTrainedTokenizerFast(tokenizer_object=opened)
+    except Exception as error:  # the library raises plain Exception, here of what it can read and not write
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.source} cannot be used by transformers. Fetch it again"
+        ) from error
+
+
 def _content(value: Any) -> str | Image.Image:
     """Text, or an image as transformers would open it. The reference trusts its inputs."""
     if isinstance(value, Mapping):
@@ -347,9 +356,9 @@ def _apply_plain(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float
     bare = [key.removeprefix("base_model.model.") for key in keys]
     new = any(key.startswith(("model.language_model.", "model.visual.")) for key in bare)
     shell = (NewNames if new else PublishedNames)(core, score)
-    try_patterns(read_config(path, path.name), [name for name, _ in shell.named_modules()], f"{CONFIG} of {path.name}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT only warns of is an error below
+    raw = read_config(path, path.name)
+    try_patterns(raw, [name for name, _ in shell.named_modules()], f"{CONFIG} of {path.name}")
+    with peft_at_work(path.name, raw):  # what it only warns of is an error below
         wrapped = peft.PeftModel.from_pretrained(shell, str(path))
         placed = {_plain(key) for key in peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)}
     # PEFT may or may not have saved an adapted embedding with the base's own weights.

@@ -24,6 +24,7 @@ from typing import Final
 
 from m0kit.errors import M0kitError, OutputError
 
+_PIECE: Final = 1 << 20
 _LOCK: Final = "lock"
 _NEW: Final = "new"
 _OLD: Final = "old"
@@ -49,10 +50,14 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """The bytes of a regular file that has at most so many. Raises OSError, whose `strerror` says what is wrong."""
+    pieces, left = [], max_bytes + 1  # it may grow, and some of the system's files do not tell their size
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)  # it may grow, and some of the system's files do not tell their size
-    if data is None:  # of a file of the system's that would have been waited for
+        while left and (piece := file.read(min(left, _PIECE))):  # which takes as much memory as it is asked for
+            pieces.append(piece)
+            left -= len(piece)
+    if piece is None:  # of a file of the system's that would have been waited for
         raise OSError(errno.EAGAIN, "holds nothing now, and is no file that ends", os.fspath(path))
+    data = b"".join(pieces)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than the {max_bytes} bytes that are read of it", os.fspath(path))
     return data

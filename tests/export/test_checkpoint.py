@@ -444,6 +444,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         lambda f: edit_json(f / "tokenizer.json", lambda raw: raw["added_tokens"][0].update(id="150")),
         "tokenizer.json in base is not a tokenizer",
     ),
+    "tokenizer with an id beyond all": (
+        lambda f: edit_json(f / "tokenizer.json", lambda raw: raw["model"]["vocab"].update({"!": 2**31})),
+        "tokenizer.json in base has a token with the id 2147483648, the vocabulary of config.json ends at 159",
+    ),
     "no tokenizer": (remove("tokenizer.json"), "base has no tokenizer.json"),
     "tokenizer without a model": (write("tokenizer.json", "{}"), "tokenizer.json in base is not a tokenizer"),
     "tokenizer of another model": (

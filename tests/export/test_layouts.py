@@ -344,5 +344,26 @@ def test_nothing_but_files_that_were_looked_at_reaches_transformers(folder: Path
 def test_a_class_that_is_no_name_is_refused(folder: Path) -> None:
     take_apart(folder, "added_tokens_decoder")
     edit_json(folder / "tokenizer_config.json", tokenizer_class=["Qwen2Tokenizer"])
-    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: Expected `str \| null`, got `array`"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json in .*: Expected `str \| null`, got `array`"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("vocab.json", {"a": 2**32 - 1}),
+        ("vocab.json", {"a": -1}),
+        ("vocab.json", {"a": "0"}),
+        ("vocab.json", ["a"]),
+        ("added_tokens.json", {"<|image_pad|>": 2**31}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {str(2**31): {"content": "<|image_pad|>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"first": {"content": "<|image_pad|>"}}}),
+    ],
+)
+def test_ids_beyond_every_vocabulary_are_refused_before_they_are_counted_up_to(
+    folder: Path, part: str, content: Any
+) -> None:
+    take_apart(folder, "added_tokens_decoder")
+    (folder / part).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"{part} in .*: .*. Fetch it again"):
         open_checkpoint(folder)

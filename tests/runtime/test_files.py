@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 from m0kit import files
 from m0kit.errors import OutputError
-from m0kit.files import destination, exchange, flush, lock_file, occupied, replacing
+from m0kit.files import destination, exchange, flush, lock_file, occupied, read_regular, replacing
 
 
 @pytest.fixture
@@ -299,3 +300,16 @@ def test_files_and_folders_are_flushed_as_the_system_wants(
         assert (done, modes) == ([("fsync", names[0])], [os.O_RDWR])
     else:
         assert done == [("fsync" if platform == "linux" else 51, name) for name in names]
+
+
+def test_what_is_read_takes_no_more_memory_than_there_is_of_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"a" * 3_000_000)
+    tracemalloc.start()
+    try:
+        assert len(read_regular(tmp_path / "file", 1 << 62)) == 3_000_000
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert read_regular(tmp_path / "file", 3_000_000) == b"a" * 3_000_000
+    with pytest.raises(OSError, match="has more than the 2999999 bytes"):
+        read_regular(tmp_path / "file", 2_999_999)
