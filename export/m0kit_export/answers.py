@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from m0kit import tokens
 from m0kit.artifact import TOKENIZER, Kept, KnownAnswer, KnownAnswers
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
@@ -108,11 +109,9 @@ def known_answers(
 def open_tokenizer(raw: bytes) -> Tokenizer:
     """The checkpoint's tokenizer, to which all is text. Raises CheckpointError."""
     try:
-        tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"the checkpoint's {TOKENIZER} cannot be read as a tokenizer. Fetch it again.") from error
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+        return tokens.open_tokenizer(raw)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's {TOKENIZER} {error}. Fetch it again.") from None
 
 
 class _Stored:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from PIL import Image, TiffImagePlugin
 
+from m0kit.avif import coded_pixels
 from m0kit.errors import ImageError
 from m0kit.formats import FORMATS, described
 
@@ -40,6 +41,10 @@ _MAX_COMMENTS: Final = 1000
 _BYTES_PER_PIXEL: Final = {"WEBP": 16, "AVIF": 16}
 _FREE_BYTES: Final = 1 << 30
 _BYTES_PER_BYTE: Final = 256
+# AVIF holds alpha, a gain map, a small preview, cells that stand over the edge and up to four steps of quality as
+# images of their own, and libavif scales a frame that is larger than the header claims.
+_MAX_CODED: Final = 8
+_LEAST_CODED: Final = 1 << 20
 _MAX_LAYERS: Final = 6  # samples of a pixel that Pillow takes
 _TILE_BYTE_COUNTS: Final = 325
 _MAX_OVERLAP: Final = 8  # how often the parts of a TIFF may read one byte: blank parts are shared at times
@@ -116,6 +121,8 @@ def _refused(raw: bytes, image: Image.Image) -> str | None:
     needed = _BYTES_PER_PIXEL.get(kind, 0) * pixels
     if needed > _FREE_BYTES + _BYTES_PER_BYTE * len(raw):
         return f"has too few bytes ({len(raw)}) for so many pixels, which take {needed >> 20} MiB to decode"
+    if kind == "AVIF" and coded_pixels(raw) > _MAX_CODED * max(pixels, _LEAST_CODED):
+        return f"has frames of more than {_MAX_CODED} times its pixels"
     tiles = getattr(image, "tile", [])
     codecs = {tile.codec_name for tile in tiles}
     if "bmp_rle" in codecs and pixels > _MAX_RUN_LENGTH_PIXELS:

@@ -15,12 +15,12 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from m0kit.cache import Cache
 from m0kit.config import PromptConfig
 from m0kit.errors import ArtifactDamagedError, InputError
-from m0kit.tokens import Encoder
+from m0kit.files import read_regular
+from m0kit.tokens import MAX_TOKENIZER_BYTES, Encoder, open_tokenizer
 
 # Bytes of documents that are remembered in tokens, for the next query: 3,000 of 768 tokens. Tokenising one takes longer
 # than a hundredth of scoring a query on it.
@@ -74,13 +74,11 @@ class PromptBuilder:
     def __init__(self, tokenizer_file: Path, config: PromptConfig) -> None:
         """Raises ArtifactDamagedError when the file is not a tokenizer."""
         try:
-            tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # the library raises plain Exception
-            raise ArtifactDamagedError(f"{tokenizer_file}: cannot be read as a tokenizer. Export again.") from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True  # as text
-        self._tokenizer = tokenizer
+            tokenizer = open_tokenizer(read_regular(tokenizer_file, MAX_TOKENIZER_BYTES))
+        except OSError as error:
+            raise ArtifactDamagedError(f"{tokenizer_file}: {error.strerror}. Export again.") from None
+        except ValueError as error:
+            raise ArtifactDamagedError(f"{tokenizer_file}: {error}. Export again.") from error
         self._encoder = Encoder(tokenizer)
         self._config = config
         self._documents = Cache(_REMEMBERED)
@@ -150,7 +148,7 @@ class PromptBuilder:
                 own = self._encoder.start(document, limit + 1)
                 truncated = len(own) > limit
                 if len(own) >= limit:  # decoded back even when nothing is lost, as published
-                    document = self._tokenizer.decode(own[:limit], skip_special_tokens=False)
+                    document = self._encoder.decode(own[:limit])
             text = config.document_header + document + config.query_header
         prefix = np.asarray([*before, *self._encoder.all(text)], np.int64)
         return PromptDocument(prefix, text, len(before), truncated)

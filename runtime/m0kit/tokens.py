@@ -1,5 +1,6 @@
 """From text to token ids, and to the first so many of them in bounded time. Owns the tokenizer's rules.
 
+    tokenizer = open_tokenizer(raw)           # Qwen2's rules, whatever the vocabulary; others are refused
     Encoder(tokenizer).start(text, 9729)      # ids of all of a short text, the first 9,729 at least of one of 20 MB
 
 A tokenizer takes seconds and hundreds of megabytes for each megabyte of text, of which a prompt keeps some tens of
@@ -15,15 +16,21 @@ kilobytes. `start` tokenises no more than it must, and gives exactly the ids of 
   certain if the token before it goes with whatever token can follow; to know these, a little more of the piece is
   encoded up to each place where a token may end.
 
-For another tokenizer than Qwen2's, and where all this finds nothing, the whole text is tokenised.
+For another tokenizer than Qwen2's, and where all this finds nothing, the whole text is tokenised, or refused if large.
 """
 
 import itertools
 import json
 import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final
 
 from tokenizers import Tokenizer, models, normalizers
+
+from m0kit.errors import InputError
 
 # Qwen2's pattern (transformers, models/qwen2/tokenization_qwen2.py): contractions, letters with one leading character,
 # single digits, punctuation, line breaks, blanks.
@@ -35,6 +42,13 @@ _PIECES: Final = [
     {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
 ]
+# Of a tokenizer.json: the published one has 7 MB, 11 MB as other versions write it.
+MAX_TOKENIZER_BYTES: Final = 64 << 20
+# Letters of a token, which are bytes: Qwen2's longest has 128. Work for a boundary grows with the square.
+MAX_TOKEN_LETTERS: Final = 512
+# Bytes of a text that is tokenised whole: some 2 s and 400 MB a megabyte. Written text is cut long before.
+MAX_WHOLE_BYTES: Final = 4 << 20
+_UNTAKEN: Final = "the tokenizer cannot take the text. Leave the pair out, and check the artifact's tokenizer."
 # Characters per token of a first try: most texts have fewer.
 _WIDTH: Final = 6
 _LOOK_BACK: Final = 8  # lengths of the longest token, for a boundary that is certain
@@ -51,6 +65,33 @@ STARTER: Final = re.compile(
 )
 
 
+def open_tokenizer(raw: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, to which all that is given it is text. Nothing of it grows with its settings.
+
+    Raises ValueError, with the rest of a sentence, for what is none or has other rules than Qwen2's: a normaliser may
+    make a gigabyte of a letter, and a pattern never end.
+    """
+    try:
+        with _caught():
+            tokenizer = Tokenizer.from_buffer(raw)
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.post_processor = None  # what it would add is never asked for, but it might repeat what is there
+            tokenizer.encode_special_tokens = True  # as text
+            decoder = json.loads(tokenizer.decoder.__getstate__())["type"] if tokenizer.decoder else None
+    except _LibraryError:
+        raise ValueError("cannot be read as a tokenizer") from None
+    if not _has_qwen2_rules(tokenizer) or decoder != "ByteLevel":
+        raise ValueError("has other rules than Qwen2's tokenizer (NFC, its pattern, byte-level BPE)")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("gives one id to two tokens")
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    if any(len(token) > MAX_TOKEN_LETTERS for token in itertools.chain(vocabulary, added)):
+        raise ValueError(f"has a token of more than {MAX_TOKEN_LETTERS} letters")
+    return tokenizer
+
+
 class Encoder:
     """A tokenizer's ids of texts. Thread-safe."""
 
@@ -60,46 +101,58 @@ class Encoder:
         self._width = width
         self._model: Any = tokenizer.model
         self._vocabulary: tuple[dict[str, int], int] | None = None
-        self._is_known = self._has_known_rules()
+        added = tokenizer.get_added_tokens_decoder().values()  # special ones are not looked for: texts are data
+        self._is_known = (
+            _has_qwen2_rules(tokenizer) and tokenizer.encode_special_tokens and all(token.special for token in added)
+        )
 
     def all(self, text: str) -> list[int]:
-        """The ids of a text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The ids of a text. Raises InputError for one that the tokenizer cannot take."""
+        try:
+            with _caught():
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except _LibraryError:
+            raise InputError(_UNTAKEN) from None
         return ids
 
     def start(self, text: str, count: int) -> list[int]:
-        """The first ids of a text, exactly: `count` or more, or all that there are."""
+        """The first ids of a text, exactly: `count` or more, or all that there are.
+
+        Raises InputError as `all` does, and for a large text that has no place where it may be cut.
+        """
         size = max(count, 1) * self._width
-        while self._is_known and 2 * size < len(text):
-            ids = self._certain(text, size, count)
-            if len(ids) >= count:
-                return ids
-            size *= 2
+        try:
+            with _caught():
+                while self._is_known and 2 * size < min(len(text), 2 * MAX_WHOLE_BYTES):
+                    ids = self._certain(text, size, count)
+                    if len(ids) >= count:
+                        return ids
+                    size *= 2
+        except _LibraryError:
+            raise InputError(_UNTAKEN) from None
+        if len(text) > MAX_WHOLE_BYTES or len(text.encode()) > MAX_WHOLE_BYTES:
+            raise InputError(
+                f"the text of {len(text)} characters has no place where it may be cut before it is tokenised (it holds "
+                "thousands of combining marks or blanks in a row, or the tokenizer has tokens of its own), and is "
+                f"larger than the {MAX_WHOLE_BYTES >> 20} MiB that are tokenised whole. Give its beginning alone."
+            )
         return self.all(text)
 
-    def _has_known_rules(self) -> bool:
-        tokenizer, model = self._tokenizer, self._model
-        if not isinstance(tokenizer.normalizer, normalizers.NFC) or not isinstance(model, models.BPE):
-            return False
-        plain = (
-            "dropout",
-            "unk_token",
-            "continuing_subword_prefix",
-            "end_of_word_suffix",
-            "byte_fallback",
-            "ignore_merges",
-        )
-        if any(getattr(model, name) for name in plain) or tokenizer.pre_tokenizer is None:
-            return False
-        found = json.loads(tokenizer.pre_tokenizer.__getstate__())
-        pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in found.get("pretokenizers", [])]
-        added = tokenizer.get_added_tokens_decoder().values()  # special ones are not looked for: texts are data
-        return pieces == _PIECES and tokenizer.encode_special_tokens and all(token.special for token in added)
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids. Raises InputError as `all` does."""
+        try:
+            with _caught():
+                text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        except _LibraryError:
+            raise InputError(_UNTAKEN) from None
+        return text
 
     def _certain(self, text: str, size: int, count: int) -> list[int]:
         """Ids that the text begins with, whatever follows its first `size` characters; no more than needed."""
-        places = (end for end in range(size, max(size - _SEARCH, 0), -1) if STARTER.match(text[end]))
-        end = next(places, None)
+        places = range(size, max(size - _SEARCH, 0), -1)
+        end = next((end for end in places if STARTER.match(text[end])), None)
+        if end is None:
+            end = next((end for end in places if is_starter(text[end])), None)
         if end is None:
             return []
         part = self._tokenizer.normalizer.normalize_str(text[:end])
@@ -117,10 +170,10 @@ class Encoder:
         if not open_blanks:
             return ids + self._certain_of_piece(pieces[last][0], count - len(ids))
         blanks = part[pieces[last][1][0] :]
-        if not set(blanks) & {"\r", "\n"}:
-            blanks = blanks[:-1]  # the last one may belong to what follows
-        elif set(blanks) - {"\r", "\n"}:
-            return ids  # what follows decides where the piece ends
+        line_end = max(blanks.rfind("\r"), blanks.rfind("\n"))
+        # The piece reaches to the last line end among the blanks, wherever that is; without one, the last blank may
+        # belong to what follows.
+        blanks = blanks[: line_end + 1] if line_end >= 0 else blanks[:-1]
         letters = "".join(letters for letters, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(blanks))
         return ids + self._certain_of_piece(letters, count - len(ids))
 
@@ -158,3 +211,62 @@ class Encoder:
             found = self._tokenizer.get_vocab(with_added_tokens=False)
             self._vocabulary = found, max(map(len, found))
         return self._vocabulary
+
+
+class _LibraryError(Exception):
+    """The tokenizers library gave up."""
+
+
+@contextmanager
+def _caught() -> Iterator[None]:
+    """Makes one of what the library raises: plain Exception, and where it panics what `except Exception` passes by."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _LibraryError from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which cannot be imported before there is one
+            raise
+        raise _LibraryError from error
+
+
+def _has_qwen2_rules(tokenizer: Tokenizer) -> bool:
+    """Of everything but its vocabulary, its merges and added tokens."""
+    model: Any = tokenizer.model
+    if not isinstance(tokenizer.normalizer, normalizers.NFC) or not isinstance(model, models.BPE):
+        return False
+    plain = (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    )
+    if any(getattr(model, name) for name in plain) or tokenizer.pre_tokenizer is None:
+        return False
+    found = json.loads(tokenizer.pre_tokenizer.__getstate__())
+    pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in found.get("pretokenizers", [])]
+    return pieces == _PIECES
+
+
+def is_starter(one: str) -> bool:
+    """Whether NFC neither reorders a character nor composes it with what is before; False where that is not known."""
+    first = unicodedata.normalize("NFD", one)[0]
+    followers = _followers()
+    return (
+        unicodedata.category(one) != "Cn"  # another version of Unicode may know it
+        and unicodedata.combining(first) == 0
+        and one not in followers
+        and first not in followers
+    )
+
+
+@cache
+def _followers() -> frozenset[str]:
+    """Characters that compose with one before them. Takes 0.1 s, and is rarely asked for."""
+    parts = (unicodedata.decomposition(chr(code)).split() for code in range(0x110000))
+    pairs = {chr(int(part[1], 16)) for part in parts if len(part) == 2 and not part[0].startswith("<")}
+    return frozenset(pairs | {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))})  # Hangul's parts

@@ -101,6 +101,28 @@ def saved(kind: str, width: int, height: int) -> bytes:
     return out.getvalue()
 
 
+def other_claim(avif: bytes, width: int, height: int) -> bytes:
+    start = avif.index(b"ispe") + 8
+    return avif[:start] + struct.pack(">II", width, height) + avif[start + 8 :]
+
+
+def frames_again(avif: bytes, times: int) -> bytes:
+    """The one image's frame so many times, as those are that come before the one that is shown."""
+    start = avif.index(b"mdat") + 4
+    sequence = avif[start + 2 :][: 2 + avif[start + 3]]  # behind a delimiter
+    frame = avif[start + 2 + len(sequence) :]
+    if avif[start] != 0x12:
+        sequence, frame = avif[start : start + 2 + avif[start + 1]], avif[start + 2 + avif[start + 1] :]
+    more = frame * (times - 1)
+    place = avif.index(b"iloc") + 4 + 4 + 2 + 2 + 2 + 2 + 2  # version, widths, items, id, source, extents
+    place += 4
+    (length,) = struct.unpack_from(">I", avif, place)
+    grown = avif[:place] + struct.pack(">I", length + len(more)) + avif[place + 4 :]
+    box = start - 8
+    grown = grown[:box] + struct.pack(">I", len(avif) - box + len(more)) + grown[box + 4 :]
+    return grown + more
+
+
 SCANS = jpeg(SIDE, 400, 90)
 COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "a row of pixels": (lambda: png(70_000_000, 1), "too narrow"),
@@ -120,6 +142,9 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: png(64, 64, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6))) * 50),
         "more than one colour profile"),
     "a WebP canvas": (lambda: saved("WEBP", SIDE, SIDE), r"has too few bytes \(\d+\) for so many pixels"),
+    "an AVIF frame": (lambda: other_claim(saved("AVIF", 4000, 3000), 64, 64), "frames of more than 8 times its pixels"),
+    "AVIF frames that are not shown": (
+        lambda: frames_again(saved("AVIF", 2000, 1500), 40), "frames of more than 8 times its pixels"),
     "a TIFF tile": (
         lambda: grey_tiff(64, 64, 8, {322: [40_000], 323: [40_000], 324: [-1], 325: [9]}, bytes(9)),
         "tiles of 40000×40000"),

@@ -1,10 +1,12 @@
 """The start of a text's ids is that of the whole text's, wherever it is cut, and takes no more work than it must."""
 
 import itertools
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -12,8 +14,8 @@ from hypothesis import strategies as st
 from tests.runtime.test_prompt import fragments
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from m0kit.errors import DependencyError
-from m0kit.tokens import BLANKS, PATTERN, STARTER, Encoder
+from m0kit.errors import DependencyError, InputError
+from m0kit.tokens import BLANKS, MAX_WHOLE_BYTES, PATTERN, STARTER, Encoder, is_starter, open_tokenizer
 from m0kit_parity.vocabulary import write_qwen2_tokenizer
 
 
@@ -112,7 +114,9 @@ def test_the_start_is_that_of_the_whole(
         "e\u0301",
         "5",
         "x\n\n",
+        " \n",
         "é",
+        "\u1780\u17b6",
     ],
 )
 def test_of_a_large_text_little_is_tokenised(
@@ -160,9 +164,137 @@ def test_what_nfc_is_cut_before_neither_reorders_nor_composes() -> None:
         if len(parts) == 2 and not parts[0].startswith("<"):
             followers.add(chr(int(parts[1], 16)))
     followers |= {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}  # Hangul's parts
-    chosen = [one for one in characters() if STARTER.match(one)]
-    assert len(chosen) > 40_000
-    for one in chosen:
-        assert unicodedata.combining(one) == 0
-        assert one not in followers
+    first = {one: unicodedata.normalize("NFD", one)[0] for one in characters()}
+    for name, rule in (("STARTER", STARTER.match), ("is_starter", is_starter)):
+        chosen = [one for one in characters() if rule(one)]
+        assert len(chosen) > {"STARTER": 40_000, "is_starter": 200_000}[name]
+        for one in chosen:
+            assert unicodedata.combining(first[one]) == 0
+            assert not {one, first[one]} & followers
+            assert unicodedata.normalize("NFC", "a" + one) == "a" + unicodedata.normalize("NFC", one)
     assert re.fullmatch(STARTER, "a")
+
+
+@pytest.mark.parametrize("unit", ["\u0301", "\u0301\u0327", "\u1161"])
+def test_a_large_text_that_cannot_be_cut_is_refused_by_name(
+    small: Tokenizer, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(small)
+    monkeypatch.setattr(encoder, "all", lambda text: pytest.fail(f"{len(text)} characters"))
+    with pytest.raises(InputError, match=r"^the text of \d+ characters has no place where it may be cut.*4 MiB"):
+        encoder.start(unit * (MAX_WHOLE_BYTES // len(unit.encode()) + 1), 9_729)
+
+
+# --- a tokenizer of somebody else --------------------------------------------------------------------
+
+
+def change(raw: dict[str, Any], case: str) -> None:
+    model, added = raw["model"], raw["added_tokens"]
+    if case == "a normaliser that makes much of little":
+        raw["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 9999}
+    elif case == "no normaliser":
+        raw["normalizer"] = None
+    elif case == "a sequence of normalisers":
+        raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "x"}]}
+    elif case == "a pattern that never ends":
+        raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a|a)*(a|a)*(a|a)*b"
+    elif case == "one more piece":
+        raw["pre_tokenizer"]["pretokenizers"].append(
+            {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}
+        )
+    elif case == "a decoder that makes much of little":
+        raw["decoder"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 9999}
+    elif case == "another model":
+        raw["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    elif case in ("dropout", "unk_token"):
+        model[case] = {"dropout": 0.5, "unk_token": next(iter(model["vocab"]))}[case]
+    elif case == "a long token":
+        model["vocab"]["a" * 600] = 9_999
+    elif case == "a long added token":
+        added[0]["content"] = "a" * 600
+    elif case == "an id twice":
+        model["vocab"]["qqqqq"] = 5
+    else:
+        raise AssertionError(case)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("a normaliser that makes much of little", "other rules than Qwen2's"),
+        ("no normaliser", "other rules than Qwen2's"),
+        ("a sequence of normalisers", "other rules than Qwen2's"),
+        ("a pattern that never ends", "other rules than Qwen2's"),
+        ("one more piece", "other rules than Qwen2's"),
+        ("a decoder that makes much of little", "other rules than Qwen2's"),
+        ("another model", "other rules than Qwen2's"),
+        ("dropout", "other rules than Qwen2's"),
+        ("unk_token", "other rules than Qwen2's"),
+        ("a long token", "a token of more than 512 letters"),
+        ("a long added token", "a token of more than 512 letters"),
+        ("an id twice", "one id to two tokens"),
+    ],
+)
+def test_a_tokenizer_of_other_rules_is_refused(tiny: Path, case: str, said: str) -> None:
+    raw = json.loads((tiny / "tokenizer.json").read_bytes())
+    open_tokenizer(json.dumps(raw).encode())
+    change(raw, case)
+    Tokenizer.from_str(json.dumps(raw))  # which the library takes
+    with pytest.raises(ValueError, match=said):
+        open_tokenizer(json.dumps(raw).encode())
+
+
+def test_what_is_written_around_the_tokens_repeats_nothing(tiny: Path) -> None:
+    raw = json.loads((tiny / "tokenizer.json").read_bytes())
+    many = [{"Sequence": {"id": "A", "type_id": 0}}] * 50
+    raw["post_processor"] = {"type": "TemplateProcessing", "single": many, "pair": many, "special_tokens": {}}
+    raw["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {
+        "strategy": {"Fixed": 9000}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "a",
+    }  # fmt: skip
+    plain = opened(tiny / "tokenizer.json")
+    assert Encoder(open_tokenizer(json.dumps(raw).encode())).all("the tide") == Encoder(plain).all("the tide")
+
+
+class PanicException(BaseException):
+    """Named as what the library raises where it panics, which is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [PanicException, Exception])
+def test_where_the_library_gives_up_the_text_is_named(small: Tokenizer, kind: type[BaseException]) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(small, name)
+
+        def encode(self, *_: object, **__: object) -> None:
+            raise kind("byte index 1 is not a char boundary")
+
+        decode = encode
+
+    encoder = Encoder(small)
+    encoder._tokenizer = Broken()  # type: ignore[assignment]
+    for ask in (lambda: encoder.all("a"), lambda: encoder.start("a", 3), lambda: encoder.decode([1])):
+        with pytest.raises(InputError, match=r"^the tokenizer cannot take the text"):
+            ask()
+
+
+def test_an_interrupt_stays_one(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    encoder = Encoder(small)
+    monkeypatch.setattr(encoder, "_certain", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoder.start("a " * 9999, 3)
+
+
+def test_a_panic_at_opening_is_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panicking:
+        @staticmethod
+        def from_buffer(raw: bytes) -> None:
+            raise PanicException(raw)
+
+    monkeypatch.setattr("m0kit.tokens.Tokenizer", Panicking)
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
+        open_tokenizer(b"{}")
