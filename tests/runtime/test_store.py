@@ -13,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1097,10 +1098,8 @@ def state_of_names(store: Store, *names: str) -> bool:
     )
 
 
-def test_an_unfinished_transaction_is_rolled_back_by_a_reader_that_may(readable_folder: Path) -> None:
-    folder = readable_folder
-    with Store.create(folder, {}) as store:
-        put(store, "a")
+def kill_in_mid_transaction(folder: Path) -> None:
+    """A writer dies that has written half of what it wanted to the database."""
     pid = os.fork()
     if pid == 0:
         db = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
@@ -1111,14 +1110,152 @@ def test_an_unfinished_transaction_is_rolled_back_by_a_reader_that_may(readable_
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert (folder / "index.sqlite-journal").stat().st_size > 0
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_unfinished_transaction_is_rolled_back_by_who_writes_and_by_nobody_else(readable_folder: Path) -> None:
+    folder = readable_folder
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    kill_in_mid_transaction(folder)
+    before = files_of(folder)
+    said = "a process was killed while it was writing to it.*`m0kit index prune .* --unused-days 9999`"
+    refuses(StoreError, said, lambda: Store.open(folder))
+    assert files_of(folder) == before
     lock_up(folder)
-    as_nobody(lambda: refuses(StoreError, "open it once where it may be written", lambda: Store.open(folder)))
-    for path in (folder, folder / "index.sqlite", folder / "index.sqlite-journal"):
+    as_nobody(lambda: refuses(StoreError, said, lambda: Store.open(folder)))
+    for path in (folder, folder / "segments", *folder.glob("*.sqlite*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
+    Store.open(folder, writable=True).close()
     with Store.open(folder) as store:
         assert state_of_names(store, "a")
         assert store.verify().clean
     assert not (folder / "index.sqlite-journal").exists()
+
+
+def test_a_reader_goes_on_when_the_writer_beside_it_is_killed(folder: Path) -> None:
+    """It was there before, so the journal is no stranger's; so do children that were forked while it was open."""
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b")
+    with Store.open(folder) as reader, Store.open(folder) as other:
+        assert state_of_names(reader, "a")
+        for read in (lambda: state_of_names(reader, "a"), lambda: in_child(lambda: state_of_names(other, "b"))):
+            kill_in_mid_transaction(folder)
+            reader.touch([key_of("a")])
+            assert (folder / "index.sqlite-journal").exists(), "that is not worth rolling back for"
+            read()
+            assert not (folder / "index.sqlite-journal").exists()
+        assert state_of_names(reader, "a", "b")
+        assert reader.verify().clean
+
+
+def test_a_reader_beside_a_killed_writer_that_may_not_write_says_what_to_do(readable_folder: Path) -> None:
+    folder = readable_folder
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    reader = Store.open(folder)
+    kill_in_mid_transaction(folder)
+    lock_up(folder)
+    as_nobody(lambda: refuses(StoreError, "--unused-days 9999", lambda: reader.get(key_of("a"))))
+    reader.close()
+
+
+@pytest.mark.parametrize("name", ["index.sqlite", "lock.sqlite"])
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_journal_that_names_another_file_deletes_nothing(folder: Path, name: str, writable: bool) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    victim = folder.with_name("victim.txt")
+    victim.write_text("dear to somebody")
+    place = os.fsencode(victim)
+    head = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", 0, 0, 3, 512, 4096)
+    super_journal = struct.pack(">I", (1 << 30) // 4096 + 1) + place + struct.pack(">II", len(place), sum(place))
+    (folder / f"{name}-journal").write_bytes(head.ljust(512, b"\0") + super_journal + head[:8])
+    refuses(StoreError, "names another file, which SQLite would delete", partial(Store.open, folder, writable=writable))
+    assert victim.read_text() == "dear to somebody"
+
+
+INSIDE = ["index.sqlite", "lock.sqlite", "segments", "segments/000001.kv", "index.sqlite-journal"]
+
+
+@pytest.mark.parametrize("place", INSIDE)
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "fifo", "hard link"])
+def test_what_is_no_file_of_the_index_itself_is_neither_read_nor_written(
+    folder: Path, tmp_path: Path, place: str, kind: str
+) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, *"abc")
+        store.remove(["da"])
+    target, victim = folder / place, tmp_path / "victim"
+    if not target.exists():
+        target.write_bytes(b"")
+    if kind == "folder" and place == "segments":
+        pytest.skip("which it is")
+    if kind == "hard link":
+        if place in ("segments", "index.sqlite-journal"):
+            pytest.skip("folders have none, and a journal is only removed")
+        os.link(target, victim)
+    else:
+        target.rename(victim)
+        make: dict[str, Callable[[], None]] = {
+            "link": lambda: target.symlink_to(victim),
+            "dangling": lambda: target.symlink_to(tmp_path / "nowhere"),
+            "folder": target.mkdir,
+            "fifo": lambda: os.mkfifo(target),
+        }
+        make[kind]()
+    before = files_of(victim) if victim.is_dir() else victim.read_bytes()
+
+    def use(writable: bool) -> None:
+        with Store.open(folder, writable=writable) as store:
+            put(store, "new", size=10) if writable else store.verify()
+
+    for writable in (True,) if kind == "hard link" else (False, True):
+        with pytest.raises(
+            StoreError, match="an index has only files of its own|m0kit writes only|hard link"
+        ) as caught:
+            use(writable)
+        assert str(folder) in str(caught.value)
+    assert before == (files_of(victim) if victim.is_dir() else victim.read_bytes())
+    assert os.path.lexists(target)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_becomes_a_link_while_it_is_open_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    """By each operation: none trusts what opening has seen."""
+    victim = tmp_path / "victim"
+    with Store.create(folder, {}) as store:
+        put(store, *"abcdefgh", size=30_000)
+        store.remove(["da", "de"])
+        for path in segments(folder):
+            path.rename(victim.with_name(f"victim {path.name}"))
+            path.symlink_to(victim.with_name(f"victim {path.name}"))
+        before = {path: path.read_bytes() for path in tmp_path.glob("victim *")}
+        actions: list[Callable[[], object]] = [
+            lambda: store.get(key_of("b")), lambda: store.prefetch([key_of("b")]), store.verify,
+            store.compact, lambda: put(store, "new"), lambda: store.prune(max_bytes=0),
+        ]  # fmt: skip
+        for action in actions:
+            refuses(StoreError, "is a link, and an index has only files of its own", action)
+        with suppress(StoreError):
+            store.remove(store.ids())
+        assert before == {path: path.read_bytes() for path in tmp_path.glob("victim *")}
+        shutil.move(folder / "segments", tmp_path / "victims")
+        (folder / "segments").symlink_to(tmp_path / "victims")
+        refuses(StoreError, "segments: is a link", lambda: put(store, "new"))
+    assert len(list((tmp_path / "victims").iterdir())) == len(before)
+
+
+def test_an_index_may_be_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    (tmp_path / "link").symlink_to(folder)
+    with Store.open(tmp_path / "link", writable=True) as store:
+        put(store, "b")
+        assert state_of_names(store, "a", "b")
 
 
 def unharmed(store: Store, folder: Path) -> None:
