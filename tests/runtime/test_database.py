@@ -81,9 +81,7 @@ def test_a_journal_without_a_database_does_nothing_either(tmp_path: Path) -> Non
 @pytest.mark.parametrize("suffix", ["", "-journal", "-wal", "-shm"])
 @pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "fifo"])
 @pytest.mark.parametrize("writing", [False, True])
-def test_nothing_is_opened_through_a_link_or_what_is_no_file(
-    path: Path, suffix: str, kind: str, writing: bool
-) -> None:
+def test_nothing_is_opened_through_a_link_or_what_is_no_file(path: Path, suffix: str, kind: str, writing: bool) -> None:
     victim = path.with_name("victim")
     place = path.with_name(path.name + suffix)
     if not suffix:
@@ -219,7 +217,11 @@ def test_what_is_closed_or_refused_is_not_open(path: Path) -> None:
 def test_a_database_has_the_tables_that_it_should_have(path: Path) -> None:
     with closing(connect(path, writing=True, wait_s=0)) as db:
         require_schema(db, SCHEMA)
-        for other in ("CREATE TABLE mine (a INTEGER);", f"{SCHEMA} CREATE TABLE b (c)", SCHEMA.replace("(a)", "(a, a)")):
+        for other in (
+            "CREATE TABLE mine (a INTEGER);",
+            f"{SCHEMA} CREATE TABLE b (c)",
+            SCHEMA.replace("(a)", "(a, a)"),
+        ):
             with pytest.raises(ForeignDatabaseError, match="its tables are not those that m0kit makes"):
                 require_schema(db, other)
         for foreign in (
