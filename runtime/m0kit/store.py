@@ -459,16 +459,14 @@ class Store:
         while rows := self._described(document_id):
             _, kind, key, content, source, _ = row = rows[0]
             if not _is_own(row):
-                raise RecordDamagedError(
-                    f"{self.path / INDEX}: what it says of document {document_id!r} is not what was written. "
-                    "Add the document again."
-                )
+                raise self._lost(document_id, "what it says of")
             if (data := self._load(True, content)) is not None:
-                return Document(document_id, kind, data.tobytes(), key, source)
+                try:
+                    return Document(document_id, kind, data.tobytes(), key, source)
+                except InputError:
+                    raise self._lost(document_id, "the content of") from None
             if row == before:  # otherwise it was replaced between the two looks
-                raise RecordDamagedError(
-                    f"{self.path / INDEX}: the content of document {document_id!r} is missing. Add the document again."
-                )
+                raise self._lost(document_id, "the content of")
             before = row
         return None
 
@@ -885,6 +883,11 @@ class Store:
             with self._lock:
                 self._maps.pop(piece.segment, None)
         return None
+
+    def _lost(self, document_id: str, what: str) -> RecordDamagedError:
+        return RecordDamagedError(
+            f"{self.path / INDEX}: {what} document {document_id!r} is not what was written. Add the document again."
+        )
 
     def _complaint(self, piece: _Piece) -> str:
         owners = self._owners(piece.content, piece.key)
