@@ -12,6 +12,7 @@ into circles, keeps one busy for ever; it ends with sqlite3.OperationalError, "i
 """
 
 import functools
+import math
 import os
 import sqlite3
 import stat
@@ -101,19 +102,15 @@ class _Steps:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._taken = 0
-        self.counted = True
-
-    def start(self, counted: bool) -> None:
-        self._taken, self.counted = 0, counted
+        self.taken = 0.0
 
     def look(self) -> bool:
         """SQLite asks whether to stop."""
-        self._taken += _LOOK_EVERY
-        if not self.counted or self._taken <= _STEPS:
+        self.taken += _LOOK_EVERY
+        if self.taken <= _STEPS:
             return False
         try:
-            return self._taken > _STEPS + _STEPS_PER_BYTE * os.stat(self._path).st_size
+            return self.taken > _STEPS + _STEPS_PER_BYTE * os.stat(self._path).st_size
         except OSError:
             return True
 
@@ -125,16 +122,19 @@ class _Connection(sqlite3.Connection):
     steps: _Steps
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
-        self.steps.start(counted=True)
-        return super().execute(sql, parameters)
+        self.steps.taken = 0.0
+        return _execute(self, sql, parameters)
 
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
-        self.steps.start(counted=False)  # as many as are given
+        self.steps.taken = -math.inf  # as many as are given
         return super().executemany(sql, parameters)
 
     def close(self) -> None:
         super().close()
         self.file = None
+
+
+_execute = sqlite3.Connection.execute
 
 
 def connect(path: Path, *, writing: bool, wait_s: float) -> sqlite3.Connection:

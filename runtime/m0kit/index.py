@@ -257,7 +257,7 @@ def add_command(
     """
     exists = index_folder.is_dir() and any(index_folder.iterdir())
     if exists:
-        with Store.open(index_folder) as store:
+        with Store.open(index_folder, writable=True) as store:  # as it will be; a killed one is rolled back by that
             if kv is not None and kv != store.identity.get("kv"):
                 raise click.UsageError(f"--kv: {index_folder} keeps {store.identity.get('kv')}. Make another index.")
             kv = store.identity.get("kv")

@@ -559,7 +559,7 @@ class Reranker:
         new: list[Document] = []
         for document in self._ahead(documents):
             document.pairs = [pair for pair in document.pairs if fetched(pair.images, [pair])]
-            state = self.state(document.key) if document.pairs else None
+            state = self.state(document.key, document.length) if document.pairs else None
             if not document.pairs or (state is None and not fetched(document.images, document.pairs)):
                 continue
             if state is not None or not self.keeps:
@@ -586,16 +586,27 @@ class Reranker:
         """Whether documents are computed apart from their queries: to be kept, or to round them as if they were."""
         return self.cache is not None or self.store is not None or self.kv != "fp32"
 
-    def state(self, key: bytes) -> State | None:
-        """A document's state where it was computed before."""
+    def state(self, key: bytes, length: int) -> State | None:
+        """A document's state where it was computed before: that of so many tokens."""
         state: State | None = self.cache.get(key) if self.cache is not None else None
-        if state is None and self.store is not None:
-            try:
-                raw = self.store.get(key)
-            except RecordDamagedError as error:
-                warnings.warn(f"{error} It was computed anew for now.", stacklevel=2)
-            else:
-                state = None if raw is None else State.from_bytes(raw, self.config.decoder, self.kv)
+        if state is not None or self.store is None:
+            return state
+        try:
+            raw = self.store.get(key)
+        except RecordDamagedError as error:
+            warnings.warn(f"{error} It was computed anew for now.", stacklevel=2)
+            return None
+        if raw is None:
+            return None
+        try:
+            state = State.from_bytes(raw, self.config.decoder, self.kv)
+            what = "" if state.length == length else f"{state.length} tokens, where the document has {length}"
+        except ValueError as error:
+            what = str(error)
+        if what:
+            told = f"{self.store.path}: a document's state cannot be its own ({what}). It was computed anew for now."
+            warnings.warn(told, stacklevel=2)
+            return None
         return state
 
     def _has(self, key: bytes) -> bool:

@@ -178,6 +178,8 @@ _UNSOUND = (
 # SQLite by itself would read all records and sort them.
 _RECORDS_BY_USE = "pieces INDEXED BY records_by_use WHERE content = 0"
 _DESCRIBED = "id, kind, key, content, source, sum"  # all of a document but its place
+# UnicodeDecodeError comes of a message that names what is damaged, MemoryError of a row that claims to be huge.
+_SQLITE_RAISES = (sqlite3.Error, UnicodeDecodeError, MemoryError)
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
@@ -269,7 +271,7 @@ class _Meta(msgspec.Struct, forbid_unknown_fields=True):
 class _Piece(NamedTuple):
     """A row of `pieces`: where a piece lies."""
 
-    content: bool
+    content: bool  # or 0 and 1
     key: bytes
     segment: int
     start: int
@@ -457,16 +459,14 @@ class Store:
         while rows := self._described(document_id):
             _, kind, key, content, source, _ = row = rows[0]
             if not _is_own(row):
-                raise RecordDamagedError(
-                    f"{self.path / INDEX}: what it says of document {document_id!r} is not what was written. "
-                    "Add the document again."
-                )
+                raise self._lost(document_id, "what it says of")
             if (data := self._load(True, content)) is not None:
-                return Document(document_id, kind, data.tobytes(), key, source)
+                try:
+                    return Document(document_id, kind, data.tobytes(), key, source)
+                except InputError:
+                    raise self._lost(document_id, "the content of") from None
             if row == before:  # otherwise it was replaced between the two looks
-                raise RecordDamagedError(
-                    f"{self.path / INDEX}: the content of document {document_id!r} is missing. Add the document again."
-                )
+                raise self._lost(document_id, "the content of")
             before = row
         return None
 
@@ -546,9 +546,9 @@ class Store:
             for piece in self._pieces(number):
                 records += not piece.content
                 try:
-                    self._load(piece.content, piece.key)
+                    self._load(bool(piece.content), piece.key)
                 except RecordDamagedError:
-                    owners = self._owners(piece.content, piece.key)
+                    owners = self._owners(bool(piece.content), piece.key)
                     if piece.content:
                         contents.update(dict.fromkeys(owners))
                     else:
@@ -705,22 +705,27 @@ class Store:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a message that names what is damaged
-            raise _translated(self.path, error, self.writable) from error
-        except MemoryError as error:
-            raise StoreError(f"{self.path / INDEX}: takes more memory to read than there is.") from error
+        except _SQLITE_RAISES as error:
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> M0kitError:
+        return _translated(self.path, error, self.writable)
 
     def _rows(self, query: str, *values: object) -> list[Any]:
-        with self._lock, self._guarded():
+        with self._lock:
             try:
                 return self._connection().execute(query, values).fetchall()
             except sqlite3.OperationalError as error:
                 if not (self._is_open and database.needs_rollback(error)):
-                    raise
-                # It was whole when this was opened. So the writer lived beside us, and it is no stranger's journal.
+                    raise self._told(error) from error
+            except _SQLITE_RAISES as error:
+                raise self._told(error) from error
+            with self._guarded():
+                # The database was whole when this was opened: so the writer lived beside us, and this is no stranger's
+                # journal.
                 with suppress(sqlite3.Error):
                     database.connect(self.path / INDEX, writing=True, wait_s=_WAIT_S).close()
-            return self._connection().execute(query, values).fetchall()
+                return self._connection().execute(query, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -808,17 +813,17 @@ class Store:
 
     def _piece(self, row: Sequence[Any]) -> _Piece:
         """A row of `pieces`, which has the types that it should have."""
-        content, key, segment, start, size, crc, used, warm = row
+        content, key, segment, start, size, crc, used, _ = row
         if not (
             type(key) is bytes
+            and type(content) is type(segment) is type(start) is type(size) is type(crc) is int
             and type(used) is float
-            and type(segment) is type(start) is type(size) is type(crc) is int
             and 0 <= start <= MAX_LIMIT
             and 0 <= size <= MAX_LIMIT
             and 0 < segment < segments.MOST
         ):
             raise _damaged(self.path)
-        return _Piece(content == 1, key, segment, start, size, crc, used, int(warm == 1))
+        return _Piece._make(row)
 
     def _pieces(self, segment: int) -> list[_Piece]:
         rows = self._rows("SELECT * FROM pieces WHERE segment = ?", segment)
@@ -864,19 +869,25 @@ class Store:
     def _load(self, content: bool, key: bytes) -> NDArray[np.uint8] | None:
         before = None
         while rows := self._rows("SELECT * FROM pieces WHERE content = ? AND key = ?", content, key):
-            piece = self._piece(rows[0])
-            known = piece[:6]
+            place = rows[0][:6]
+            is_known = place in self._whole
+            piece = _Piece._make(rows[0]) if is_known else self._piece(rows[0])
             view = self._map(piece)
-            if view is not None and (known in self._whole or piece.fits(view)):
-                self._whole.add(known)
+            if view is not None and (is_known or piece.fits(view)):
+                self._whole.add(place)
                 return view
-            if known == before:
+            if place == before:
                 raise RecordDamagedError(self._complaint(piece))
             # A writer may have moved it between the two looks, or its number may stand for another file by now.
-            before = known
+            before = place
             with self._lock:
                 self._maps.pop(piece.segment, None)
         return None
+
+    def _lost(self, document_id: str, what: str) -> RecordDamagedError:
+        return RecordDamagedError(
+            f"{self.path / INDEX}: {what} document {document_id!r} is not what was written. Add the document again."
+        )
 
     def _complaint(self, piece: _Piece) -> str:
         owners = self._owners(piece.content, piece.key)
@@ -1123,14 +1134,19 @@ def _drop_unneeded(db: sqlite3.Connection, gone: Sequence[tuple[bytes, bytes]]) 
 
 def _sum(*parts: str | bytes) -> int:
     """A check over the fields of a row."""
-    raw = [part.encode() if isinstance(part, str) else part for part in parts]
-    return zlib.crc32(b"".join([b"%d " % len(part) for part in raw] + raw))
+    total = 0
+    for part in parts:
+        raw = part if isinstance(part, bytes) else part.encode()
+        total = zlib.crc32(raw, total ^ len(raw))
+    return total
 
 
 def _is_own(described: Sequence[Any]) -> bool:
     """Whether what is said of a document (`_DESCRIBED`) is what was written."""
-    *fields, total = described
-    return [type(field) for field in fields] == [str, str, bytes, bytes, str] and _sum(*fields) == total
+    name, kind, key, content, source, total = described
+    if not (type(name) is type(kind) is type(source) is str and type(key) is type(content) is bytes):
+        return False
+    return bool(_sum(name, kind, key, content, source) == total)
 
 
 def _begun(content: bool, key: bytes) -> int:
@@ -1199,8 +1215,10 @@ def _unreadable(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{error.filename or path}: cannot be read: {error.strerror}. See to it that you may read it.")
 
 
-def _translated(path: Path, error: sqlite3.Error | UnicodeDecodeError, writing: bool) -> M0kitError:
+def _translated(path: Path, error: Exception, writing: bool) -> M0kitError:
     """SQLite's errors as ours."""
+    if isinstance(error, MemoryError):
+        return StoreError(f"{path / INDEX}: takes more memory to read than there is.")
     if isinstance(error, database.ForeignDatabaseError):
         return StoreError(f"{path}: is not used, since something in it is not as m0kit makes it. {error}.")
     if isinstance(error, sqlite3.Error) and database.needs_rollback(error):

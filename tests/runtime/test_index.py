@@ -3,10 +3,13 @@
 import itertools
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +579,8 @@ def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, r
         said = list(itertools.islice(child.stdout, 1 + 2 * attempt))
         child.kill()
         child.communicate()
+        rollback = run("index", "prune", broken, "--unused-days", 9999)  # a reader would say to
+        assert (rollback.exit_code, ": 0 states dropped, 0 bytes given back" in rollback.output) == (0, True)
         assert run("index", "verify", broken).exit_code == 0
         with Store.open(broken) as store:
             kept = max(kept, int(said[-1].split()[0]))
@@ -584,6 +589,106 @@ def test_a_killed_add_goes_on_where_it_stopped(tmp_path: Path, artifact: Path, r
     subprocess.run(command, capture_output=True, check=True)
     scores = Reranker.load(artifact, threads=1, index=broken).score([("what", {"id": f"d{i}"}) for i in range(60)])
     np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_what_a_killed_writer_left_is_rolled_back_by_what_the_error_says(
+    library: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(library.parent)
+    dying = """
+import os, signal, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN IMMEDIATE")
+db.execute("DELETE FROM documents")
+db.executemany("INSERT INTO meta VALUES (?, ?, 0)", ((str(n), "x" * 500) for n in range(2000)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    before = run("index", "stats", "library").output
+    commands = [["index", "prune", "library", "--unused-days", "9999"], ["index", "add", artifact, "library", "a.txt"]]
+    Path("a.txt").write_text("some text about a small model", "utf-8")
+    for command in commands:
+        subprocess.run([sys.executable, "-c", dying, "library/index.sqlite"], check=False)
+        for reading in (["index", "stats", "library"], ["index", "verify", "library"],
+                        ["rerank", artifact, "--index", "library", "--query", "what"]):  # fmt: skip
+            result = run(*reading)
+            assert (result.exit_code, type(result.exception)) == (1, StoreError)
+            assert f"`m0kit {' '.join(map(str, commands[0]))}`" in str(result.exception).replace(f"{Path.cwd()}/", "")
+        assert run(*command).exit_code == 0
+        assert run("index", "verify", "library").exit_code == 0
+        assert command is not commands[0] or run("index", "stats", "library").output == before
+
+
+def endless(folder: Path) -> None:
+    """45 KB that say they are an index, of views that never end."""
+    again = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+    with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        for kind, name in db.execute(
+            "SELECT type, name FROM sqlite_schema WHERE type IN ('trigger', 'table') ORDER BY type DESC"
+        ).fetchall():
+            db.execute(f"DROP {kind} {name}")
+        db.execute(f"CREATE VIEW meta AS {again} SELECT 'id' AS name, i AS value, 0 AS sum FROM n")
+        db.execute(f"CREATE VIEW segments AS {again} SELECT i AS number, 0 AS size FROM n")
+        db.execute(f"CREATE VIEW documents AS {again} SELECT i AS place, 'a' AS id FROM n WHERE i < 0")
+        for n in range(300):
+            db.execute(f"CREATE VIEW x{n} AS SELECT * FROM x{n + 1}, x{n + 1}")
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute(f"PRAGMA application_id = {application}")
+
+
+def test_an_endless_index_is_refused_by_every_command(
+    library: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(library.parent)
+    endless(library)
+    for command in (
+        ["index", "stats", "library"], ["index", "verify", "library"], ["index", "compact", "library"],
+        ["index", "prune", "library", "--max-bytes", "1"], ["index", "add", artifact, "library"],
+        ["rerank", artifact, "--index", "library", "--query", "what"],
+    ):  # fmt: skip
+        result = run(*command)
+        assert (result.exit_code, type(result.exception)) == (1, StoreError)
+        assert "its tables are not those that m0kit makes" in str(result.exception)
+
+
+def test_a_state_that_no_m0kit_wrote_is_computed_anew(library: Path, artifact: Path) -> None:
+    """Whole by its checksum: somebody meant it so."""
+    with Store.open(library, writable=True) as store:
+        page = store.document("page")
+        assert page is not None
+        size = state_bytes(store, page.key)
+        for n, state in enumerate([b"", b"x", bytes(size + 1), bytes(size * 2)]):
+            key = bytes([n]) * 32
+            store.add([replace(page, id=f"odd {n}", key=key)], {key: [state]})
+    opened = Reranker.load(artifact, threads=1, index=library)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scores = opened.score([("what", {"id": name}) for name in ("odd 0", "odd 1", "odd 2", "odd 3", "page")])
+    assert scores.tolist() == [scores[-1]] * 5
+    assert len([one for one in told if "a document's state cannot be its own" in str(one.message)]) == 4
+
+
+def state_bytes(store: Store, key: bytes) -> int:
+    state = store.get(key)
+    assert state is not None
+    return state.size
+
+
+def test_a_text_that_is_none_costs_only_itself(library: Path, artifact: Path) -> None:
+    with Store.open(library, writable=True) as store:
+        text = store.document("text")
+        assert text is not None
+        # As `add` does, but for the look at the text that Document takes.
+        odd = replace(text, id="odd", kind="image", data=b"\xff\xfe")
+        object.__setattr__(odd, "kind", "text")
+        store.add([odd], {})
+    opened = Reranker.load(artifact, threads=1, index=library)
+    odd_result, result = opened.evaluate([("what", {"id": "odd"}), ("what", {"id": "text"})])
+    assert "the content of document 'odd' is not what was written" in str(odd_result.error)
+    assert result.error is None
 
 
 def test_a_document_whose_state_is_not_finite_is_an_error_and_not_kept(unasked: Path, tmp_path: Path) -> None:

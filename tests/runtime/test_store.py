@@ -13,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -535,6 +536,28 @@ def test_what_somebody_else_changed_is_looked_at_again(folder: Path) -> None:
         refuses(StoreError, "the database is damaged", partial(Store.open, folder, writable=writable))
 
 
+def test_the_first_add_that_meets_the_limit_takes_no_more_work_than_those_after_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has to go then was marked as it came to be old, a little with each add, and not half of all at once."""
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 64 << 20)
+    with Store.create(folder, {}, 4 * MIN_LIMIT) as store:
+        work: list[int] = []  # of adds that made room
+        for start in range(0, 20_000, 20):
+            dropped = 0
+
+            def add(start: int = start) -> None:
+                nonlocal dropped
+                dropped = store.add([], {key_of(str(n)): [b"r"] for n in range(start, start + 20)})
+
+            steps = work_of(store, add)
+            if dropped:
+                work.append(steps)
+            if len(work) == 20:
+                break
+    assert work[0] < 2 * max(work[1:]), work
+
+
 # Which index it is
 
 
@@ -818,13 +841,12 @@ def check_survivor(folder: Path, before: dict[str, Any], said: list[dict[str, An
 
 def opened_after_a_kill(folder: Path, writable: bool) -> Store:
     """A reader cannot roll back; it says so, and who does what it says loses nothing."""
-    try:
+    with suppress(StoreError):
         return Store.open(folder, writable=writable)
-    except StoreError as error:
-        assert not writable
-        assert "a process was killed while it was writing" in str(error)
-        Store.open(folder, writable=True).close()
-        return Store.open(folder)
+    assert not writable
+    refuses(StoreError, "a process was killed while it was writing", lambda: Store.open(folder))
+    Store.open(folder, writable=True).close()
+    return Store.open(folder)
 
 
 @pytest.mark.parametrize("max_bytes", [None, MIN_LIMIT])
@@ -1097,10 +1119,8 @@ def state_of_names(store: Store, *names: str) -> bool:
     )
 
 
-def test_an_unfinished_transaction_is_rolled_back_by_a_reader_that_may(readable_folder: Path) -> None:
-    folder = readable_folder
-    with Store.create(folder, {}) as store:
-        put(store, "a")
+def kill_in_mid_transaction(folder: Path) -> None:
+    """A writer dies that has written half of what it wanted to the database."""
     pid = os.fork()
     if pid == 0:
         db = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
@@ -1111,14 +1131,152 @@ def test_an_unfinished_transaction_is_rolled_back_by_a_reader_that_may(readable_
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert (folder / "index.sqlite-journal").stat().st_size > 0
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_unfinished_transaction_is_rolled_back_by_who_writes_and_by_nobody_else(readable_folder: Path) -> None:
+    folder = readable_folder
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    kill_in_mid_transaction(folder)
+    before = files_of(folder)
+    said = "a process was killed while it was writing to it.*`m0kit index prune .* --unused-days 9999`"
+    refuses(StoreError, said, lambda: Store.open(folder))
+    assert files_of(folder) == before
     lock_up(folder)
-    as_nobody(lambda: refuses(StoreError, "open it once where it may be written", lambda: Store.open(folder)))
-    for path in (folder, folder / "index.sqlite", folder / "index.sqlite-journal"):
+    as_nobody(lambda: refuses(StoreError, said, lambda: Store.open(folder)))
+    for path in (folder, folder / "segments", *folder.glob("*.sqlite*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
+    Store.open(folder, writable=True).close()
     with Store.open(folder) as store:
         assert state_of_names(store, "a")
         assert store.verify().clean
     assert not (folder / "index.sqlite-journal").exists()
+
+
+def test_a_reader_goes_on_when_the_writer_beside_it_is_killed(folder: Path) -> None:
+    """It was there before, so the journal is no stranger's; so do children that were forked while it was open."""
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b")
+    with Store.open(folder) as reader, Store.open(folder) as other:
+        assert state_of_names(reader, "a")
+        for read in (lambda: state_of_names(reader, "a"), lambda: in_child(lambda: state_of_names(other, "b"))):
+            kill_in_mid_transaction(folder)
+            reader.touch([key_of("a")])
+            assert (folder / "index.sqlite-journal").exists(), "that is not worth rolling back for"
+            read()
+            assert not (folder / "index.sqlite-journal").exists()
+        assert state_of_names(reader, "a", "b")
+        assert reader.verify().clean
+
+
+def test_a_reader_beside_a_killed_writer_that_may_not_write_says_what_to_do(readable_folder: Path) -> None:
+    folder = readable_folder
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    reader = Store.open(folder)
+    kill_in_mid_transaction(folder)
+    lock_up(folder)
+    as_nobody(lambda: refuses(StoreError, "--unused-days 9999", lambda: reader.get(key_of("a"))))
+    reader.close()
+
+
+@pytest.mark.parametrize("name", ["index.sqlite", "lock.sqlite"])
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_journal_that_names_another_file_deletes_nothing(folder: Path, name: str, writable: bool) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    victim = folder.with_name("victim.txt")
+    victim.write_text("dear to somebody")
+    place = os.fsencode(victim)
+    head = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", 0, 0, 3, 512, 4096)
+    super_journal = struct.pack(">I", (1 << 30) // 4096 + 1) + place + struct.pack(">II", len(place), sum(place))
+    (folder / f"{name}-journal").write_bytes(head.ljust(512, b"\0") + super_journal + head[:8])
+    refuses(StoreError, "names another file, which SQLite would delete", partial(Store.open, folder, writable=writable))
+    assert victim.read_text() == "dear to somebody"
+
+
+INSIDE = ["index.sqlite", "lock.sqlite", "segments", "segments/000001.kv", "index.sqlite-journal"]
+
+
+@pytest.mark.parametrize("place", INSIDE)
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "fifo", "hard link"])
+def test_what_is_no_file_of_the_index_itself_is_neither_read_nor_written(
+    folder: Path, tmp_path: Path, place: str, kind: str
+) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, *"abc")
+        store.remove(["da"])
+    target, victim = folder / place, tmp_path / "victim"
+    if not target.exists():
+        target.write_bytes(b"")
+    if kind == "folder" and place == "segments":
+        pytest.skip("which it is")
+    if kind == "hard link":
+        if place in ("segments", "index.sqlite-journal"):
+            pytest.skip("folders have none, and a journal is only removed")
+        os.link(target, victim)
+    else:
+        target.rename(victim)
+        make: dict[str, Callable[[], None]] = {
+            "link": lambda: target.symlink_to(victim),
+            "dangling": lambda: target.symlink_to(tmp_path / "nowhere"),
+            "folder": target.mkdir,
+            "fifo": lambda: os.mkfifo(target),
+        }
+        make[kind]()
+    before = files_of(victim) if victim.is_dir() else victim.read_bytes()
+
+    def use(writable: bool) -> None:
+        with Store.open(folder, writable=writable) as store:
+            put(store, "new", size=10) if writable else store.verify()
+
+    for writable in (True,) if kind == "hard link" else (False, True):
+        with pytest.raises(
+            StoreError, match=r"an index has only files of its own|m0kit writes only|hard link"
+        ) as caught:
+            use(writable)
+        assert str(folder) in str(caught.value)
+    assert before == (files_of(victim) if victim.is_dir() else victim.read_bytes())
+    assert os.path.lexists(target)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_becomes_a_link_while_it_is_open_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    """By each operation: none trusts what opening has seen."""
+    victim = tmp_path / "victim"
+    with Store.create(folder, {}) as store:
+        put(store, *"abcdefgh", size=30_000)
+        store.remove(["da", "de"])
+        for path in segments(folder):
+            path.rename(victim.with_name(f"victim {path.name}"))
+            path.symlink_to(victim.with_name(f"victim {path.name}"))
+        before = {path: path.read_bytes() for path in tmp_path.glob("victim *")}
+        actions: list[Callable[[], object]] = [
+            lambda: store.get(key_of("b")), lambda: store.prefetch([key_of("b")]), store.verify,
+            store.compact, lambda: put(store, "new"), lambda: store.prune(max_bytes=0),
+        ]  # fmt: skip
+        for action in actions:
+            refuses(StoreError, "is a link, and an index has only files of its own", action)
+        with suppress(StoreError):
+            store.remove(store.ids())
+        assert before == {path: path.read_bytes() for path in tmp_path.glob("victim *")}
+        shutil.move(folder / "segments", tmp_path / "victims")
+        (folder / "segments").symlink_to(tmp_path / "victims")
+        refuses(StoreError, "segments: is a link", lambda: put(store, "new"))
+    assert len(list((tmp_path / "victims").iterdir())) == len(before)
+
+
+def test_an_index_may_be_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+    (tmp_path / "link").symlink_to(folder)
+    with Store.open(tmp_path / "link", writable=True) as store:
+        put(store, "b")
+        assert state_of_names(store, "a", "b")
 
 
 def unharmed(store: Store, folder: Path) -> None:
@@ -1517,6 +1675,186 @@ def test_damage_that_comes_while_it_is_open_is_our_error(folder: Path) -> None:
         for action in (reader.ids, reader.verify, lambda: reader.get(key_of("a")), lambda: put(store, "new")):
             refuses(StoreError, "the database is damaged", action)
         reader.touch([key_of("a")])
+
+
+def test_a_counter_that_is_lost_or_wrong_loses_nothing(folder: Path) -> None:
+    """The next number is higher than all that is there, whatever is noted of it."""
+    with Store.create(folder, {}) as store:
+        for name in "abcd":
+            put(store, name, size=100_000)
+    assert [number for number, _ in segments_there(folder)] == [1, 2, 3, 4]
+    for value in (0, 2, 100, 0):
+        with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
+            db.execute("UPDATE counts SET value = ?1, mirror = -?1 WHERE name = 'segment'", (value,))
+        with Store.open(folder, writable=True) as store:
+            store.remove(["da"])
+            (folder / "segments" / "000200.kv").write_bytes(b"somebody's")
+            put(store, "a", size=100_000)
+            assert all(content(store, name) == record_of(name, 100_000) for name in "abcd")
+            store.compact()
+            assert all(content(store, name) == record_of(name, 100_000) for name in "abcd")
+            assert store.verify().clean
+
+
+def test_a_number_that_is_used_again_is_not_read_as_what_it_was(folder: Path) -> None:
+    """What a reader has mapped is another file by then."""
+    with Store.create(folder, {}) as store, Store.open(folder) as reader:
+        put(store, "a", size=5000)
+        view = reader.get(key_of("a"))
+        store.remove(["da"])
+        with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
+            db.execute("UPDATE counts SET value = 0, mirror = 0 WHERE name = 'segment'")
+        put(store, "b", size=5000)
+        assert [path.name for path in segments(folder)] == ["000001.kv"]
+        assert content(reader, "b") == record_of("b", 5000)
+        assert view is not None
+        assert view.tobytes() == record_of("a", 5000)
+
+
+def test_a_file_that_some_piece_lies_in_is_never_swept_away(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b", size=5000)
+        before = segments(folder)[0].read_bytes()
+        with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
+            db.execute("DELETE FROM segments")
+        store._is_swept = False
+        with suppress(StoreError):
+            put(store, "c")
+        with suppress(StoreError):
+            store.compact()
+        assert segments(folder)[0].read_bytes() == before
+    refuses(StoreError, "the database is damaged", lambda: Store.open(folder, writable=True))
+    assert segments(folder)[0].read_bytes() == before
+
+
+def test_a_count_that_goes_wrong_while_it_is_open_drops_no_segment(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b", size=5000)
+        with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
+            db.execute("UPDATE segments SET pieces = 0")
+        put(store, "c")
+        assert state_of_names(store, "c")
+        assert content(store, "a") == record_of("a", 5000)
+
+
+@pytest.mark.parametrize("max_bytes", [None, MIN_LIMIT])
+def test_segments_that_are_mapped_never_get_shorter(folder: Path, max_bytes: int | None) -> None:
+    """A reader would be killed by the system: so it is with what lies behind the end, too."""
+    with Store.create(folder, {}, max_bytes) as store:
+        put(store, "a", "b", size=5000)
+        view = store.get(key_of("a"))
+        sizes = dict(segments_there(folder))
+        for path in segments(folder):
+            with open(path, "ab") as file:
+                file.write(b"x" * 100_000)
+        for _ in range(3):
+            put(store, "c")
+            store.remove(["dc"])
+        assert all(size >= sizes.get(number, 0) for number, size in segments_there(folder))
+        assert view is not None
+        assert view.tobytes() == record_of("a", 5000)
+    with Store.open(folder, writable=True) as store:
+        assert known_segments(store) == segments_there(folder)
+        assert store.stats().dead_bytes >= 100_000, "it takes space, so it counts"
+        store.compact()
+        assert store.stats().dead_bytes == 0
+        assert folder_bytes(folder) < 150_000
+        assert content(store, "a") == record_of("a", 5000)
+
+
+def test_what_failed_to_be_written_counts_towards_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, failing = module._write, False
+
+    def writing(file: Any, data: memoryview) -> None:
+        write(file, data)
+        if failing:
+            raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(module, "_write", writing)
+    with Store.create(folder, {}, MIN_LIMIT) as store:
+        for n in range(150):
+            failing = False
+            put(store, f"a{n}", size=30_000)
+            failing = True
+            refuses(OutputError, "Make room", partial(put, store, f"b{n}", size=60_000))
+            assert folder_bytes(folder) <= MIN_LIMIT
+        failing = False
+        assert store.verify().clean
+        assert content(store, "a149") == record_of("a149", 30_000)
+
+
+@pytest.mark.parametrize("size", [1 << 33, 1 << 59])
+def test_a_row_that_claims_more_than_there_is_costs_no_memory(folder: Path, size: int) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", size=5000)
+        store.add([Document("t", "text", b"text", key_of("a"))], {})
+    with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
+        db.execute("UPDATE segments SET size = ?1, mirror = -?1", (size + (1 << 20),))
+        db.execute("UPDATE pieces SET size = ?", (size,))
+    allowed(folder, lambda: operate(folder, False, random.Random(0)))
+
+    def writing() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        for seed in range(3):
+            allowed(folder, partial(operate, folder, True, random.Random(seed)))
+
+    in_child(writing)
+
+
+def test_a_meta_table_that_says_something_absurd_is_damaged(folder: Path) -> None:
+    Store.create(folder, {"a": 1}, MIN_LIMIT).close()
+    values = {
+        "max_bytes": [
+            "1e400",
+            "-1",
+            "0",
+            "true",
+            '"4194304"',
+            str(MIN_LIMIT - 1),
+            str(1 << 62),
+            "9" * 400,
+            "NaN",
+            "1.5",
+        ],
+        "identity": ["[]", "null", '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, '{"a": "\\ud800"}', ""],
+        "id": ["1", '"../x"', '""', "null"],
+    }
+    for name, texts in values.items():
+        for text in texts:
+            damaged = folder.with_name("damaged")
+            shutil.copytree(folder, damaged)
+            with closing(sqlite3.connect(damaged / "index.sqlite", isolation_level=None)) as db:
+                db.execute("UPDATE meta SET value = ?, sum = ? WHERE name = ?", (text, module._sum(name, text), name))
+            for writable in (False, True):
+                refuses(StoreError, "the database is damaged", partial(Store.open, damaged, writable=writable))
+            shutil.rmtree(damaged)
+
+
+def test_a_limit_beyond_every_disk_is_refused(folder: Path) -> None:
+    for limit in ((1 << 60) + 1, 10**30):
+        refuses(StoreError, "larger than any disk", partial(Store.create, folder, {}, limit))
+    Store.create(folder, {}, 1 << 60).close()
+
+
+def test_an_id_may_be_any_text_and_what_cannot_be_one_is_not_there(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        longest = "é" * (module.MAX_NAME_BYTES // 2)
+        store.add([Document(longest, "text", b"x", key_of("a"), longest)], {})
+        assert store.document(longest) is not None
+        for name in ("\ud800", "x" * (module.MAX_NAME_BYTES + 1), "x" * (32 << 20), "\0"):
+            assert store.document(name) is None
+            assert store.content(name) is None
+            assert store.remove([name]) == [name]
+        refuses(InputError, "expected at most 1048576", partial(Document, longest + "x", "text", b"", key_of("a")))
+        refuses(InputError, "expected at most 1048576", partial(Document, "a", "text", b"", key_of("a"), longest + "x"))
+
+
+def test_prune_drops_nothing_for_an_age_that_is_none(folder: Path) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a")
+        for days in (float("nan"), float("inf"), 1e300):
+            assert store.prune(unused_days=days).records == 0
+        assert state_of_names(store, "a")
 
 
 # Opening and making
