@@ -68,8 +68,17 @@ TARGETS: Final[dict[str, Callable[[], Callable[[bytes], object]]]] = {
 }
 _SEEDS: Final[dict[str, list[bytes]]] = {
     "json": [b'{"a": [1, -2.5e3, "\\ud83d\\ude42", null, true]}'],
-    "lines": [b'{"query": "q", "document": {"image": "page.png"}, "id": 7}\n{"query": {"text": "q"}, "document": "d"}\n'],
-    "formats": [b"xtext", b"x\x89PNG\r\n", b"xBM", b"xP6 1 1 255\n", b"x%PDF-", b"xversion https://git-lfs.github.com/spec/"],
+    "lines": [
+        b'{"query": "q", "document": {"image": "page.png"}, "id": 7}\n{"query": {"text": "q"}, "document": "d"}\n'
+    ],
+    "formats": [
+        b"xtext",
+        b"x\x89PNG\r\n",
+        b"xBM",
+        b"xP6 1 1 255\n",
+        b"x%PDF-",
+        b"xversion https://git-lfs.github.com/spec/",
+    ],
     "uri": [b"image/png;base64,iVBORw0KGgo=", b";base64,%2B%2f"],
     "recipe": [b'precision = "x"\nequalize = true\n[[weights]]\nmatch = "*"\nscheme = "int4"\nblock = [128, 64]\n'],
 }
@@ -109,7 +118,11 @@ def _main(name: str, seconds: str, seed: str, folder: str) -> None:
     corpus.mkdir()
     for number, raw in enumerate(_SEEDS[name]):
         (corpus / str(number)).write_bytes(raw)
-    options: list[Any] = [sys.argv[0], f"-max_total_time={max(1, int(float(seconds)))}", f"-seed={int(seed) % 2**31 or 1}"]
+    options: list[Any] = [
+        sys.argv[0],
+        f"-max_total_time={max(1, int(float(seconds)))}",
+        f"-seed={int(seed) % 2**31 or 1}",
+    ]
     options += ["-print_final_stats=1", "-max_len=4096", "-timeout=20", "-rss_limit_mb=2048", "-verbosity=1"]
     atheris.Setup([*map(str, options), f"-artifact_prefix={folder}/failed-", str(corpus)], once)
     atheris.Fuzz()

@@ -22,17 +22,73 @@ NUMBERS: Final = (
 )
 # Text that means something to somebody: terminals, shells, formats, file systems, regular expressions.
 TEXTS: Final = (
-    *("", " ", "\0", "\x1b[2J", "\x1b]8;;http://x\x07y\x1b]8;;\x07", "\x9b31m", "\r", "a\nerror: b", "\u202eabc", "\u2066x"),
-    *("\u200f", "\u2028", "\ufeff", "é", "e\u0301", "数据库", "🙂", "\ud800", "a" * 300, "%s%n", "{0}", "$(id)", "`id`"),
-    *("..", ".", "/", "../canary/secret.txt", "/dev/zero", "/etc/passwd", "C:\\x", "\\\\x\\y", "x/../..", "file:///etc/passwd"),
+    *(
+        "",
+        " ",
+        "\0",
+        "\x1b[2J",
+        "\x1b]8;;http://x\x07y\x1b]8;;\x07",
+        "\x9b31m",
+        "\r",
+        "a\nerror: b",
+        "\u202eabc",
+        "\u2066x",
+    ),
+    *(
+        "\u200f",
+        "\u2028",
+        "\ufeff",
+        "é",
+        "e\u0301",
+        "数据库",
+        "🙂",
+        "\ud800",
+        "a" * 300,
+        "%s%n",
+        "{0}",
+        "$(id)",
+        "`id`",
+    ),
+    *(
+        "..",
+        ".",
+        "/",
+        "../canary/secret.txt",
+        "/dev/zero",
+        "/etc/passwd",
+        "C:\\x",
+        "\\\\x\\y",
+        "x/../..",
+        "file:///etc/passwd",
+    ),
     *("http://localhost/x", "data:image/png;base64,", "NaN", "Infinity", "1e999", "0x10", "null", "true", "-0", "1_0"),
     *("(a+)+$", "(.*)*x", "([a-z]+)*!", "(" * 60, "[", "(?P<", "\\", ".*.*.*.*.*.*=.*", "__class__", "<|image_pad|>"),
     *("sqlite_master", "'; DROP TABLE meta; --", "<script>x</script>", "=1+1"),
 )
 # No value of JSON, written as it is; @ stands for what was there.
 _LITERALS: Final = (
-    *("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e400", "0." + "3" * 400, "9" * 400, "-" + "9" * 400, "1e-400"),
-    *('"\\ud800"', '"\\u0000"', "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, '{"a":1,"a":2}', "@,", "", "01"),
+    *(
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "-1e999",
+        "1e400",
+        "0." + "3" * 400,
+        "9" * 400,
+        "-" + "9" * 400,
+        "1e-400",
+    ),
+    *(
+        '"\\ud800"',
+        '"\\u0000"',
+        "[" * 5000 + "]" * 5000,
+        '{"a":' * 3000 + "1" + "}" * 3000,
+        '{"a":1,"a":2}',
+        "@,",
+        "",
+        "01",
+    ),
     *("[@]", '{"": @}', "@.0", "1.5", "-0", "-0.0", "tru", "'a'", "// x\n@", "\x1b[2J", '"\x1b[2J"', "\ufeff@"),
 )
 
@@ -93,7 +149,7 @@ def value(random: Random, old: Any) -> Any:
     if isinstance(old, bool) or old is None:
         near: Any = not old
     elif isinstance(old, int):
-        near = old + random.choice((-1, 1, -old, old, 10**9, -10**9)) if random.random() < 0.5 else old * 1000
+        near = old + random.choice((-1, 1, -old, old, 10**9, -(10**9))) if random.random() < 0.5 else old * 1000
     elif isinstance(old, float):
         near = random.choice((-old, old * 1e6, old / 1e6, 0.0, old + 1, round(old) if abs(old) < 1e300 else 1))
     elif isinstance(old, str):
@@ -102,7 +158,19 @@ def value(random: Random, old: Any) -> Any:
         near = random.choice((old[:-1], old + old[:1], old * 200 if len(old) < 50 else old, old[::-1], [old]))
     else:
         near = dict(list(old.items())[: random.randrange(len(old) + 1)])
-    far = (None, True, random.choice(NUMBERS), random.choice(TEXTS), 0.5, 1e308, [], {}, [[]], str(old)[:80], {"a": near})
+    far = (
+        None,
+        True,
+        random.choice(NUMBERS),
+        random.choice(TEXTS),
+        0.5,
+        1e308,
+        [],
+        {},
+        [[]],
+        str(old)[:80],
+        {"a": near},
+    )
     return near if random.random() < 0.6 else random.choice(far)
 
 
@@ -189,6 +257,8 @@ def archive(random: Random, raw: bytes, member: Callable[[Random, bytes], bytes]
     """A ZIP file with a changed member, or a changed directory, which may deny what is there."""
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as source:
+            if sum(info.file_size for info in source.infolist()) > 1 << 20:
+                return data(random, raw)
             members = [(info.filename, source.read(info)) for info in source.infolist()]
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         return data(random, raw)
@@ -275,7 +345,9 @@ def _edit(random: Random, db: sqlite3.Connection) -> None:
         table = random.choice(tables)
         if random.random() < 0.2:
             db.executescript(random.choice(_SCHEMAS).format(table))
-            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")]
+            tables = [
+                name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")
+            ]
             continue
         columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
         column = random.choice(columns)
@@ -283,22 +355,32 @@ def _edit(random: Random, db: sqlite3.Connection) -> None:
         if not rows:
             continue
         old = random.choice(rows)[0]
-        new = random.choice(
-            (
-                lambda: random.choice(rows)[0],
-                lambda: random.choice(NUMBERS[:-1]) % 2**62,
-                lambda: -random.choice(NUMBERS[:20]),
-                lambda: old + random.choice((-1, 1, 4096, -4096)) if isinstance(old, int) else None,
-                lambda: text(random, old) if isinstance(old, str) else str(old),
-                lambda: data(random, old) if isinstance(old, bytes) else random.randbytes(32),
-                lambda: json_tree(random, old.encode()).decode("utf-8", "replace") if isinstance(old, str) else 0.5,
-            )
-        )()
+        new = _cell(random, old, [row[0] for row in rows])
         if random.random() < 0.15:
             db.execute(f"DELETE FROM {table} WHERE {column} IS ?", (old,))
         else:
             many = "" if random.random() < 0.2 else f" WHERE {column} IS ?2"
             db.execute(f"UPDATE OR REPLACE {table} SET {column} = ?1{many}", (new, old) if many else (new,))
+
+
+def _cell(random: Random, old: Any, others: Sequence[Any]) -> Any:
+    """Another value of a row's column."""
+    match random.randrange(6):
+        case 0:
+            return random.choice(others)
+        case 1:
+            return random.choice(NUMBERS) % 2**62
+        case 2:
+            return -random.choice(NUMBERS[:20])
+        case _ if isinstance(old, int):
+            return (old + random.choice((-1, 1, 4096, -4096))) % 2**62
+        case 3 | 4 if isinstance(old, str):
+            return text(random, old)
+        case _ if isinstance(old, str):
+            return json_tree(random, old.encode("utf-8", "replace")).decode("utf-8", "replace")
+        case _ if isinstance(old, bytes):
+            return data(random, old) if random.random() < 0.7 else random.randbytes(32)
+    return random.choice((None, 0.5, str(old)))
 
 
 def _places(root: Any) -> list[tuple[Any, Any]]:
