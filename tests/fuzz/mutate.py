@@ -304,18 +304,14 @@ def database(random: Random, raw: bytes) -> bytes:
     try:
         db.deserialize(raw)
         db.execute("PRAGMA ignore_check_constraints = ON")
-        if random.random() < 0.6:  # else the triggers of the file keep what they count in step
-            db.execute("PRAGMA writable_schema = ON")
-            triggers = db.execute("SELECT rowid, type, name, tbl_name, rootpage, sql FROM sqlite_schema").fetchall()
-            db.execute("DELETE FROM sqlite_schema WHERE type = 'trigger'")
-            db.execute("PRAGMA writable_schema = RESET")
-        else:
-            triggers = []
+        # With the triggers of the file in place an edit would be m0kit's own, and no damage.
+        db.execute("PRAGMA writable_schema = ON")
+        triggers = db.execute("SELECT * FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+        db.execute("DELETE FROM sqlite_schema WHERE type = 'trigger'")
+        db.execute("PRAGMA writable_schema = RESET")
         _edit(random, db)
         db.execute("PRAGMA writable_schema = ON")
-        for row in triggers:
-            if row[1] == "trigger":
-                db.execute("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", row[1:])
+        db.executemany("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", triggers)
         return db.serialize()
     except (sqlite3.Error, OverflowError, UnicodeError, ValueError):
         return data(random, raw)
