@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=25
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check fuzz bench clean
 
 demo: $(VENV)/.export        ## set up; export the embedded checkpoint + adapter, rerank, show parity
 	$(BIN)/python -m m0kit_parity.demo
@@ -20,6 +20,10 @@ check: $(VENV)/.dev          ## set up; linter, formatter, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: $(VENV)/.dev           ## set up; 100,000 inputs that others may have made for each surface (an hour or so)
+	$(BIN)/python -m tests.fuzz $(if $(FUZZ_N),-n $(FUZZ_N)) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS)) \
+	  $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
 bench: $(VENV)/.dev          ## set up; whole-pair ratios against transformers on this machine
 	$(BIN)/m0kit bench pairs

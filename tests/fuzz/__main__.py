@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.fuzz import coverage
-from tests.fuzz.runner import Result, Surface, alone, load, run, save
+from tests.fuzz.runner import Result, Surface, alone, at_home, load, run, save
 from tests.fuzz.surfaces import SURFACES
 
 ROOT: Final = Path(__file__).parent.parent.parent
@@ -61,7 +61,8 @@ def _row(result: Result) -> str:
     errors += "".join(f", {count} × {name} in the engine" for name, count in result.died.items())
     failed = sum(map(len, result.failures.values()))
     slowest = f"{result.slowest[0]:.2f} s (input {result.slowest[1]})"
-    return f"{result.surface:11} {result.inputs:8} {rate:7.0f}/s {result.whole:8} whole {failed:6} failed  {slowest:24} {errors}"
+    numbers = f"{result.inputs:8} {rate:6.0f}/s of CPU {result.whole:8} whole {failed:6} failed"
+    return f"{result.surface:11} {numbers}  {slowest:24} {errors}"
 
 
 def main() -> int:
@@ -80,12 +81,14 @@ def main() -> int:
         parser.error(f"no surface is called {', '.join(unknown)}; there are {', '.join(SURFACES)}")
     seed = secrets.randbelow(1 << 32) if given.seed is None else given.seed
     if given.worker:
+        at_home()
         number, jobs = given.worker
         (name,) = given.surfaces
         result = run(name, surface_of(name), seed, range(number, given.n, jobs), given.seconds)
         print(json.dumps(vars(result)))
         return 0
     if given.replay is not None or given.file:
+        at_home()
         (name,) = given.surfaces
         return _replay(name, seed, given.replay, given.file, given.o)
     names = given.surfaces or list(SURFACES)
@@ -95,7 +98,6 @@ def main() -> int:
     failed = False
     for name in names:
         result = fuzz(name, given.n, seed, given.jobs, share)
-        result.seconds /= given.jobs
         print(_row(result), flush=True)
         if result.failures:
             failed = True

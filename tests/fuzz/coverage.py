@@ -1,6 +1,6 @@
 """Inputs that atheris finds by coverage, for the parsers that are Python alone. Owns which those are.
 
-    python -m tests.fuzz.coverage json 60 7     # the target, seconds, and a seed
+    python -m tests.fuzz.coverage json 60 7 /tmp/found   # the target, seconds, a seed, a folder that is there
 
 What the runner's surfaces reach through native libraries, coverage cannot see; what it can, it reaches deeper here.
 """
@@ -56,7 +56,13 @@ def _uri() -> Callable[[bytes], object]:
 def _recipe() -> Callable[[bytes], object]:
     from m0kit_quant.recipe import Recipe
 
-    return lambda raw: Recipe.from_toml(raw.decode("utf-8", "replace"), "input")
+    path = Path(tempfile.gettempdir(), f"m0kit-fuzz-{os.getpid()}.toml")
+
+    def target(raw: bytes) -> object:
+        path.write_bytes(raw)
+        return Recipe.read(path)
+
+    return target
 
 
 TARGETS: Final[dict[str, Callable[[], Callable[[bytes], object]]]] = {
@@ -93,7 +99,8 @@ def run(name: str, seconds: float, seed: int) -> str:
     """Fuzz a target in a process of its own; a line that tells what came of it, with FAILED where something did."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.fuzz.coverage", name, f"{seconds:.0f}", str(seed), folder]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "TMPDIR": folder}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         found = sorted(Path(folder).glob("failed-*"))
         executions = [line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line]
         told = f"atheris {name}: {executions[-1] if executions else '?'} executions in {seconds:.0f} s"

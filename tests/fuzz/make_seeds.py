@@ -6,13 +6,12 @@ They are committed so that an input is the same under every version of what wrot
 hand, or by a few lines, is in `surfaces`.
 """
 
-import datetime
+import datetime as dt
 import io
 from typing import Any
 
 import numpy as np
 from PIL import Image
-
 from tests.artifacts.make import picture
 from tests.fuzz.runner import SEEDS
 
@@ -63,12 +62,11 @@ def tables() -> dict[str, bytes]:
     def with_ids(ids: pa.Array) -> bytes:
         return written({"query": ["q"] * len(ids), "document": ["d"] * len(ids), "id": ids})
 
-    many = pa.nulls(1_000_000, pa.string())
     long = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["d" * 20_000_000]))
     image = pa.array(
         [{"bytes": None, "path": "page.png"}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     )
-    zone = datetime.timezone.utc
+    zone = dt.UTC
     return {
         "whole": written({"query": ["q", "r"], "document": ["d", "e"], "id": ["a", "b"]}),
         "images": written({"query": ["q", "r"], "document": image}),
@@ -79,7 +77,7 @@ def tables() -> dict[str, bytes]:
         "early-timestamps": with_ids(pa.array([-(2**62), 0, 2**62], pa.timestamp("us"))),
         "late-timestamps": with_ids(pa.array([2**62], pa.timestamp("ms", "UTC"))),
         "nanoseconds": with_ids(pa.array([1, 2**62], pa.timestamp("ns"))),
-        "odd-zone": with_ids(pa.array([datetime.datetime(2020, 1, 1, tzinfo=zone)], pa.timestamp("us", "+99:99"))),
+        "odd-zone": with_ids(pa.array([dt.datetime(2020, 1, 1, tzinfo=zone)], pa.timestamp("us", "+99:99"))),
         "dates": with_ids(pa.array([-(2**31), 2**31 - 1], pa.date32())),
         "durations": with_ids(pa.array([2**62], pa.duration("ms"))),
         "times": with_ids(pa.array([86_400_000_000 - 1], pa.time64("us"))),
@@ -90,7 +88,12 @@ def tables() -> dict[str, bytes]:
         "maps": with_ids(pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))),
         "nulls": with_ids(pa.nulls(3)),
         "escapes": with_ids(pa.array(["\x1b[2J\r\n\u202e"])),
-        "million-nulls": written({"query": many, "document": many}, row_group_size=1 << 30),
+        "null-columns": written({"query": pa.nulls(30_000, pa.string()), "document": pa.nulls(30_000)}),
+        "20-million-nulls": written(
+            {"query": pa.nulls(2 * 10**7), "document": pa.nulls(2 * 10**7)},
+            row_group_size=1 << 30,
+            write_batch_size=1 << 27,
+        ),
         "one-long-value": written({"query": ["q"] * 300, "document": long}, compression="zstd"),
     }
 

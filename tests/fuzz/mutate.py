@@ -257,6 +257,8 @@ def archive(random: Random, raw: bytes, member: Callable[[Random, bytes], bytes]
     """A ZIP file with a changed member, or a changed directory, which may deny what is there."""
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as source:
+            if sum(info.file_size for info in source.infolist()) > 1 << 20:
+                return data(random, raw)
             members = [(info.filename, source.read(info)) for info in source.infolist()]
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         return data(random, raw)
@@ -302,18 +304,14 @@ def database(random: Random, raw: bytes) -> bytes:
     try:
         db.deserialize(raw)
         db.execute("PRAGMA ignore_check_constraints = ON")
-        if random.random() < 0.6:  # else the triggers of the file keep what they count in step
-            db.execute("PRAGMA writable_schema = ON")
-            triggers = db.execute("SELECT rowid, type, name, tbl_name, rootpage, sql FROM sqlite_schema").fetchall()
-            db.execute("DELETE FROM sqlite_schema WHERE type = 'trigger'")
-            db.execute("PRAGMA writable_schema = RESET")
-        else:
-            triggers = []
+        # With the triggers of the file in place an edit would be m0kit's own, and no damage.
+        db.execute("PRAGMA writable_schema = ON")
+        triggers = db.execute("SELECT * FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+        db.execute("DELETE FROM sqlite_schema WHERE type = 'trigger'")
+        db.execute("PRAGMA writable_schema = RESET")
         _edit(random, db)
         db.execute("PRAGMA writable_schema = ON")
-        for row in triggers:
-            if row[1] == "trigger":
-                db.execute("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", row[1:])
+        db.executemany("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", triggers)
         return db.serialize()
     except (sqlite3.Error, OverflowError, UnicodeError, ValueError):
         return data(random, raw)
@@ -353,22 +351,32 @@ def _edit(random: Random, db: sqlite3.Connection) -> None:
         if not rows:
             continue
         old = random.choice(rows)[0]
-        new = random.choice(
-            (
-                lambda: random.choice(rows)[0],
-                lambda: random.choice(NUMBERS[:-1]) % 2**62,
-                lambda: -random.choice(NUMBERS[:20]),
-                lambda: old + random.choice((-1, 1, 4096, -4096)) if isinstance(old, int) else None,
-                lambda: text(random, old) if isinstance(old, str) else str(old),
-                lambda: data(random, old) if isinstance(old, bytes) else random.randbytes(32),
-                lambda: json_tree(random, old.encode()).decode("utf-8", "replace") if isinstance(old, str) else 0.5,
-            )
-        )()
+        new = _cell(random, old, [row[0] for row in rows])
         if random.random() < 0.15:
             db.execute(f"DELETE FROM {table} WHERE {column} IS ?", (old,))
         else:
             many = "" if random.random() < 0.2 else f" WHERE {column} IS ?2"
             db.execute(f"UPDATE OR REPLACE {table} SET {column} = ?1{many}", (new, old) if many else (new,))
+
+
+def _cell(random: Random, old: Any, others: Sequence[Any]) -> Any:
+    """Another value of a row's column."""
+    match random.randrange(6):
+        case 0:
+            return random.choice(others)
+        case 1:
+            return random.choice(NUMBERS) % 2**62
+        case 2:
+            return -random.choice(NUMBERS[:20])
+        case _ if isinstance(old, int):
+            return (old + random.choice((-1, 1, 4096, -4096))) % 2**62
+        case 3 | 4 if isinstance(old, str):
+            return text(random, old)
+        case _ if isinstance(old, str):
+            return json_tree(random, old.encode("utf-8", "replace")).decode("utf-8", "replace")
+        case _ if isinstance(old, bytes):
+            return data(random, old) if random.random() < 0.7 else random.randbytes(32)
+    return random.choice((None, 0.5, str(old)))
 
 
 def _places(root: Any) -> list[tuple[Any, Any]]:
