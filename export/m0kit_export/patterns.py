@@ -18,7 +18,8 @@ from typing import Any, Final
 from m0kit.errors import AdapterError
 
 # All patterns against all names. Of the hundreds of the published model's, with a rank for each layer, half a second.
-DEADLINE_S: Final = 20.0
+DEADLINE_S: Final = 20  # of a processor, where the system counts them: a busy machine decides nothing
+_WAIT_S: Final = 10 * DEADLINE_S  # of the clock, for where it does not
 # Letters of all patterns together; a rank and an alpha for each matrix, by its full name, are 30,000.
 _MAX_LETTERS: Final = 1 << 16
 
@@ -42,6 +43,11 @@ import json, re, sys, warnings
 warnings.simplefilter("ignore")
 sys.setrecursionlimit(300)
 work = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (work["seconds"], work["seconds"]))  # also when nobody waits any more
+except (ImportError, ValueError, OSError):
+    pass
 for whole, pattern in work["patterns"]:
     wrong = None
     try:
@@ -72,7 +78,7 @@ def try_patterns(raw: Mapping[str, Any], names: Sequence[str], where: str) -> No
     if not tried:
         return
     work: dict[str, Any] = {"patterns": [(_USES[option].format(pattern), pattern) for option, pattern in tried]}
-    work |= {"names": [*names, *_BESIDES]}
+    work |= {"names": [*names, *_BESIDES], "seconds": DEADLINE_S}
     done = _answers(json.dumps(work).encode())
     for (option, pattern), wrong in zip(tried, done, strict=False):
         if wrong is not None:
@@ -83,7 +89,7 @@ def try_patterns(raw: Mapping[str, Any], names: Sequence[str], where: str) -> No
         option, pattern = tried[len(done)]
         raise AdapterError(
             f"{where}: {option} holds {pattern!r:.200}, with which the names of this model's modules were not compared "
-            f"in {DEADLINE_S:g} seconds: it backtracks. Write it without one repetition inside another, or name modules"
+            f"in {DEADLINE_S} seconds: it backtracks. Write it without one repetition inside another, or name modules"
         )
 
 
@@ -96,7 +102,7 @@ def _answers(work: bytes) -> list[str | None]:
         stderr=subprocess.DEVNULL,
     ) as helper:
         try:
-            told, _ = helper.communicate(work, timeout=DEADLINE_S)
+            told, _ = helper.communicate(work, timeout=_WAIT_S)
         except subprocess.TimeoutExpired:
             helper.kill()
             told, _ = helper.communicate()
