@@ -161,10 +161,10 @@ class Recipe:
         return scheme
 
     def _instead(self, rule: Rule, name: str, block: int | None = None) -> str:
-        """A rule to put before the one that does not fit, as TOML."""
+        """A rule to put before the one that does not fit; a message has one line, so its lines of TOML stand in that."""
         match = re.sub(r"\.\d+\.", ".*.", name)
-        scheme = f'scheme = "int4"\nblock = {block}' if block else f'scheme = "{_FITS_ALL[self.device]}"'
-        return f'Put this before the rule {rule.match!r}:\n\n[[weights]]\nmatch = "{match}"\n{scheme}'
+        scheme = f'scheme = "int4", block = {block}' if block else f'scheme = "{_FITS_ALL[self.device]}"'
+        return f'Put this before the rule {rule.match!r}: [[weights]], match = "{match}", {scheme}'
 
     def check(self, names: Iterable[str]) -> None:
         """Raises RecipeError for a rule that matches none of the matrices, with the names that come near."""

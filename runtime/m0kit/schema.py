@@ -46,7 +46,7 @@ def parse(data: bytes | str, *, wide: bool = False) -> Any:
     except UnicodeEncodeError:
         raise ValueError("a text in it holds half of a surrogate pair") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON (line {error.lineno}, column {error.colno})") from None
+        raise ValueError(f"it is not JSON (line {error.lineno}, column {error.colno})") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value

@@ -51,7 +51,7 @@ REAL: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("option", PLACES)
 def test_a_pattern_that_backtracks_for_ever_is_told_by_name(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "DEADLINE_S", 2.0)
+    monkeypatch.setattr(patterns, "DEADLINE_S", 2)
     with pytest.raises(AdapterError) as refused:
         try_patterns({"r": 4, option: PLACES[option]}, OLD, WHERE)
     assert str(refused.value).startswith(f"{WHERE}: {option} holds {SLOW!r}")
