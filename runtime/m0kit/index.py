@@ -257,10 +257,10 @@ def add_command(
     """
     exists = index_folder.is_dir() and any(index_folder.iterdir())
     if exists:
-        with Store.open(index_folder, writable=True) as store:  # as it will be; a killed one is rolled back by that
-            if kv is not None and kv != store.identity.get("kv"):
-                raise click.UsageError(f"--kv: {index_folder} keeps {store.identity.get('kv')}. Make another index.")
-            kv = store.identity.get("kv")
+        there = _kv_of(index_folder)
+        if kv is not None and kv != there:
+            raise click.UsageError(f"--kv: {index_folder} keeps {there}. Make another index.")
+        kv = there
     elif not documents:
         raise click.UsageError(f"{index_folder} does not exist yet: give documents.")
     reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
@@ -405,6 +405,16 @@ def _named(documents: Iterable[Given]) -> Iterator[Given]:
     for name, content, source in documents:
         place = click.format_filename(source)
         yield place if name == source else name, content, place
+
+
+def _kv_of(folder: Path) -> Kept | None:
+    """How the index keeps states."""
+    try:
+        store = Store.open(folder)
+    except StoreError:  # perhaps because of what a killed writer left, which this rolls back
+        store = Store.open(folder, writable=True)
+    with store:
+        return next((kv for kv in KV if kv == store.identity.get("kv")), None)
 
 
 def _pending(store: Store) -> Iterator[Given]:

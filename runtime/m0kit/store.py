@@ -235,7 +235,7 @@ class Verified:
 
     records: int  # read, the damaged ones among them
     damaged: Mapping[bytes, tuple[str, ...]]  # records that are not what was written → ids of their documents
-    contents: tuple[str, ...]  # ids of documents whose own content is not what was written
+    contents: tuple[str, ...]  # ids of documents whose own content, or what is said of them, is not what was written
     segments: tuple[str, ...]  # files that are missing or too short
     pending: tuple[str, ...]  # ids of documents without a record: no fault, it is to be computed
 

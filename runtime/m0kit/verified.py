@@ -1,8 +1,8 @@
 """What this machine has found to be right before, so that it is not checked at every start. Owns that memory's place.
 
-Two kinds of things are remembered: files whose hash was compared, and known answers that an engine got right. It is
-a small file in the user's cache folder, and only ever best effort: without a home, or with nothing that may be
-written, everything is simply checked again.
+Three kinds of things are remembered: files whose hash was compared, databases of an index that were sound, and known
+answers that an engine got right. It is a small file in the user's cache folder, and only ever best effort: without a
+home, or with nothing that may be written, everything is simply checked again.
 
     memory = Memory.load()
     if not memory.knows_answers(key): …; memory.remember_answers(key)
@@ -42,10 +42,10 @@ def cache_folder() -> Path | None:
 
 @dataclass(slots=True)
 class Memory:
-    """Files by path, with what they were when they were hashed; answers by a key of all that they depend on."""
+    """Files by path, with what they were when they were looked at; answers by a key of all that they depend on."""
 
     path: Path | None
-    files: dict[str, list[Any]]  # path → [sha256, size, mtime, ctime, inode]
+    files: dict[str, list[Any]]  # path → [sha256, or what a database is of; size, mtime, ctime, inode]
     answers: list[str]
     _files_now: dict[str, list[Any]] = field(default_factory=dict)
     _answers_now: list[str] = field(default_factory=list)
