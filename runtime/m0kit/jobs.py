@@ -597,7 +597,11 @@ def _write_parquet(file: Any, journal: Journal, id_type: Any) -> None:
             }
             if id_type is not None:
                 values = [json.loads(r.id or "null") for r in chunk]
-                columns["id"] = [_text(v) for v in values] if pa.types.is_string(id_type) else values
+                if pa.types.is_string(id_type):
+                    values = [_text(value) for value in values]
+                elif pa.types.is_floating(id_type):
+                    values = [None if value is None else float(value) for value in values]  # "inf" is text in JSON
+                columns["id"] = values
             writer.write_table(pa.Table.from_pydict(columns, schema))
 
 
@@ -606,11 +610,10 @@ def _id_type(source: Path, journal: Journal, has_id: bool) -> Any:
     import pyarrow as pa
 
     if is_parquet(source):
-        file, columns = open_parquet(source)
-        with file:
-            if "id" not in columns:
-                return None
-            own = file.schema_arrow.field("id").type
+        with open_parquet(source) as table:
+            own = table.id_type()
+        if own is None:
+            return None
         is_plain = pa.types.is_integer(own) or pa.types.is_floating(own) or pa.types.is_boolean(own)
         return own if is_plain else pa.string()
     if not has_id:

@@ -1,8 +1,12 @@
 """What commands say of their inputs is said once."""
 
+from pathlib import Path
+
+import click
 import pytest
 
-from m0kit.cli_options import tell
+from m0kit import Reranker
+from m0kit.cli_options import SIZE, load, require_pixels, tell
 
 
 def test_a_message_that_many_share_is_told_once_with_some_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +29,23 @@ def test_what_stdout_has_anyway_is_told_up_to_a_number(capsys: pytest.CaptureFix
         "error: 2, 6: message 2",
         "error: and 2 more",
     ]
+
+
+def test_only_its_own_error_is_told_as_an_options(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(click.UsageError, match=r"^--max-pixels: min_pixels \(3136\) must not exceed"):
+        require_pixels(artifact, 1)
+    require_pixels(artifact, None)
+    require_pixels(artifact, 10**30)
+
+    def failing(*_: object, **options: object) -> None:
+        raise ValueError("something else")
+
+    monkeypatch.setattr(Reranker, "load", failing)
+    with pytest.raises(ValueError, match=r"^something else$"):
+        load(artifact, "cpu", None, "fast", 10**6)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 21 + "T", "1e9", "-1", "", "T", "1.5.5G"])
+def test_what_is_no_size_is_wrong_usage(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size"):
+        SIZE.convert(text, None, None)

@@ -147,3 +147,41 @@ def test_whatever_the_bytes_are_only_input_errors_come_out(raw: bytes) -> None:
 
 def test_a_json_object_is_read_alone() -> None:
     assert json_object(b'{"a": [1, 2.5, true, null]}', WANTED) == {"a": [1, 2.5, True, None]}
+
+
+def test_what_a_line_may_hold_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of two letters takes a hundred bytes; looking for a key that comes twice takes one look at each."""
+    monkeypatch.setattr(module, "_MAX_VALUES", 1000)
+    (_, error), (_, good) = of(b'{"query": [' + b"0," * 1000 + b'0]}\n{"query": "' + b"," * 900 + b'"}\n')
+    assert "the line holds more than 1000 values" in str(error)
+    assert good == {"query": "," * 900}
+    monkeypatch.undo()
+    keys = ",".join(f'"k{i}":0' for i in range(200_000))
+    ((_, error),) = of(f'{{{keys},"k199999":1}}'.encode())
+    assert "the key 'k199999' twice" in str(error)
+
+
+def test_what_never_ends_is_looked_at_before_it_is_read_on(tmp_path: Path) -> None:
+    class Zeros(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            buffer[:] = bytes(len(buffer))
+            return len(buffer)
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(module, "_MAX_LINE_BYTES", 1 << 16)
+    with monkeypatch.context(), pytest.raises(InputError, match="here: "):
+        next(lines(io.BufferedReader(Zeros()), "here"))
+    with pytest.raises(InputError, match="is a device, a pipe or a socket, and no file"):
+        next(lines(Path("/dev/zero")))
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b" \n", b"\n\n \n"])
+def test_blank_lines_count_however_many_there_are(tmp_path: Path, blank: bytes) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(blank * 30_000 + b"{}\n" + blank * 3 + b"{}\n" + blank)
+    each = blank.count(b"\n")
+    assert [number for number, _ in lines(path)] == [30_000 * each + 1, 30_003 * each + 2]
+    assert list(lines(path)) == list(lines(io.BytesIO(path.read_bytes())))

@@ -176,11 +176,8 @@ def test_an_error_of_ours_comes_out_as_it_is(cluster: str, artifact: Path, tmp_p
     (artifact_copy / "manifest.json").write_bytes((artifact / "manifest.json").read_bytes())
     with pytest.raises(ArtifactError, match="is missing"):
         score_file(artifact_copy, source, tmp_path / "out.parquet", engine=ray_engine(1), load=ONE)
-    raw = bytearray(source.read_bytes())
-    at = pq.ParquetFile(source).metadata.row_group(0).column(1).dictionary_page_offset
-    raw[at : at + 40] = b"\xff" * 40
-    source.write_bytes(raw)
-    with pytest.raises(InputError, match="the file is damaged"):
+    source.write_bytes(source.read_bytes()[:-9])
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         score_file(artifact, source, tmp_path / "out.parquet", engine=ray_engine(1), load=ONE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "in.parquet"]
 
