@@ -41,6 +41,7 @@ from m0kit.files import read_regular
 from m0kit.formats import MAX_IMAGE_BYTES
 from m0kit.terminal import bar
 from m0kit.trace import Trace
+from m0kit_export.answers import open_tokenizer
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_json_object
 from m0kit_export.merge import peft_name
 
@@ -106,6 +107,7 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
+        open_tokenizer(checkpoint.tokenizer.encode())  # refused before transformers and the library's own take it
         self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(checkpoint.tokenizer))
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
