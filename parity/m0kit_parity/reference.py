@@ -121,6 +121,7 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
+        open_tokenizer(checkpoint.tokenizer.encode())  # refused before transformers and the library's own take it
         self._tokenizer = _tokenizer(checkpoint)
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(

@@ -25,9 +25,11 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
+import msgspec
 from tokenizers import Tokenizer, models, normalizers
 
 from m0kit.errors import InputError
@@ -42,6 +44,14 @@ _PIECES: Final = [
     {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
 ]
+_PLAIN: Final = (  # settings of a model that Qwen2's does not make use of
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+    "ignore_merges",
+)
 # Of a tokenizer.json: the published one has 7 MB, 11 MB as other versions write it.
 MAX_TOKENIZER_BYTES: Final = 64 << 20
 # Letters of a token, which are bytes: Qwen2's longest has 128. Work for a boundary grows with the square.
@@ -72,24 +82,84 @@ def open_tokenizer(raw: bytes) -> Tokenizer:
     make a gigabyte of a letter, and a pattern never end.
     """
     try:
+        file = msgspec.json.decode(raw, type=_File)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"cannot be read as a tokenizer ({error})") from None
+    model = file.model
+    pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in file.pre_tokenizer.pretokenizers]
+    own = [token for token in file.added_tokens if not token.special]
+    if (
+        file.normalizer != {"type": "NFC"}
+        or pieces != _PIECES
+        or file.decoder.get("type") != "ByteLevel"
+        or model.type != "BPE"
+        or any(getattr(model, name) for name in _PLAIN)
+        or any(token.lstrip or token.rstrip or token.single_word for token in own)
+    ):
+        raise ValueError("has other rules than Qwen2's tokenizer (NFC, its pattern, byte-level BPE)")
+    if len(set(model.vocab.values())) != len(model.vocab):
+        raise ValueError("gives one id to two tokens")
+    if any(len(token) > MAX_TOKEN_LETTERS for token in model.vocab):
+        raise ValueError(f"has a token of more than {MAX_TOKEN_LETTERS} letters")
+    kept = {  # the library is shown nothing else: some settings end the process
+        "version": "1.0",
+        "added_tokens": file.added_tokens,
+        "normalizer": file.normalizer,
+        "pre_tokenizer": file.pre_tokenizer,
+        "post_processor": None,  # what it would add is never asked for, but it might repeat what is there
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "model": {"type": "BPE", "vocab": model.vocab, "merges": model.merges},
+    }
+    try:
         with _caught():
-            tokenizer = Tokenizer.from_buffer(raw)
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            tokenizer.post_processor = None  # what it would add is never asked for, but it might repeat what is there
-            tokenizer.encode_special_tokens = True  # as text
-            decoder = json.loads(tokenizer.decoder.__getstate__())["type"] if tokenizer.decoder else None
+            tokenizer = Tokenizer.from_buffer(msgspec.json.encode(kept))
     except _LibraryError:
         raise ValueError("cannot be read as a tokenizer") from None
-    if not _has_qwen2_rules(tokenizer) or decoder != "ByteLevel":
-        raise ValueError("has other rules than Qwen2's tokenizer (NFC, its pattern, byte-level BPE)")
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    if len(set(vocabulary.values())) != len(vocabulary):
-        raise ValueError("gives one id to two tokens")
-    added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
-    if any(len(token) > MAX_TOKEN_LETTERS for token in itertools.chain(vocabulary, added)):
-        raise ValueError(f"has a token of more than {MAX_TOKEN_LETTERS} letters")
+    tokenizer.encode_special_tokens = True  # as text
     return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A token that stands for itself."""
+
+    id: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+    content: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TOKEN_LETTERS)]
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    type: Literal["Sequence"]
+    pretokenizers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    type: str
+    vocab: dict[str, Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]
+    merges: list[Any]  # the library says what is wrong with one
+    dropout: Any = None
+    unk_token: Any = None
+    continuing_subword_prefix: Any = None
+    end_of_word_suffix: Any = None
+    byte_fallback: Any = None
+    ignore_merges: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is read of a tokenizer.json."""
+
+    model: _Model
+    normalizer: dict[str, Any]
+    pre_tokenizer: _Pieces
+    decoder: dict[str, Any]
+    added_tokens: list[_Added] = field(default_factory=list)
 
 
 class Encoder:
@@ -237,15 +307,7 @@ def _has_qwen2_rules(tokenizer: Tokenizer) -> bool:
     model: Any = tokenizer.model
     if not isinstance(tokenizer.normalizer, normalizers.NFC) or not isinstance(model, models.BPE):
         return False
-    plain = (
-        "dropout",
-        "unk_token",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "byte_fallback",
-        "ignore_merges",
-    )
-    if any(getattr(model, name) for name in plain) or tokenizer.pre_tokenizer is None:
+    if any(getattr(model, name) for name in _PLAIN) or tokenizer.pre_tokenizer is None:
         return False
     found = json.loads(tokenizer.pre_tokenizer.__getstate__())
     pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in found.get("pretokenizers", [])]
