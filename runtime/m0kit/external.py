@@ -16,19 +16,12 @@ from typing import Final
 
 # Message → number of a field → the message in it, as far as tensors can be found through them (onnx.proto).
 _INNER: Final[dict[str, dict[int, str]]] = {
-    "model": {7: "graph"},
-    "graph": {1: "node", 5: "tensor"},
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
     "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
 }
-# What has tensors too, and no graph of an artifact.
-_NONE: Final = {
-    ("model", 20): "training",
-    ("model", 25): "functions",
-    ("graph", 15): "sparse tensors",
-    ("attribute", 22): "sparse tensors",
-    ("attribute", 23): "sparse tensors",
-}
+_NONE: Final = {"training", "function", "sparse tensor"}  # no graph of an artifact has them
 # Of these there is one at most. Of two, readers of protobuf make one, which then says what neither does by itself.
 _SINGLE: Final = {("model", 7), ("attribute", 5), ("attribute", 6)}
 # Fields of a tensor.
@@ -68,20 +61,21 @@ def external_tensors(raw: bytes) -> list[ExternalTensor]:
             continue
         inner, seen = _INNER[kind], set()
         for number, value in _fields(message):
-            if number not in inner:
-                if (kind, number) in _NONE:
-                    raise ValueError(f"it has {_NONE[kind, number]}, which no graph of an artifact has")
+            part = inner.get(number)
+            if part is None:
                 continue
+            if part in _NONE:
+                raise ValueError(f"it has a {part}, which no graph of an artifact has")
             if isinstance(value, int):
-                raise ValueError(f"a {kind} in it has a number in place of a {inner[number]}")
+                raise ValueError(f"a {kind} in it has a number in place of a {part}")
             if number in seen and (kind, number) in _SINGLE:
-                raise ValueError(f"a {kind} in it has two of what it has one of ({inner[number]})")
+                raise ValueError(f"a {kind} in it has two of what it has one of ({part})")
             seen.add(number)
             num_parts += 1
             if num_parts > _MOST_PARTS:
                 raise ValueError(f"it has more than {_MOST_PARTS} nodes, attributes and tensors")
-            has_graph = has_graph or (kind, number) == ("model", 7)
-            waiting.append((inner[number], value, depth + 1))
+            has_graph = has_graph or kind == "model"
+            waiting.append((part, value, depth + 1))
     if not has_graph:
         raise ValueError("it holds no graph")
     return found

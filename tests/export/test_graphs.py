@@ -548,11 +548,12 @@ def test_declared_ports_are_those_of_the_manifest(written: Path) -> None:
     for name, described in read_manifest(written).graphs.items():
         graph = load_graphs(written)[name].graph
         for kind, ports in (("inputs", graph.input), ("outputs", graph.output)):
-            assert [p["name"] for p in described[kind]] == [p.name for p in ports]
-            for seen, port in zip(described[kind], ports, strict=True):
+            told = getattr(described, kind)
+            assert [port.name for port in told] == [port.name for port in ports]
+            for seen, port in zip(told, ports, strict=True):
                 kept = port.type.tensor_type
-                assert seen["dtype"] == onnx.helper.tensor_dtype_to_np_dtype(kept.elem_type).name
-                assert seen["shape"] == [d.dim_param or d.dim_value for d in kept.shape.dim]
+                assert seen.dtype == onnx.helper.tensor_dtype_to_np_dtype(kept.elem_type).name
+                assert seen.shape == tuple(d.dim_param or d.dim_value for d in kept.shape.dim)
 
 
 # --- bounded memory ------------------------------------------------------------------------------------

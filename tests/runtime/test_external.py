@@ -54,11 +54,11 @@ def test_a_tensor_inside_is_none_and_packed_dimensions_count() -> None:
 
 
 ODD = {
-    "a sparse initializer": (message(7, message(15, message(1, TENSOR))), "it has sparse tensors"),
-    "a sparse attribute": (in_attribute(message(22, message(1, TENSOR))), "it has sparse tensors"),
-    "a list of sparse ones": (in_attribute(message(23, message(2, TENSOR))), "it has sparse tensors"),
-    "a function": (graph_of() + message(25, message(7, message(5, message(5, TENSOR)))), "it has functions"),
-    "training": (graph_of() + message(20, message(1, SUBGRAPH)), "it has training"),
+    "a sparse initializer": (message(7, message(15, message(1, TENSOR))), "it has a sparse tensor"),
+    "a sparse attribute": (in_attribute(message(22, message(1, TENSOR))), "it has a sparse tensor"),
+    "a list of sparse ones": (in_attribute(message(23, message(2, TENSOR))), "it has a sparse tensor"),
+    "a function": (graph_of() + message(25, message(7, message(5, message(5, TENSOR)))), "it has a function"),
+    "training": (graph_of() + message(20, message(1, SUBGRAPH)), "it has a training"),
     "nothing": (b"", "holds no graph"),
     "text": (b"spoiled", "no ONNX graph"),
     "a cut field": (graph_of(TENSOR)[:-3], "ends in the middle"),
