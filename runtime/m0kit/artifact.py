@@ -57,6 +57,7 @@ _PLAIN: Final = re.compile(
 )
 # Tolerances beyond so many times the largest known logit, or 1, would let anything pass; up to 3 have been needed.
 _MOST_TOLERANCE: Final = 100
+_MOST_LETTERS: Final = 100_000  # of a known answer; 1,000 for its picture
 _RULES = 1  # for graphs; raised when graphs that were verified before must be looked at again
 
 
@@ -82,6 +83,9 @@ class KnownAnswer:
             set(document) != {"image"} or not str(document["image"]).startswith("data:image/")
         ):
             raise ValueError('a document of a known answer is a text or {"image": a data URI}')
+        text = document["image"] if isinstance(document, Mapping) else document
+        if len(self.query) > _MOST_LETTERS or len(text) > _MOST_LETTERS:
+            raise ValueError(f"a known answer has a text of more than {_MOST_LETTERS} characters")
         if not math.isfinite(self.logit):
             raise ValueError("the logit of a known answer is not finite")
 
