@@ -121,7 +121,6 @@ class Reference:
         self.config: ModelConfig = checkpoint.config
         self._core, self._score = core, score
         self._max_length = max_length or self.config.prompt.max_length
-        open_tokenizer(checkpoint.tokenizer.encode())  # refused before transformers and the library's own take it
         self._tokenizer = _tokenizer(checkpoint)
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
@@ -301,9 +300,9 @@ class Reference:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
-    opened = open_tokenizer(checkpoint.tokenizer.encode())
+    open_tokenizer(checkpoint.tokenizer.encode())  # refused before transformers and the library's own take it
     try:
-        return PreTrainedTokenizerFast(tokenizer_object=opened)
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(checkpoint.tokenizer))
     except Exception as error:  # the library raises plain Exception, here of what it can read and not write
         raise CheckpointError(
             f"the tokenizer of {checkpoint.source} cannot be used by transformers. Fetch it again"

@@ -2,9 +2,10 @@
 
     for tensor in external_tensors(path.read_bytes()): …     # tensor.location, tensor.offset, tensor.length
 
-ONNX is a protobuf message; tensors stand as initializers, in attributes of nodes, in subgraphs of these, in functions
-and in sparse tensors. Readers of ONNX open the files that these name, some of them wherever they are; so it is read
-here first, with nothing taken on trust: what is not plainly what an exporter writes is an error.
+ONNX is a protobuf message; tensors stand as initializers, in attributes of nodes, and in subgraphs of these. Readers of
+ONNX open the files that these name, some of them wherever they are; so it is read here first, with nothing taken on
+trust: what is not plainly what an exporter writes is an error. So are functions: thirty, each of which calls the next
+one twice, are a few kilobytes, and an engine that writes them out never ends.
 """
 
 import math
@@ -16,22 +17,17 @@ from typing import Final
 # Message → number of a field → the message in it, as far as tensors can be found through them (onnx.proto).
 _INNER: Final[dict[str, dict[int, str]]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
-    "function": {7: "node", 11: "attribute"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
-    "sparse tensor": {1: "tensor", 2: "tensor"},
 }
+_NONE: Final = {"training", "function", "sparse tensor"}  # no graph of an artifact has them
 # Of these there is one at most. Of two, readers of protobuf make one, which then says what neither does by itself.
-_SINGLE: Final = {("model", 7), ("training", 1), ("training", 2), ("attribute", 5), ("attribute", 6)} | {
-    ("attribute", 22),
-    ("sparse tensor", 1),
-    ("sparse tensor", 2),
-}
+_SINGLE: Final = {("model", 7), ("attribute", 5), ("attribute", 6)}
 # Fields of a tensor.
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL, _LOCATION = 1, 2, 8, 13, 14
 _DEPTH: Final = 100  # messages within messages that readers of protobuf take
+_MOST_PARTS: Final = 100_000  # graphs, nodes, attributes, tensors; the full model's largest graph has 5,900
 # Bytes of a value, by TensorProto.DataType.
 _SIZES: Final = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _NUMBER: Final = re.compile(r"\d{1,18}", re.ASCII)
@@ -54,7 +50,7 @@ def external_tensors(raw: bytes) -> list[ExternalTensor]:
     """All of a graph's file. Raises ValueError, a sentence part, for bytes that are no ONNX or say it in an odd way."""
     found: list[ExternalTensor] = []
     waiting: list[tuple[str, memoryview, int]] = [("model", memoryview(raw), 1)]
-    has_graph = False
+    has_graph, num_parts = False, 0
     while waiting:
         kind, message, depth = waiting.pop()
         if depth > _DEPTH:
@@ -65,15 +61,21 @@ def external_tensors(raw: bytes) -> list[ExternalTensor]:
             continue
         inner, seen = _INNER[kind], set()
         for number, value in _fields(message):
-            if number not in inner:
+            part = inner.get(number)
+            if part is None:
                 continue
+            if part in _NONE:
+                raise ValueError(f"it has a {part}, which no graph of an artifact has")
             if isinstance(value, int):
-                raise ValueError(f"a {kind} in it has a number in place of a {inner[number]}")
+                raise ValueError(f"a {kind} in it has a number in place of a {part}")
             if number in seen and (kind, number) in _SINGLE:
-                raise ValueError(f"a {kind} in it has two of what it has one of ({inner[number]})")
+                raise ValueError(f"a {kind} in it has two of what it has one of ({part})")
             seen.add(number)
-            has_graph = has_graph or (kind, number) == ("model", 7)
-            waiting.append((inner[number], value, depth + 1))
+            num_parts += 1
+            if num_parts > _MOST_PARTS:
+                raise ValueError(f"it has more than {_MOST_PARTS} nodes, attributes and tensors")
+            has_graph = has_graph or kind == "model"
+            waiting.append((part, value, depth + 1))
     if not has_graph:
         raise ValueError("it holds no graph")
     return found

@@ -26,7 +26,7 @@ NAMESPACE: Final = "m0kit-artifact"  # so that what was signed for another purpo
 REQUIRE: Final = "M0KIT_REQUIRE_SIGNATURE"  # environment: the file of trusted signers
 _MOST_BYTES: Final = 64 << 10  # a signature by RSA of 16,384 bits, the largest, has 6 KB
 _SECONDS: Final = 60  # a signature is checked in 5 ms
-_ARMOUR: Final = re.compile(rb"-----BEGIN SSH SIGNATURE-----\s+([A-Za-z0-9+/=\s]+)-----END SSH SIGNATURE-----\s*")
+_ARMOUR: Final = re.compile(rb"-----BEGIN SSH SIGNATURE-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END SSH SIGNATURE-----\s*")
 # What ssh-keygen says on stderr → why, for the sentence alone: whether it is good is told by the exit code.
 _WHY: Final = {
     "key has expired": "its signer's key has expired",
@@ -103,7 +103,11 @@ def signer(folder: Path, manifest: bytes, signers: Path) -> str:
     except OSError as error:
         raise SignatureError(f"{place}: cannot be read: {error.strerror}.") from error
     if (namespace := _namespace(raw)) != NAMESPACE:
-        what = "no signature of OpenSSH" if namespace is None else f"a signature for {namespace!r}, not for {NAMESPACE}"
+        what = (
+            "no signature of OpenSSH"
+            if namespace is None
+            else f"a signature for {namespace!r:.80}, not for {NAMESPACE}"
+        )
         raise SignatureError(f"{place}: is {what}. Sign the artifact with `m0kit sign`.")
     program = _program()
     # Of the bytes that were looked at, whatever becomes of the file meanwhile.

@@ -22,7 +22,7 @@ from torch import nn
 
 from m0kit import Reranker
 from m0kit.artifact import GRAPHS, read_manifest, verify_files
-from m0kit.errors import OutputError, RecipeError
+from m0kit.errors import OutputError, RecipeError, SignatureError
 from m0kit_export import export
 from m0kit_export.builder import Weight
 from m0kit_export.calibrate import calibrate, read_pairs
@@ -370,6 +370,17 @@ def test_calibrated_channel_scales_save_int8_from_outliers(
         scores = Reranker.load(tmp_path / name, threads=1).score(seen, raw=True)
         errors.append(float(np.abs(scores - expected).mean()))
     assert errors[1] < errors[0] / 3
+
+
+def test_what_export_wrote_itself_to_calibrate_on_needs_no_signature(
+    tmp_path: Path, tiny: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M0KIT_REQUIRE_SIGNATURE", str(tmp_path / "signers"))
+    export_artifact(tiny, tmp_path / "out", recipe=Recipe.default("int8"), calibration=pairs, progress=False)
+    with pytest.raises(SignatureError, match="the trusted signers cannot be read"):
+        quantize_artifact(
+            tmp_path / "out", tmp_path / "other", recipe=Recipe.default("int4"), calibration=pairs, progress=False
+        )
 
 
 def test_pairs_of_text_alone_calibrate_what_they_reach(tmp_path: Path, tiny: Path, tiny_artifact: Path) -> None:

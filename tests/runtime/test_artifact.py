@@ -633,6 +633,7 @@ KNOWN: dict[str, Any] = {
         ({"pairs": [{"query": "q", "document": {"image": "/etc/passwd"}, "logit": 1.5}]}, "a data URI"),
         ({"pairs": [{"query": "q", "document": {"id": "x"}, "logit": 1.5}]}, "a data URI"),
         ({"pairs": [{"query": "q", "document": {}, "logit": 1.5}]}, "a data URI"),
+        ({"pairs": [{"query": "q" * 100_001, "document": "d", "logit": 1.5}]}, "more than 100000 characters"),
         ({"pairs": [{"query": "q", "document": None, "logit": 1.5}]}, "known_answers.pairs[0].document"),
         ({"pairs": [{"query": "q", "document": "d", "logit": "1"}]}, "known_answers.pairs[0].logit"),
         ({"pairs": [{"query": "q", "document": "d", "logit": 1, "x": 1}]}, "unknown field `x`"),

@@ -96,6 +96,10 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "laid out anew": (lambda a, _: edit_manifest(a, lambda _: None), "it is not of this manifest"),
     "no signature": (lambda a, _: (a / SIGNATURE).write_text("yes"), "is no signature of OpenSSH"),
     "empty": (lambda a, _: (a / SIGNATURE).write_text(""), "is no signature of OpenSSH"),
+    "blanks": (
+        lambda a, _: (a / SIGNATURE).write_text("-----BEGIN SSH SIGNATURE-----\n" + "\n" * 65_000 + "-"),
+        "is no signature of OpenSSH",
+    ),
     "half": (lambda a, _: os.truncate(a / SIGNATURE, 150), "is no signature of OpenSSH"),
     "large": (lambda a, _: os.truncate(a / SIGNATURE, 1 << 30), "cannot be read: has more than the 65536 bytes"),
     "a device": (lambda a, _: ((a / SIGNATURE).unlink(), (a / SIGNATURE).symlink_to("/dev/zero")), "a device"),
