@@ -26,6 +26,7 @@ from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
 from transformers.image_utils import load_image

@@ -147,8 +147,8 @@ class Recipe:
             if block is None:
                 smaller = next((b for b in BLOCKS[::-1] if shape[1] % b == 0), None)
                 raise RecipeError(
-                    f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. "
-                    + self._instead(rule, name, smaller)
+                    f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. {_before(rule)}",
+                    *self._instead(name, smaller),
                 )
             return Scheme("int4", block, table)
         raise RecipeError(f'the recipe says nothing about {name}. Add a last rule with match = "*".')
@@ -157,14 +157,14 @@ class Recipe:
         try:
             scheme.layout(shape)
         except ValueError as error:
-            raise RecipeError(f"{name}: {error}. {self._instead(rule, name)}") from None
+            raise RecipeError(f"{name}: {error}. {_before(rule)}", *self._instead(name)) from None
         return scheme
 
-    def _instead(self, rule: Rule, name: str, block: int | None = None) -> str:
-        """A rule to put before the one that does not fit; a message has one line, so its lines of TOML stand in that."""
+    def _instead(self, name: str, block: int | None = None) -> list[str]:
+        """A rule to put before the one that does not fit, as lines of TOML."""
         match = re.sub(r"\.\d+\.", ".*.", name)
-        scheme = f'scheme = "int4", block = {block}' if block else f'scheme = "{_FITS_ALL[self.device]}"'
-        return f'Put this before the rule {rule.match!r}: [[weights]], match = "{match}", {scheme}'
+        scheme = ['scheme = "int4"', f"block = {block}"] if block else [f'scheme = "{_FITS_ALL[self.device]}"']
+        return ["", "[[weights]]", f'match = "{match}"', *scheme]
 
     def check(self, names: Iterable[str]) -> None:
         """Raises RecipeError for a rule that matches none of the matrices, with the names that come near."""
@@ -177,6 +177,10 @@ class Recipe:
     def schemes(self) -> tuple[str, ...]:
         """Names of the schemes that the rules use, without repetition."""
         return tuple(dict.fromkeys(rule.scheme for rule in self.rules))
+
+
+def _before(rule: Rule) -> str:
+    return f"Put this before the rule {rule.match!r}:"
 
 
 def _rule(entry: Any, where: str) -> Rule:

@@ -31,7 +31,7 @@ control characters, line ends among them, are escaped: see `m0kit.plain`.
 """
 
 import re
-from typing import Final
+from typing import Any, Final
 
 from m0kit.plain import plain
 
@@ -43,12 +43,20 @@ def _shortened(match: re.Match[str]) -> str:
     return f"{found[:60]}… ({len(found)} characters) …{found[-20:]}"
 
 
+def _told(text: object) -> str:
+    short = plain(_LONG.sub(_shortened, str(text)))
+    return _LONG.sub(_shortened, short)  # again: escapes are longer than what they stand for
+
+
 class M0kitError(Exception):
     """Root of the tree: `except M0kitError` catches everything m0kit raises on purpose."""
 
-    def __init__(self, message: object = "") -> None:
-        text = plain(_LONG.sub(_shortened, str(message)))
-        super().__init__(_LONG.sub(_shortened, text))  # again: escapes are longer than what they stand for
+    def __init__(self, message: object = "", *lines: str) -> None:
+        """`lines` stand below the message, each harmless as it is: what is to be copied into a file."""
+        super().__init__("\n".join(map(_told, (message, *lines))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(str(self).split("\n")), self.__dict__  # line ends are those of `lines`
 
 
 class InputError(M0kitError, ValueError):

@@ -297,7 +297,7 @@ def _told(error: BaseException) -> tuple[int, list[str]]:
         case click.ClickException():
             return error.exit_code, _usage(error)
         case M0kitError():
-            return 1, [f"error: {error}"]
+            return 1, [f"error: {_one_line(error)}"]
         case BrokenPipeError():
             return 1, []  # the reader went away, and knows it
         case ImportError():

@@ -186,13 +186,6 @@ def test_the_first_block_that_divides_is_taken(blocks: Any, inputs: int, chosen:
     assert recipe(rule).scheme("a", (5, inputs)) == Scheme("int4", chosen)
 
 
-def lines_of(message: str) -> list[dict[str, Any]]:
-    """The rules that a message tells to put into a recipe, whose lines it has behind one another."""
-    lines = message[message.index("[[weights]]") :].split(", ")
-    rules: list[dict[str, Any]] = tomllib.loads("\n".join(lines))["weights"]
-    return rules
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("blocks", "inputs"), [([128, 64], 96), (32, 48), (None, 1176)])
 def test_inputs_that_no_block_divides_are_refused_with_rules_that_work(blocks: Any, inputs: int, device: str) -> None:
@@ -203,7 +196,7 @@ def test_inputs_that_no_block_divides_are_refused_with_rules_that_work(blocks: A
     said = str(caught.value)
     assert said.startswith(f"{name} has {inputs} inputs, which no block of ")
     assert "Put this before the rule 'visual.*':" in said
-    instead = lines_of(said)
+    instead = tomllib.loads(said[said.index("[[weights]]") :])["weights"]
     assert instead[0]["match"] == "visual.blocks.*.mlp.fc2.weight"  # of all layers at once
     stored = recipe(*instead, rule, device=device).scheme(name, shape)
     assert stored == (Scheme("int4", 32) if inputs == 96 else Scheme({"cpu": "int8", "cuda": "fp16"}[device]))
@@ -217,7 +210,8 @@ def test_following_the_messages_leads_to_a_recipe_that_fits(shape: str, rule: di
         try:
             check_recipe(recipe(*rules), model_config(shape))  # type: ignore[arg-type]
         except RecipeError as error:
-            rules = [*lines_of(str(error)), *rules]
+            said = str(error)
+            rules = [*tomllib.loads(said[said.index("[[weights]]") :])["weights"], *rules]
         else:
             return
     pytest.fail(f"still no recipe: {rules}")

@@ -1,5 +1,6 @@
 """Text from elsewhere on a terminal: everything that acts is escaped, everything that is read stays, in any script."""
 
+import copy
 import json
 import pickle
 import sys
@@ -7,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from m0kit.errors import ImageError, M0kitError
+from m0kit.errors import ImageError, M0kitError, RecipeError
 from m0kit.plain import plain, to_json
 
 
@@ -100,5 +101,16 @@ def test_a_message_is_one_harmless_line_by_birth_whatever_it_quotes() -> None:
     assert str(error) == error.args[0] == r"a\x1b[2J\nb\u202e: no image"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(M0kitError(f"place: {error}")) == f"place: {error}", "what was escaped is not escaped again"
+
+
+def test_lines_below_a_message_stay_lines_and_are_harmless_each() -> None:
+    error = RecipeError("Put this there:\n", "", "[[weights]]", 'match = "\x1b[2J\n"')
+    assert str(error) == 'Put this there:\\n\n\n[[weights]]\nmatch = "\\x1b[2J\\n"'
+    error.add_note("kept")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert (type(again), str(again), again.__notes__) == (RecipeError, str(error), ["kept"])
+
+
+def test_no_message_is_long() -> None:
     assert len(str(M0kitError("word " * 100_000))) < 4000
     assert len(str(M0kitError("\x1b" * 100_000))) < 4000
