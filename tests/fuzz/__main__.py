@@ -120,7 +120,7 @@ def _replay(name: str, seed: int, number: int | None, file: Path | None, output:
         assert number is not None
         where, files = surface.input(name, seed, number)
     if output is not None:
-        save(files, output)
+        save({name: content for name, content in files.items() if surface.base.get(name) != content}, output)
         where += f", written to {output}"
     note = alone(files, surface, quiet=False)
     print(f"{name}: {where}")
