@@ -97,7 +97,12 @@ def main() -> int:
     share = given.seconds / len(names) * (1 - _PURE_SHARE * bool(pure))
     failed = False
     for name in names:
-        result = fuzz(name, given.n, seed, given.jobs, share)
+        try:
+            result = fuzz(name, given.n, seed, given.jobs, share)
+        except RuntimeError as error:  # of the surface itself, or out of memory: the others are looked at all the same
+            print(f"{name}: {error}", flush=True)
+            failed = True
+            continue
         print(_row(result), flush=True)
         if result.failures:
             failed = True
@@ -120,7 +125,7 @@ def _replay(name: str, seed: int, number: int | None, file: Path | None, output:
         assert number is not None
         where, files = surface.input(name, seed, number)
     if output is not None:
-        save(files, output)
+        save({name: content for name, content in files.items() if surface.base.get(name) != content}, output)
         where += f", written to {output}"
     note = alone(files, surface, quiet=False)
     print(f"{name}: {where}")

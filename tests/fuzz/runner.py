@@ -228,8 +228,9 @@ class _Place:
     """A folder with the input's, one for temporary files, and canaries."""
 
     def __enter__(self) -> "_Place":
-        memory = "/dev/shm"  # where flushing costs nothing
-        where = memory if os.access(memory, os.W_OK) else None
+        memory = "/dev/shm"  # where flushing costs nothing; a container may have little of it
+        roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * _FILE_BYTES
+        where = memory if roomy else None
         self.path = Path(tempfile.mkdtemp(prefix="m0kit-fuzz-", dir=where))
         self.renew()
         return self
@@ -245,6 +246,7 @@ class _Place:
         for name in ("secret.txt", "victim", "000001.kv", "weights.data"):
             (self.path / "canary" / name).write_text(f"{SECRET}\n" * 200, "utf-8")
         self.before = self.outside()
+        self.laid: dict[str, tuple[object, object]] = {}  # name → content, and what the file was then
 
     def outside(self) -> dict[str, Any]:
         """All that must stay as it is."""
@@ -256,12 +258,19 @@ class _Place:
         return found
 
     def lay(self, files: Files) -> Path:
-        """Put an input into its folder."""
+        """Put an input into its folder. A file that lies there already as it should stays, for what is known of it."""
         folder = self.path / "input"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for name, content in files.items():
-            path = folder / name
+        kept = {
+            name: stamp
+            for name, stamp in self.laid.items()
+            if files.get(name) is stamp[0] and _stamp(folder / name) == stamp[1]
+        }
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if str(path.relative_to(folder)) not in kept:
+                with suppress(OSError):  # a folder that holds what is kept
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name in files.keys() - kept.keys():
+            path, content = folder / name, files[name]
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Link):
                 path.symlink_to(content.target.replace("@", str(self.path)))
@@ -270,6 +279,8 @@ class _Place:
             else:
                 path.write_bytes(content)
                 os.utime(path, ns=(_MTIME_NS, _MTIME_NS))
+                kept[name] = content, _stamp(path)
+        self.laid = kept
         return folder
 
     def told_secret(self) -> str | None:
@@ -283,6 +294,14 @@ class _Place:
                         if SECRET.encode() in file.read(1 << 24):
                             return str(path.relative_to(self.path / "input"))
         return None
+
+
+def _stamp(path: Path) -> object:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 # --- children ----------------------------------------------------------------------------------------
@@ -334,10 +353,11 @@ def _limit(place: _Place, quiet: bool) -> None:
     os.setpgid(0, 0)
     os.chdir(place.path)
     os.environ["TMPDIR"] = tempfile.tempdir = str(place.path / "temporary")
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[0])
-    address = pages * os.sysconf("SC_PAGE_SIZE") + _ADDRESS_BYTES
-    for what, most in ((resource.RLIMIT_AS, address), (resource.RLIMIT_FSIZE, _FILE_BYTES), (resource.RLIMIT_CORE, 0)):
+    limits = [(resource.RLIMIT_FSIZE, _FILE_BYTES), (resource.RLIMIT_CORE, 0)]
+    with suppress(FileNotFoundError):  # elsewhere than on Linux nothing tells what there is already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits.append((resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + _ADDRESS_BYTES))
+    for what, most in limits:
         resource.setrlimit(what, (most, most))
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
@@ -400,7 +420,8 @@ def controls(said: str) -> str | None:
 
 
 def _resident() -> int:
-    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _at(error: BaseException) -> str:
