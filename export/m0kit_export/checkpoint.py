@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired, TypedDict
@@ -41,7 +41,7 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 # Each ten times, or more, what the published model, or a fine-tune of it, has.
 _MAX_JSON_BYTES: Final = 16 << 20  # an index of the published model: 100 kB
-_MAX_HEADER_BYTES: Final = 16 << 20  # 100 kB; some trainers put as much again into the metadata
+_MAX_HEADER_BYTES: Final = 4 << 20  # 100 kB, and ten times that where a trainer tells its story in the metadata
 _MAX_NAME: Final = 512  # letters of a tensor's name: 100, in the wrappers of a trainer
 _MAX_TEXT: Final = 4 << 20  # letters of a README: 1 MB with the results of benchmarks in its front matter
 _MAX_LICENCE: Final = 64  # letters of a licence's id: 40
@@ -337,15 +337,26 @@ def read_json_object(path: Path, error: type[CheckpointError] = CheckpointError)
     return raw
 
 
+def check_tensors(path: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError on NaN, infinity or damage in any of these tensors of a file, which is opened once."""
+    for name, tensor in _read_all(path, names):
+        _check_finite(tensor, name, path.name)
+
+
 def _read_raw(path: Path, name: str) -> torch.Tensor:
+    return next(tensor for _, tensor in _read_all(path, [name]))
+
+
+def _read_all(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    name = "its header"
     try:
         with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            for name in names:
+                yield name, file.get_tensor(name)
     except (SafetensorError, AttributeError, OSError, OverflowError, RuntimeError, TypeError, ValueError):
         raise CheckpointError(
             f"cannot read {name} from {path.name}: the file changed or is damaged. Fetch it again"
         ) from None
-    return tensor
 
 
 def _check_finite(tensor: torch.Tensor, name: str, file: str) -> None:

@@ -41,7 +41,15 @@ from torch import nn
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.schema import fitting
 from m0kit_export.adapter import AdapterSpec
-from m0kit_export.checkpoint import Checkpoint, file_sha256, find_licence, read_header, read_json_object, read_tensor
+from m0kit_export.checkpoint import (
+    Checkpoint,
+    check_tensors,
+    file_sha256,
+    find_licence,
+    read_header,
+    read_json_object,
+    read_tensor,
+)
 from m0kit_export.names import canonical_name, expected_shapes, unwrapped
 from m0kit_export.patterns import try_patterns
 
@@ -63,9 +71,12 @@ _UNDERSTOOD = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "init_lora_weights"),
 }
-# Entries of one list: PEFT compares each with each module. A rank for every matrix of the published model are 324.
-_MAX_ENTRIES: Final = 10_000
-_Names = Annotated[list[str], Meta(max_length=_MAX_ENTRIES)]
+# Entries of one list, each of which PEFT compares with each module; a name for every matrix of the published model are
+# 324. Patterns it compiles again each time where they are many.
+_MAX_NAMES: Final = 2000
+_MAX_PATTERNS: Final = 1000
+_Names = Annotated[list[str], Meta(max_length=_MAX_NAMES)]
+_Patterns = Annotated[list[str], Meta(max_length=_MAX_PATTERNS // 2)]
 _Whole = Annotated[int, Meta(ge=0)]
 _Number = int | float
 
@@ -81,17 +92,17 @@ class Config(TypedDict, total=False):
     lora_alpha: _Number
     use_rslora: bool | None
     use_dora: bool | None
-    rank_pattern: Annotated[dict[str, Annotated[int, Meta(ge=1, lt=1 << 31)]], Meta(max_length=_MAX_ENTRIES)] | None
-    alpha_pattern: Annotated[dict[str, _Number], Meta(max_length=_MAX_ENTRIES)] | None
+    rank_pattern: Annotated[dict[str, Annotated[int, Meta(ge=1, lt=1 << 31)]], Meta(max_length=_MAX_PATTERNS)] | None
+    alpha_pattern: Annotated[dict[str, _Number], Meta(max_length=_MAX_PATTERNS)] | None
     target_modules: str | _Names | None
     exclude_modules: str | _Names | None
-    layers_to_transform: _Whole | Annotated[list[_Whole], Meta(max_length=_MAX_ENTRIES)] | None
-    layers_pattern: str | _Names | None
+    layers_to_transform: _Whole | Annotated[list[_Whole], Meta(max_length=_MAX_NAMES)] | None
+    layers_pattern: str | _Patterns | None
     fan_in_fan_out: bool | None
     bias: str
     lora_bias: bool | None
-    modules_to_save: _Names | None
-    trainable_token_indices: list[_Whole] | Annotated[dict[str, list[_Whole]], Meta(max_length=_MAX_ENTRIES)] | None
+    modules_to_save: _Patterns | None
+    trainable_token_indices: list[_Whole] | Annotated[dict[str, list[_Whole]], Meta(max_length=_MAX_NAMES)] | None
     init_lora_weights: bool | str | None
     ensure_weight_tying: bool | None
 
@@ -198,9 +209,7 @@ def _open_adapter(spec: AdapterSpec, checkpoint: Checkpoint) -> _Adapter:
         raise AdapterError(f"adapter {name} has no {WEIGHTS}")
     try:
         header = read_header(spec.path / WEIGHTS)
-        for tensor, (_, dtype) in header.items():
-            if dtype in _FLOATS:
-                read_tensor(spec.path / WEIGHTS, tensor)  # refuses NaN
+        check_tensors(spec.path / WEIGHTS, [tensor for tensor, (_, dtype) in header.items() if dtype in _FLOATS])
         hashes = {file: file_sha256(spec.path / file) for file in (CONFIG, WEIGHTS)}
     except CheckpointError as error:  # our own sentence, which names the file
         raise AdapterError(f"adapter {name}: {error}") from None

@@ -509,7 +509,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         lambda f: edit_header(f, lambda text: text.replace('{"', '{"' + "a" * 600 + '":' + json.dumps(ONE) + ',"', 1)),
         "a tensor whose name has 600 letters",
     ),
-    "header of gigabytes": (huge_header, f"{WEIGHTS} is not .*: its header has 17179869184 bytes, of which 16777216"),
+    "header of gigabytes": (huge_header, f"{WEIGHTS} is not .*: its header has 17179869184 bytes, of which 4194304"),
     # shards
     "shard missing": (lose_shard, f"shard model-00002-of-00002.safetensors of {INDEX} is missing"),
     "index cut short": (lambda f: (shard(f), truncate(INDEX, 0.5)(f)), f"{INDEX} in base is not readable JSON"),
