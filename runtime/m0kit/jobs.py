@@ -316,6 +316,11 @@ def _tell(journal: Journal) -> None:
         )
 
 
+def ended(row: Row) -> Scored:
+    """The result of a row that ends each process it is scored in."""
+    return Scored(row.number, row.id, None, None, None, _plain(f"{row.place}: {_ENDED}"))
+
+
 def _scored(
     engine: Engine, artifact: Path, load: Mapping[str, Any], source: Path, journal: Journal, done: Ranges
 ) -> Iterator[Scored | None]:
@@ -325,7 +330,7 @@ def _scored(
     while left[1] and not getattr(engine, "elsewhere", False):
         if condemned := journal.condemned():
             for (row,) in Work(source, _others(condemned), 1):
-                yield Scored(row.number, row.id, None, None, None, _plain(f"{row.place}: {_ENDED}"))
+                yield ended(row)
         else:
             size, rows = left
             work = Work(source, _others(rows), size)

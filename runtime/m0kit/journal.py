@@ -46,9 +46,9 @@ _SCHEMA: Final = (
 )
 _MOST_FACTS: Final = 100
 # A process that died had many rows in hand, and one of them may be why: they are tried again in parts so much smaller.
-_PARTS: Final = 16
+PARTS: Final = 16
 # So many processes that end with it alone in hand are a row's own doing.
-_MOST_ENDS: Final = 2
+MOST_ENDS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +270,7 @@ class Journal:
     def died(self, rows: Iterable[int], *, apart: bool) -> None:
         """A process ended by itself while it had these rows in hand, of which none had a result."""
         lost = sorted(set(rows))
-        self._suspects |= dict.fromkeys(lost, max(1, len(lost) // _PARTS))
+        self._suspects |= dict.fromkeys(lost, max(1, len(lost) // PARTS))
         if apart and len(lost) == 1:
             self._ends[lost[0]] = self._ends.get(lost[0], 0) + 1
         self._in_hand.clear()
@@ -290,7 +290,7 @@ class Journal:
 
     def condemned(self) -> Ranges:
         """Rows that ended one process after another while they alone were in hand."""
-        return to_ranges(sorted(row for row, ends in self._ends.items() if ends >= _MOST_ENDS))
+        return to_ranges(sorted(row for row, ends in self._ends.items() if ends >= MOST_ENDS))
 
     def _take_suspects(self) -> None:
         """What earlier processes have left of them."""

@@ -3,7 +3,8 @@
     score_file("m0-int8", "candidates.parquet", "scores.parquet", engine=ray_engine(workers=4))
 
 One task on the driver's machine reads the windows and cuts them into blocks; actors, each with a Reranker of its own,
-score them; the driver alone keeps the journal. An actor that dies is started again and its block retried. Artifact and
+score them; the driver alone keeps the journal. An actor that dies is started again and its block retried, in
+ever smaller parts; a row that ends two actors alone has that as its error. Artifact and
 images named by paths are opened by the actors: on several machines they must lie on a file system that all share,
 under the same path, and m0kit must be installed on each. An actor that finds another artifact, index or version there
 than the driver scores nothing. Connects to RAY_ADDRESS, else starts Ray here for the job: it then speaks to nobody but
@@ -17,12 +18,13 @@ import signal
 import socket
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from m0kit.errors import DependencyError, DeviceError, InputError, M0kitError
-from m0kit.jobs import Engine, Work, dependencies, score_rows
-from m0kit.journal import Scored
+from m0kit.jobs import Engine, Work, dependencies, ended, score_rows
+from m0kit.journal import MOST_ENDS, PARTS, Scored
 from m0kit.reranker import Reranker
 from m0kit.rows import Row
 
@@ -49,8 +51,19 @@ def ray_engine(workers: int = 1) -> Engine:
             "the engine ray needs Ray Data. pip install 'm0kit[ray]', or leave out --engine."
         ) from None
 
-    def engine(artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
-        options = dict(load)
+    return RayEngine(workers)
+
+
+@dataclass(frozen=True, slots=True)
+class RayEngine:
+    """What `ray_engine` returns."""
+
+    workers: int
+    elsewhere: ClassVar[bool] = True  # rows that end a process are looked for among the actors
+
+    def __call__(self, artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
+        """See `m0kit.jobs.Engine`."""
+        options, workers = dict(load), self.workers
         on_gpu = str(options.get("device", "cpu")).split(":")[0] == "cuda"
         if on_gpu:
             options["device"] = "cuda"  # Ray shows an actor the one GPU it gave it
@@ -69,8 +82,6 @@ def ray_engine(workers: int = 1) -> Engine:
                 import ray
 
                 ray.shutdown()
-
-    return engine
 
 
 def _connect(cores: int) -> bool:
@@ -129,13 +140,14 @@ def _results(
             yield _packed(error)
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    begun = ray.remote(_Begun).options(num_cpus=0, label_selector=here).remote()
     with ray.data.DataContext.current(context):
         scored = (
             ray.data.from_items([0], override_num_blocks=1)
             .map_batches(read, batch_format="pyarrow", num_cpus=0, label_selector=here)
             .map_batches(
                 _Scorer,
-                fn_constructor_kwargs={"artifact": artifact, "load": load, "expected": expected},
+                fn_constructor_kwargs={"artifact": artifact, "load": load, "expected": expected, "begun": begun},
                 batch_format="pyarrow",
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=workers),
@@ -156,13 +168,30 @@ def _results(
         ) from error
 
 
+class _Begun:
+    """An actor on the driver's machine: how often rows were begun together, which outlives who began them."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, ...], int] = {}
+
+    def begin(self, rows: tuple[int, ...]) -> int:
+        """How often they were begun before, by actors that came to no end with them."""
+        before = self._counts.get(rows, 0)
+        self._counts[rows] = before + 1
+        return before
+
+    def end(self, rows: tuple[int, ...]) -> None:
+        self._counts.pop(rows, None)
+
+
 class _Scorer:
     """An actor: opens the artifact once, scores blocks. Errors of ours travel as results, so that they stay whole.
 
     `expected` are the driver's `dependencies`: scores of others must not come in among them.
     """
 
-    def __init__(self, artifact: Path, load: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    def __init__(self, artifact: Path, load: Mapping[str, Any], expected: Mapping[str, str], begun: Any) -> None:
+        self._begun = begun
         try:
             self._reranker: Reranker | Exception = Reranker.load(artifact, **load)
             _check_same(dependencies(artifact, load), expected)
@@ -176,9 +205,26 @@ class _Scorer:
         if isinstance(self._reranker, Exception):
             return _packed(self._reranker)
         try:
-            return _packed(list(score_rows(self._reranker, rows)))
+            return _packed(list(self._scored(rows)))
         except M0kitError as error:
             return _packed(error)
+
+    def _scored(self, rows: Sequence[Row]) -> Iterator[Scored]:
+        """The results; of rows that an actor has died with, in parts that get smaller with each that dies."""
+        import ray
+
+        assert isinstance(self._reranker, Reranker)
+        numbers = tuple(row.number for row in rows)
+        ends = ray.get(self._begun.begin.remote(numbers))
+        if len(rows) == 1 and ends >= MOST_ENDS:
+            yield ended(rows[0])
+        elif ends == 0 or len(rows) == 1:
+            yield from score_rows(self._reranker, rows)
+        else:
+            size = max(1, len(rows) // PARTS)
+            for start in range(0, len(rows), size):
+                yield from self._scored(rows[start : start + size])
+        self._begun.end.remote(numbers)
 
 
 def _check_same(found: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -97,7 +97,7 @@ def test_a_file_that_is_no_text_is_named_once(raw: bytes, what: str) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "no", "no: No such file"),
-        (tmp_path, "is a folder"),
+        (tmp_path, "is a folder, and no file"),
         (Path("a\0"), "name of a"),
     ):
         with pytest.raises(InputError, match=words):

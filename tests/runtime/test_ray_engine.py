@@ -1,6 +1,7 @@
 """On Ray the scores are the same, and neither a dead worker nor a dead driver loses a row or counts one twice."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -159,6 +160,41 @@ def test_a_killed_driver_goes_on(cluster: str, artifact: Path, tmp_path: Path) -
     assert f"{output}: 3000 rows, {kept} of them from before, " in done.stderr
     score_file(artifact, source, tmp_path / "wanted.parquet", load=ONE)
     same(output, tmp_path / "wanted.parquet")
+
+
+def test_a_row_that_ends_its_worker_does_not_stop_the_job(
+    cluster: str, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"query": f"{WORDS[i % 8]} {i}", "document": "Wetter"} for i in range(300)]
+    rows[37]["document"] = "Wetter " * 2000
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    (tmp_path / "deadly_graphs.py").write_text(DEADLY_GRAPHS)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("deadly_graphs")
+    ray.cloudpickle.register_pickle_by_value(module)  # the workers cannot import it
+    load = {**ONE, "open_graph": module.open_deadly}
+    score_file(artifact, tmp_path / "in.parquet", tmp_path / "out.parquet", engine=ray_engine(2), load=load)
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["row"] for row in found if row["error"]] == [37]
+    assert found[37]["error"].startswith("row 37: the process was ended while this row was scored (twice). ")
+
+
+DEADLY_GRAPHS = """
+import os
+from m0kit.sessions import open_graph
+
+class Deadly:
+    def __init__(self, graph):
+        self.graph = graph
+
+    def run(self, feeds, outputs):
+        if len(feeds.get("token_ids", ())) > 1500:
+            os.kill(os.getpid(), 9)
+        return self.graph.run(feeds, outputs)
+
+def open_deadly(folder, name, **options):
+    return Deadly(open_graph(folder, name, device="cpu", threads=1, prepack=False, **options))
+"""
 
 
 def test_an_error_of_ours_comes_out_as_it_is(cluster: str, artifact: Path, tmp_path: Path) -> None:
