@@ -70,7 +70,7 @@ class Wrong(Exception):  # noqa: N818
 class Surface:
     """Something that reads what others wrote."""
 
-    seeds: Mapping[str, Files]  # one whose name begins with "whole" must be taken without an error
+    seeds: Mapping[str, Files]  # named "whole…" where it must be taken without an error, "once…" where it takes seconds
     mutate: Callable[[Random, Files], Files]
     target: Callable[[Path], object]  # given the folder: what a user would call; returns what was said, as text or not
     base: Files = field(default_factory=dict)  # what lies there beside or below what an input says
@@ -84,7 +84,8 @@ class Surface:
             return f"seed {names[number]}", self.seeds[names[number]]
         random = Random(f"{name}/{seed}/{number}")
         whole = [name for name in names if name.startswith("whole")]
-        chosen = random.choice(whole if whole and random.random() < 0.6 else names)
+        rest = [name for name in names if not name.startswith("once")]
+        chosen = random.choice(whole if whole and random.random() < 0.6 else rest)
         files = self.seeds[chosen]
         for _ in range(random.choice((1, 1, 1, 2, 3))):
             with suppress(Exception):  # what one change left, the next may not be able to take for what it was
