@@ -27,9 +27,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from m0kit import tokens
-from m0kit.artifact import TOKENIZER, Kept, KnownAnswer, KnownAnswers
+from m0kit.artifact import TOKENIZER, KnownAnswer, KnownAnswers
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
+from m0kit.ports import Kept
 from m0kit_export.builder import Graph, Weight
 from m0kit_quant import int8
 from m0kit_quant.recipe import EMBEDDING

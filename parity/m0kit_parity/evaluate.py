@@ -33,12 +33,13 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from m0kit.artifact import TOKENIZER, Kept, Manifest, read_manifest, verify_files
+from m0kit.artifact import TOKENIZER, Manifest, read_manifest, verify_files
 from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit.hub import resolve
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
+from m0kit.ports import Kept
 from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker, sigmoid
 from m0kit.terminal import bar, say, show, show_json

@@ -28,7 +28,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from m0kit.artifact import KV, Kept, read_manifest
+from m0kit.artifact import read_manifest
 from m0kit.cache import Cache
 from m0kit.cli_options import ARTIFACT, require_place
 from m0kit.config import DecoderConfig, ModelConfig
@@ -37,6 +37,7 @@ from m0kit.images import Images
 from m0kit.index import add, open_index, stored_form
 from m0kit.inputs import Content, Picture, parse_content
 from m0kit.planner import pack
+from m0kit.ports import KV, Kept
 from m0kit.prompt import ImageTokens, PromptBuilder
 from m0kit.reranker import PAST_BYTES, Document, Reranker
 from m0kit.states import Pasts, State

@@ -33,13 +33,11 @@ from m0kit.errors import (
 )
 from m0kit.external import external_tensors
 from m0kit.files import open_regular, read_regular, sync
-from m0kit.ports import GRAPHS, KV, GraphPorts, Kept, check_ports, decoder_name
+from m0kit.ports import KV, GraphPorts, check_ports
 from m0kit.precision import SCHEMES
 from m0kit.schema import exactly, fitting, parse
 from m0kit.signature import required, signer
 from m0kit.verified import Memory
-
-__all__ = ["GRAPHS", "KV", "Kept", "decoder_name"]  # of `m0kit.ports`, for who knows artifacts alone
 
 FORMAT = "m0kit-artifact"
 FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder rightly

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Literal
 
 import click
 
-from m0kit.artifact import KV, Kept
 from m0kit.cli_options import (
     ARTIFACT,
     DEVICE,
@@ -38,6 +37,7 @@ from m0kit.inputs import Known, Picture, Text, check_many, parse_content
 from m0kit.lines import strings
 from m0kit.plain import plain
 from m0kit.planner import TOKEN_BUDGET, pack
+from m0kit.ports import KV, Kept
 from m0kit.reranker import (
     LOW_MEMORY_VISUAL_TOKENS,
     Document,

@@ -16,11 +16,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit.artifact import TOKENIZER_BYTES
 from m0kit.cache import Cache
 from m0kit.config import PromptConfig
 from m0kit.errors import ArtifactDamagedError, InputError
 from m0kit.files import read_regular
-from m0kit.tokens import MAX_TOKENIZER_BYTES, Encoder, open_tokenizer
+from m0kit.tokens import Encoder, open_tokenizer
 
 # Bytes of documents that are remembered in tokens, for the next query: 3,000 of 768 tokens. Tokenising one takes longer
 # than a hundredth of scoring a query on it.
@@ -74,7 +75,7 @@ class PromptBuilder:
     def __init__(self, tokenizer_file: Path, config: PromptConfig) -> None:
         """Raises ArtifactDamagedError when the file is not a tokenizer."""
         try:
-            tokenizer = open_tokenizer(read_regular(tokenizer_file, MAX_TOKENIZER_BYTES))
+            tokenizer = open_tokenizer(read_regular(tokenizer_file, TOKENIZER_BYTES))
         except OSError as error:
             raise ArtifactDamagedError(f"{tokenizer_file}: {error.strerror}. Export again.") from None
         except ValueError as error:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from m0kit import forks, sessions
 from m0kit.answers import KINDS, Answer, Engine, Kind, Trial
-from m0kit.artifact import KV, TOKENIZER, Kept, Manifest, decoder_name, read_manifest, verify_files
+from m0kit.artifact import TOKENIZER, Manifest, read_manifest, verify_files
 from m0kit.cache import Cache, Once
 from m0kit.config import ModelConfig
 from m0kit.errors import (
@@ -47,7 +47,7 @@ from m0kit.image import patchify
 from m0kit.images import ENCODING_COST, Images
 from m0kit.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
 from m0kit.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
-from m0kit.ports import is_first_format
+from m0kit.ports import KV, Kept, decoder_name, is_first_format
 from m0kit.positions import mrope_positions
 from m0kit.precision import check_device
 from m0kit.prompt import ImageTokens, Prompt, PromptBuilder, PromptDocument

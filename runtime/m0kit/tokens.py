@@ -52,8 +52,6 @@ _PLAIN: Final = (  # settings of a model that Qwen2's does not make use of
     "byte_fallback",
     "ignore_merges",
 )
-# Of a tokenizer.json: the published one has 7 MB, 11 MB as other versions write it.
-MAX_TOKENIZER_BYTES: Final = 64 << 20
 # Letters of a token, which are bytes: Qwen2's longest has 128. Work for a boundary grows with the square.
 MAX_TOKEN_LETTERS: Final = 512
 # Bytes of a text that is tokenised whole: some 2 s and 400 MB a megabyte. Written text is cut long before.

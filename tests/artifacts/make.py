@@ -77,7 +77,8 @@ def _decoded(artifact: Path) -> dict[str, NDArray[np.float32]]:
     """The float32 matrix that the stored parts of every tensor stand for."""
     import onnx
 
-    from m0kit.artifact import GRAPHS, read_manifest
+    from m0kit.artifact import read_manifest
+    from m0kit.ports import GRAPHS
     from m0kit_export.checkpoint import expected_shapes
     from m0kit_export.graphs import build_graphs
     from m0kit_quant.recipe import Recipe

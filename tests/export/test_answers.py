@@ -12,10 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from m0kit import Reranker
-from m0kit.artifact import KV, KnownAnswer, read_manifest
+from m0kit.artifact import KnownAnswer, read_manifest
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
 from m0kit.inputs import parse_content
+from m0kit.ports import KV
 from m0kit.precision import SCHEMES
 from m0kit_export import answers as module
 from m0kit_export.answers import IMAGE_QUERIES, QUERIES, known_answers

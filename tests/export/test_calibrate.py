@@ -21,8 +21,9 @@ from PIL import Image
 from torch import nn
 
 from m0kit import Reranker
-from m0kit.artifact import GRAPHS, read_manifest, verify_files
+from m0kit.artifact import read_manifest, verify_files
 from m0kit.errors import OutputError, RecipeError, SignatureError
+from m0kit.ports import GRAPHS
 from m0kit_export import export
 from m0kit_export.builder import Weight
 from m0kit_export.calibrate import calibrate, read_pairs

@@ -26,18 +26,9 @@ from tests.export._killed import PRELUDE
 from torch import nn
 
 from m0kit import Reranker, files
-from m0kit.artifact import (
-    GRAPHS,
-    KV,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    decoder_name,
-    read_manifest,
-    verify_files,
-    write_manifest,
-)
+from m0kit.artifact import MANIFEST, TOKENIZER, Manifest, read_manifest, verify_files, write_manifest
 from m0kit.errors import CheckpointError, OutputError
+from m0kit.ports import GRAPHS, KV, decoder_name
 from m0kit_export import export
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint

@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m0kit import Reranker
-from m0kit.artifact import GRAPHS, KV, decoder_name, read_manifest
+from m0kit.artifact import read_manifest
 from m0kit.config import ModelConfig
 from m0kit.errors import ScoreError, WrongAnswerError
 from m0kit.planner import Group, Layout, image_rows, layout_groups
+from m0kit.ports import GRAPHS, KV, decoder_name
 from m0kit.positions import vision_positions
 from m0kit.precision import SCHEMES
 from m0kit.sessions import OnnxRuntimeGraph, open_graph

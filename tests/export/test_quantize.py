@@ -28,8 +28,9 @@ from tests.export._killed import PRELUDE
 from tests.export._without import TORCH, m0kit_without
 
 from m0kit import Reranker
-from m0kit.artifact import GRAPHS, read_manifest, verify_files
+from m0kit.artifact import read_manifest, verify_files
 from m0kit.errors import ArtifactDamagedError, ArtifactError, CheckpointError, OutputError, RecipeError
+from m0kit.ports import GRAPHS
 from m0kit.precision import SCHEMES
 from m0kit.sessions import open_graph
 from m0kit_export import export

@@ -15,8 +15,6 @@ from tests._sealed import edit_manifest, put_file
 
 from m0kit import artifact as module
 from m0kit.artifact import (
-    GRAPHS,
-    KV,
     MANIFEST_BYTES,
     FileEntry,
     KnownAnswer,
@@ -34,7 +32,7 @@ from m0kit.errors import (
     ArtifactVersionError,
     M0kitError,
 )
-from m0kit.ports import expected_ports
+from m0kit.ports import GRAPHS, KV, expected_ports
 from m0kit_parity.checkpoints import model_config
 
 EMPTY = b"\x3a\x00"  # a graph of nothing

@@ -27,8 +27,8 @@ from PIL import Image
 from tests.runtime.test_prompt import fragments, published
 
 from m0kit import Reranker, sessions
-from m0kit.artifact import KV
 from m0kit.cache import Cache
+from m0kit.ports import KV
 from m0kit.prompt import ImageTokens
 
 if TYPE_CHECKING:

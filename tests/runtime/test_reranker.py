@@ -27,9 +27,9 @@ from PIL import Image
 from tests._alone import optional
 
 from m0kit import Reranker, Result, sessions
-from m0kit.artifact import KV
 from m0kit.cache import Cache
 from m0kit.errors import DependencyError, ImageError, InputError, M0kitError, ScoreError
+from m0kit.ports import KV
 from m0kit.reranker import best_first, sigmoid
 
 if TYPE_CHECKING:

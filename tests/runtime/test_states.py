@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from m0kit.artifact import KV
 from m0kit.config import DecoderConfig
+from m0kit.ports import KV
 from m0kit.states import DTYPES, Pasts, State
 
 Array = NDArray[Any]
