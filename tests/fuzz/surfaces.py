@@ -944,7 +944,13 @@ def adapter() -> Surface:
     with tempfile.TemporaryDirectory() as made:
         for form in ("plain", "patterns", "dora"):
             write_adapter(Path(made) / form, owner, form)
-            forms[form] = {n: raw.replace(owner.encode(), b"base") for n, raw in tree(Path(made) / form).items()}
+            forms[form] = tree(Path(made) / form)
+            written = json.loads(forms[form]["adapter_config.json"]) | {"base_model_name_or_path": "base"}
+            written["target_modules"] = sorted(written["target_modules"])  # PEFT's is a set
+            forms[form] = {
+                "adapter_config.json": json.dumps(written).encode(),
+                "adapter_model.safetensors": forms[form]["adapter_model.safetensors"],
+            }
     weights = "adapter_model.safetensors"
 
     # A helper tries patterns, and is given the time that many names may take; here there are few.
