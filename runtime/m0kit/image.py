@@ -78,14 +78,15 @@ def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
     where = at(where, picture.path)
     own = isinstance(picture.source, Image.Image)
     image = picture.source if isinstance(picture.source, Image.Image) else open_image(_bytes(picture, where), where)
-    if not picture.ready:  # before anything is decoded
+    # Before anything is decoded.
+    if picture.ready:
+        _check_ready(*image.size, config, where)
+    else:
         _check_sides(*image.size, where)
     if not own:
         image = _upright(image, where)
     width, height = image.size
     if picture.ready:
-        if height % config.factor or width % config.factor:
-            raise ImageError(f"{where}: kept pixels of {width}×{height}, sides must be multiples of {config.factor}.")
         return _pixels(np.asarray(image), config)
     rows, columns = smart_resize(height, width, config)
     said = f"{where}: the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
@@ -110,7 +111,16 @@ def ready_grid(picture: Picture, config: ImageConfig, where: str) -> NDArray[np.
     """grid_thw (3,) of a `ready` picture, from its header alone. Raises ImageError naming `where`."""
     assert isinstance(picture.source, bytes)
     width, height = open_image(picture.source, where).size
+    _check_ready(width, height, config, where)
     return np.array([1, height // config.patch_size, width // config.patch_size], np.int64)
+
+
+def _check_ready(width: int, height: int, config: ImageConfig, where: str) -> None:
+    if height % config.factor or width % config.factor or width * height > config.max_pixels:
+        raise ImageError(
+            f"{where}: kept pixels of {width}×{height}; sides must be multiples of {config.factor}, and at most "
+            f"{config.max_pixels} pixels. Add the document again."
+        )
 
 
 def _pixels(values: NDArray[np.uint8], config: ImageConfig) -> Pixels:

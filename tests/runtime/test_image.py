@@ -22,7 +22,7 @@ from tests._alone import optional
 from m0kit.config import ImageConfig
 from m0kit.decoding import MAX_DECODED_PIXELS
 from m0kit.errors import ImageError
-from m0kit.image import patchify, resize, smart_resize
+from m0kit.image import patchify, ready_grid, resize, smart_resize
 from m0kit.inputs import Picture, parse_content
 from m0kit_parity.checkpoints import model_config
 
@@ -431,3 +431,14 @@ def test_running_out_of_memory_is_not_the_images_fault(monkeypatch: pytest.Monke
     monkeypatch.setattr(Image, "open", full)
     with pytest.raises(MemoryError):
         ours(SEEDS["PNG"], SMALL)
+
+
+@pytest.mark.parametrize("size", [(30, 30), (28, 29), (28 * 40, 28 * 40)])
+def test_kept_pixels_of_another_size_than_the_model_sees_are_refused_undecoded(size: tuple[int, int]) -> None:
+    """An index from elsewhere may hold them; the grid of such a picture is asked before its pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    picture = Picture(file.getvalue()[:60], "a", ready=True)  # cut off: a header is all that is looked at
+    for look in (ready_grid, resize):
+        with pytest.raises(ImageError, match=rf"^here: kept pixels of {size[0]}×{size[1]}; sides must be multiples of"):
+            look(picture, PUBLISHED, "here")
