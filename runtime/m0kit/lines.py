@@ -44,6 +44,10 @@ def lines(source: Path | BinaryIO, place: str | None = None) -> Iterator[tuple[i
         raise InputError(f"{place!r} cannot be the name of a file.") from None
     with opened as file:
         number = 0
+        # Before a line is looked for: what is no text may have none, and a device no end.
+        head = _ahead(file, place).partition(b"\n")[0] if isinstance(file, io.BufferedReader) else b""
+        if head and (what := no_text(head) or ("holds null bytes alone." if not head.strip(b"\0") else None)):
+            raise InputError(f"{place}: {what}")
         while line := _readline(file, place):
             number += 1
             if number == 1 and (what := no_text(line)):
@@ -113,12 +117,17 @@ def _readline(file: BinaryIO, place: str) -> bytes:
 def _pass_blanks(file: io.BufferedReader, place: str) -> int:
     """Read on as long as nothing but line feeds is buffered, and count them: a file may be made of such."""
     passed = 0
+    while blanks := len(ahead := _ahead(file, place)) - len(ahead.lstrip(b"\n")):
+        passed += len(file.read(blanks))  # which are in memory
+    return passed
+
+
+def _ahead(file: io.BufferedReader, place: str) -> bytes:
+    """What is buffered, or comes next."""
     try:
-        while blanks := len(ahead := file.peek()) - len(ahead.lstrip(b"\n")):
-            passed += len(file.read(blanks))
+        return file.peek()
     except OSError as error:
         raise InputError(f"{place}: {os.strerror(error.errno or 0)}.") from None
-    return passed
 
 
 def _decoded(line: bytes | None) -> str:
