@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired, TypedDict
@@ -337,7 +337,7 @@ def read_json_object(path: Path, error: type[CheckpointError] = CheckpointError)
     return raw
 
 
-def check_tensors(path: Path, names: Iterable[str]) -> None:
+def check_tensors(path: Path, names: Sequence[str]) -> None:
     """Raises CheckpointError on NaN, infinity or damage in any of these tensors of a file, which is opened once."""
     for name, tensor in _read_all(path, names):
         _check_finite(tensor, name, path.name)
@@ -347,8 +347,8 @@ def _read_raw(path: Path, name: str) -> torch.Tensor:
     return next(tensor for _, tensor in _read_all(path, [name]))
 
 
-def _read_all(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    name = "its header"
+def _read_all(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    name = next(iter(names), "its header")
     try:
         with safe_open(path, framework="pt") as file:
             for name in names:
