@@ -324,7 +324,7 @@ def _content(raw: object) -> Content:
     _known(raw, {"text", "times"})
     text, times = _field(raw, "text", str), _field(raw, "times", int, 0)
     if not 0 <= times * (len(text) + 10) <= _MAX_LETTERS:
-        raise ValueError(f"times is {times:.10g}, which makes less than nothing or more than {_MAX_LETTERS} letters")
+        raise ValueError(f"times is {shown(times)}, which makes less than nothing or more than {_MAX_LETTERS} letters")
     if not times:
         return text_content(text)
     return text_content("".join(text.replace("{n}", str(n)) for n in range(1, times + 1)))

@@ -362,11 +362,6 @@ class Journal:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except ForeignDatabaseError as error:
-            raise OutputError(
-                f"{self.path}: is no journal of this version of m0kit, or a damaged one. Give --overwrite to remove it "
-                f"and start anew. (Found: {str(error).removeprefix(f'{self.path}: ')}.)"
-            ) from error
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise self._busy() from None
@@ -376,7 +371,8 @@ class Journal:
             ) from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of SQLite's own message
             raise OutputError(
-                f"{self.path}: is no journal, or a damaged one. Give --overwrite to start anew."
+                f"{self.path}: is no journal of this version of m0kit, or a damaged one. Give --overwrite to remove it "
+                f"and start anew. (Found: {str(error).removeprefix(f'{self.path}: ')}.)"
             ) from error
         except OSError as error:
             if isinstance(error, OutputError):

@@ -39,6 +39,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import secrets
 import sqlite3
 import sys
@@ -161,8 +162,13 @@ PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {FORMAT_VERSION};
 """
 _ROOM = f"(size + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}"
+_CHECKS = {  # of each table: SQLite holds them against what a writer does, and not for who only reads
+    table: " AND ".join(f"({check})" for check in re.findall(r"CHECK \((.*)\),?(?: --.*)?$", columns, re.MULTILINE))
+    for table, columns in re.findall(r"CREATE TABLE (\w+) \(\n(.*?)^\)", _SCHEMA, re.MULTILINE | re.DOTALL)
+}
 # Each finds something only in a database that is not sound: pieces outside of their segment, and wrong counts.
 _UNSOUND = (
+    *(f"SELECT 1 FROM {table} WHERE ({checks}) IS NOT TRUE LIMIT 1" for table, checks in _CHECKS.items() if checks),
     "SELECT 1 FROM pieces JOIN segments ON number = segment "
     f"WHERE start % {_ALIGN} <> 0 OR start + pieces.size > segments.size LIMIT 1",
     "SELECT number, pieces, records, live, taken, fixed, cold FROM segments EXCEPT SELECT segment, COUNT(*), "

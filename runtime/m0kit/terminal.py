@@ -305,7 +305,7 @@ def _told(error: BaseException) -> tuple[int, list[str]]:
         case OSError():
             where = error.filename if error.filename is not None else "stdout" if _stuck(sys.stdout) else None
             what = error.strerror or _one_line(error) or type(error).__name__
-            return 1, [f"error: {f'{click.format_filename(where)}: ' if where else ''}{what}."]
+            return 1, [f"error: {f'{_one_line(os.fsdecode(where))}: ' if where else ''}{what}."]
     text = _one_line(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # the second is PyTorch's
         return 1, [f"error: out of memory{f': {_short(text)}' if text else ''}. Close other programs, or ask for less."]
