@@ -70,6 +70,8 @@ def read_footer(file: BinaryIO) -> list[Group]:
 
 def page_sizes(file: BinaryIO, column: Column, max_pages: int) -> PageSizes:
     """Read the headers of its pages. Raises ValueError as `read_footer` does."""
+    if column.num_values == 0:  # which has no page
+        return PageSizes(0, 0, 0, 0)
     start, end = column.start, column.start + column.num_bytes
     if not 4 <= start <= end <= file.seek(0, 2):
         raise ValueError("a column lies outside of the file")
