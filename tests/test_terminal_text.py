@@ -91,6 +91,11 @@ CASES: dict[tuple[str, ...], list[Case]] = {
         Case(lambda p: [p.artifact, "--json"], IN_JSON),
         Case(lambda p: [p.missing]),
     ],
+    ("sign",): [
+        Case(lambda p: [p.artifact, "--key", p.missing]),
+        Case(lambda p: [p.artifact, "--key", p.documents]),
+        Case(lambda p: [p.missing, "--key", p.missing]),
+    ],
     ("doctor",): [Case(lambda p: [p.artifact]), Case(lambda p: [p.artifact, "--json"], IN_JSON)],
     ("rerank",): [
         Case(lambda p: [p.artifact, "--query", NASTY, p.documents]),

@@ -19,7 +19,7 @@ from m0kit.errors import AdapterError
 
 # All patterns against all names. Of the hundreds of the published model's, with a rank for each layer, half a second.
 DEADLINE_S: Final = 20  # of a processor, where the system counts them: a busy machine decides nothing
-_WAIT_S: Final = 10 * DEADLINE_S  # of the clock, for where it does not
+WAIT_S: Final = 10 * DEADLINE_S  # of the clock, for where it does not
 # Letters of all patterns together; a rank and an alpha for each matrix, by its full name, are 30,000.
 _MAX_LETTERS: Final = 1 << 16
 
@@ -102,7 +102,7 @@ def _answers(work: bytes) -> list[str | None]:
         stderr=subprocess.DEVNULL,
     ) as helper:
         try:
-            told, _ = helper.communicate(work, timeout=_WAIT_S)
+            told, _ = helper.communicate(work, timeout=WAIT_S)
         except subprocess.TimeoutExpired:
             helper.kill()
             told, _ = helper.communicate()

@@ -363,7 +363,7 @@ def sign(artifact: Path, key: Path) -> None:
     before any command, or M0KIT_REQUIRE_SIGNATURE, opens artifacts with a trusted one alone.
     """
     verify_files(artifact, read_manifest(artifact, require_signature=False))
-    sign_manifest(artifact, key)
+    sign_manifest(artifact, key, say)
     say(f"{artifact / SIGNATURE}: written. Whoever trusts the key opens it with --require-signature.")
 
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -44,19 +45,24 @@ def required(signers: str | os.PathLike[str] | None = None) -> Path | None:
     return Path(named) if named else None
 
 
-def sign(folder: Path, key: Path) -> None:
+def sign(folder: Path, key: Path, tell: Callable[[str], object]) -> None:
     """Sign the manifest in `folder` with a private key, or a public one whose private key an agent holds.
 
-    The signature is written aside and renamed. Raises SignatureError, DependencyError, OutputError.
+    ssh-keygen asks for a passphrase on the terminal; each line that it says goes to `tell`: what was wrong, or that a
+    token wants to be touched. The signature is written aside and renamed. Raises SignatureError, DependencyError,
+    OutputError.
     """
-    with open_regular(folder / "manifest.json") as file:
-        done = subprocess.run(
-            [_program(), "-Y", "sign", "-q", "-n", NAMESPACE, "-f", os.fspath(key)],
-            stdin=file,
-            stdout=subprocess.PIPE,  # it asks for a passphrase on the terminal, and tells there what was wrong
-            check=False,
-        )
-    if done.returncode or not _ARMOUR.fullmatch(done.stdout):
+    words = [_program(), "-Y", "sign", "-q", "-n", NAMESPACE, "-f", os.fspath(key)]
+    with (
+        open_regular(folder / "manifest.json") as manifest,
+        subprocess.Popen(words, stdin=manifest, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            tell(f"ssh-keygen: {line.decode('utf-8', 'replace').rstrip()}")
+        signature = process.stdout.read()  # less than a pipe holds, so it has not waited for that
+    if process.returncode or not _ARMOUR.fullmatch(signature):
         raise SignatureError(
             f"{folder}: was not signed, ssh-keygen could not use the key {key}. Give a private key in OpenSSH's form, "
             "or a public one whose private key the agent holds."
@@ -68,7 +74,7 @@ def sign(folder: Path, key: Path) -> None:
         handle, aside = tempfile.mkstemp(dir=folder, prefix=f".{SIGNATURE}.")
         try:
             with open(handle, "wb") as file:
-                file.write(done.stdout)
+                file.write(signature)
                 file.flush()
                 os.chmod(aside, 0o644)  # whoever reads the manifest reads its signature
                 sync(file.fileno())

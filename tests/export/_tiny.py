@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
+from m0kit.tokens import PATTERN
+
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 160, 48, 2, 4, 2, 56
 DEPTH, WIDTH, VISION_HEADS = 2, 32, 2
 MROPE = [2, 2, 2]
@@ -81,6 +83,15 @@ def tokenizer() -> dict[str, Any]:
             {"id": number, "content": content, "special": True, **flags}
             for number, content in ((START, "<|vision_start|>"), (END, "<|vision_end|>"), (PAD, "<|image_pad|>"))
         ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            ],
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         "model": {"type": "BPE", "vocab": {chr(33 + number): number for number in range(START)}, "merges": []},
     }
 

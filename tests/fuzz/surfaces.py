@@ -954,7 +954,7 @@ def adapter() -> Surface:
     weights = "adapter_model.safetensors"
 
     # A helper tries patterns, and is given the time that many names may take; here there are few.
-    patterns.DEADLINE_S = 0.1  # type: ignore[misc]
+    patterns.WAIT_S = 0.1  # type: ignore[misc]
 
     def target(folder: Path) -> object:
         stack = AdapterStack.open([AdapterSpec(folder)], opened)

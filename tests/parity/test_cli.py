@@ -385,7 +385,7 @@ def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
         rerank ART --query q --index NONE FILE           | no such folder
         rerank ART --query q --max-pixels 100 FILE       | --max-pixels
         score NONE FILE                                  | no such folder
-        score ART NONE                                   | No such file
+        score ART NONE                                   | does not exist
         score ART FILE --workers 2                       | need -o
         score ART FILE -o PAGE                           | must end with
         doctor NONE                                      | no such folder

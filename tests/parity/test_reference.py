@@ -204,7 +204,7 @@ def test_a_pattern_is_tried_on_the_names_that_the_reference_has(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This one takes its time on modules alone that no tensor belongs to, which the export does not have."""
-    monkeypatch.setattr(patterns, "DEADLINE_S", 2.0)
+    monkeypatch.setattr(patterns, "DEADLINE_S", 2)
     write_adapter(tmp_path / "a", tiny, "plain")
     config = tmp_path / "a" / "adapter_config.json"
     raw = json.loads(config.read_text())

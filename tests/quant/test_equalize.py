@@ -27,7 +27,7 @@ def config_of(kv_heads=2, repeats=3, pairs=(1, 1, 1), layers=1, inner=10, merge=
         DecoderConfig(heads * head_dim, layers, heads, kv_heads, head_dim, inner, 1e-6, 1e6, pairs, 50, 100),
         VisionConfig(layers, 8, 2, 12, 3, 2, 1, merge, 1e-6, 1e4),
         ImageConfig(16, 1024, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255, 2, 1, merge),
-        PromptConfig(1, 2, 3),
+        PromptConfig(1, 2, 3, score_token_id=4),
     )
 
 

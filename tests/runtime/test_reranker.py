@@ -374,9 +374,9 @@ def test_low_memory_fetches_a_kept_state_once(artifact: Path, monkeypatch: pytes
     fetched: Counter[bytes] = Counter()
     state = Reranker.state
 
-    def counted(self: Reranker, key: bytes) -> Any:
+    def counted(self: Reranker, key: bytes, length: int) -> Any:
         fetched[key] += 1
-        return state(self, key)
+        return state(self, key, length)
 
     monkeypatch.setattr(Reranker, "state", counted)
     np.testing.assert_array_equal(reranker.score(pairs), expected)

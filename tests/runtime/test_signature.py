@@ -45,7 +45,7 @@ def folder(artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def signed(folder: Path, keys: Path) -> Path:
-    sign(folder, keys / "alice")
+    sign(folder, keys / "alice", print)
     return folder
 
 
@@ -87,7 +87,10 @@ def _sign_for(namespace: str) -> Callable[[Path, Path], object]:
 
 REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "missing": (lambda a, _: (a / SIGNATURE).unlink(), r"is not signed \(there is no manifest\.json\.sig\)"),
-    "of somebody else": (lambda a, keys: sign(a, keys / "bob"), "its signer is not among those that are trusted"),
+    "of somebody else": (
+        lambda a, keys: sign(a, keys / "bob", print),
+        "its signer is not among those that are trusted",
+    ),
     "for another purpose": (_sign_for("file"), "is a signature for 'file', not for m0kit-artifact"),
     "changed manifest": (
         lambda a, _: edit_manifest(a, lambda raw: raw["model"]["prompt"].update(logit_bias=0.5)),
@@ -152,7 +155,7 @@ def test_without_openssh_nothing_is_opened_and_it_is_said(
     with pytest.raises(DependencyError, match=r"ssh-keygen, which is not here\. Install OpenSSH"):
         read_manifest(signed, require_signature=keys / "signers")
     with pytest.raises(DependencyError, match="ssh-keygen"):
-        sign(signed, keys / "alice")
+        sign(signed, keys / "alice", print)
 
 
 def test_the_environment_requires_it_of_every_reader(signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +177,7 @@ def test_a_loaded_one_asks_again_where_it_is_sent_to(signed: Path, keys: Path) -
 
     packed = pickle.dumps(Reranker.load(signed, threads=1, require_signature=keys / "signers"))
     assert pickle.loads(packed).score([("q", "d")]).shape == (1,)
-    sign(signed, keys / "bob")
+    sign(signed, keys / "bob", print)
     with pytest.raises(SignatureError, match="not among those"):
         pickle.loads(packed)
 
@@ -188,7 +191,7 @@ def test_a_changed_file_is_found_behind_a_good_signature(signed: Path, keys: Pat
 
 def test_signing_again_replaces_the_signature_and_leaves_nothing_beside_it(signed: Path, keys: Path) -> None:
     before = {path.name for path in signed.iterdir()}
-    sign(signed, keys / "bob")
+    sign(signed, keys / "bob", print)
     assert {path.name for path in signed.iterdir()} == before
     assert stat.S_IMODE((signed / SIGNATURE).stat().st_mode) == 0o644
     with pytest.raises(SignatureError, match="not among those"):
@@ -200,7 +203,7 @@ def test_a_link_in_the_signatures_place_is_replaced_and_what_it_leads_to_stays(
 ) -> None:
     (tmp_path / "precious").write_text("mine")
     (folder / SIGNATURE).symlink_to(tmp_path / "precious")
-    sign(folder, keys / "alice")
+    sign(folder, keys / "alice", print)
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (folder / SIGNATURE).is_symlink()
 
@@ -208,10 +211,10 @@ def test_a_link_in_the_signatures_place_is_replaced_and_what_it_leads_to_stays(
 def test_a_key_that_is_none_and_a_place_that_is_taken_are_said(folder: Path, keys: Path) -> None:
     for key in (keys / "nobody", keys / "signers"):
         with pytest.raises(SignatureError, match=rf"was not signed, ssh-keygen could not use the key {key}"):
-            sign(folder, key)
+            sign(folder, key, print)
     (folder / SIGNATURE).mkdir()
     with pytest.raises(OutputError, match="is a folder, and a signature goes there"):
-        sign(folder, keys / "alice")
+        sign(folder, keys / "alice", print)
     assert {path.name for path in folder.iterdir()} >= {"manifest.json", SIGNATURE}
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 

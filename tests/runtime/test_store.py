@@ -1901,7 +1901,7 @@ def test_only_an_empty_place_becomes_a_store(folder: Path) -> None:
 
 
 def test_a_create_that_fails_or_is_killed_leaves_no_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kill_at in range(1, 200):
+    for kill_at in range(1, 1000):
         pid = os.fork()
         if pid == 0:
             left = kill_at
