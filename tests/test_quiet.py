@@ -132,6 +132,7 @@ def pairs(tmp_path: Path) -> Path:
 
 
 _CACHE = {".cache/m0kit/verified.json"}
+_JOB = {*_CACHE, ".cache/m0kit/journal.key"}
 _TORCH = re.compile(r"torchinductor_\w+")  # an empty folder that PyTorch makes where temporary files are
 
 
@@ -139,7 +140,7 @@ _TORCH = re.compile(r"torchinductor_\w+")  # an empty folder that PyTorch makes 
     ("command", "home", "work"),
     [
         ("score {artifact} {pairs}", _CACHE, set()),
-        ("score {artifact} {pairs} -o out.jsonl", _CACHE, {"out.jsonl"}),
+        ("score {artifact} {pairs} -o out.jsonl", _JOB, {"out.jsonl"}),
         ("index add {artifact} library {pairs}", _CACHE, {"library/*"}),
         ("doctor", set(), set()),
         ("bench memory {artifact} --max-tokens 256 --max-visual-tokens 192", _CACHE, set()),
@@ -187,7 +188,7 @@ def test_a_cluster_started_here_keeps_to_this_machine(tiny_artifact: Path, pairs
     assert _outside(seen.addresses) == set()
     assert seen.early == set()
     assert seen.refused in (0, None)
-    assert seen.files["home"] == {*_CACHE, ".ray/auth_token"}
+    assert seen.files["home"] == {*_JOB, ".ray/auth_token"}
     assert {name for name in seen.files["tmp"] if not name.startswith("ray/")} == set()
     assert seen.files["work"] == {"out.jsonl"}
 
