@@ -320,7 +320,7 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
     damaged = sorted({name for names in found.damaged.values() for name in names})
     if as_json:
         facts = {"states": found.records, "damaged": damaged, "damaged_contents": list(found.contents)}
-        facts |= {"segments": list(found.segments), "without_state": list(found.pending)}
+        facts |= {"segments": list(found.segments), "without_state": list(found.pending), "lost": found.lost}
         show_json(facts)
     else:
         show(f"{index_folder}: {found.records} states read, {len(found.damaged)} damaged")
@@ -330,6 +330,8 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
             show(f"damaged: the document {name} itself; add it again from its source")
         for name in found.segments:
             show(f"missing or too short: {name}")
+        if found.lost:
+            show(f"lost: {found.lost} documents, of which only contents are there; add them again from their sources")
         if found.pending:
             show(f"{len(found.pending)} documents have no state and are computed whenever they are asked for")
     ctx.exit(0 if found.clean else 1)

@@ -183,6 +183,7 @@ _UNSOUND = (
 )
 # SQLite by itself would read all records and sort them.
 _RECORDS_BY_USE = "pieces INDEXED BY records_by_use WHERE content = 0"
+_OWNERLESS = "content = 1 AND NOT EXISTS (SELECT 1 FROM documents WHERE documents.content = pieces.key)"
 _DESCRIBED = "id, kind, key, content, source, sum"  # all of a document but its place
 # UnicodeDecodeError comes of a message that names what is damaged, MemoryError of a row that claims to be huge.
 _SQLITE_RAISES = (sqlite3.Error, UnicodeDecodeError, MemoryError)
@@ -244,11 +245,12 @@ class Verified:
     contents: tuple[str, ...]  # ids of documents whose own content, or what is said of them, is not what was written
     segments: tuple[str, ...]  # files that are missing or too short
     pending: tuple[str, ...]  # ids of documents without a record: no fault, it is to be computed
+    lost: int  # contents whose documents are gone, though nobody removed them
 
     @property
     def clean(self) -> bool:
         """Whether all that was written is there."""
-        return not (self.damaged or self.contents or self.segments)
+        return not (self.damaged or self.contents or self.segments or self.lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -574,7 +576,8 @@ class Store:
                     contents[row[0]] = None
                 if not has_record:
                     pending.append(row[0])
-        return Verified(records, damaged, tuple(contents), tuple(short), tuple(pending))
+        lost = self._rows(f"SELECT COUNT(*) FROM pieces WHERE {_OWNERLESS}")[0][0]
+        return Verified(records, damaged, tuple(contents), tuple(short), tuple(pending), lost)
 
     def stats(self) -> Stats:
         """What the store holds and how much space that takes."""
@@ -651,8 +654,8 @@ class Store:
     def prune(self, *, max_bytes: int | None = None, unused_days: float | None = None) -> Pruned:
         """Drop records, least recently used first: until the folder takes `max_bytes`, and all unused for so long.
 
-        Documents stay: their records are computed again when asked for. Segments that hold nothing more go at once,
-        others are rewritten as far as `max_bytes` asks for it.
+        Documents stay: their records are computed again when asked for. Contents whose documents are lost go too.
+        Segments that hold nothing more go at once, others are rewritten as far as `max_bytes` asks for it.
         """
         self._must_write()
         with self._writing:
@@ -671,6 +674,7 @@ class Store:
                     drop.append(key)
                     excess -= _room(size)
                 _drop_records(db, drop)
+                db.execute(f"DELETE FROM pieces WHERE {_OWNERLESS}")
             for number, _ in self._dead() if max_bytes is not None else ():  # what is rewritten has no dead bytes
                 if max_bytes is None or self._disk_bytes() <= max_bytes:
                     break

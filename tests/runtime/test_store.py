@@ -1642,6 +1642,19 @@ def test_no_changed_field_or_lost_row_gives_a_document_anothers_state(
     assert min(map(len, outcomes.values())) > 50, "each of them comes"
 
 
+def test_a_document_whose_row_is_lost_with_its_count_is_missed(held: Path) -> None:
+    """Its content is still there, as no `remove` leaves one, until `prune` drops it."""
+    with closing(sqlite3.connect(held / "index.sqlite")) as db, db:
+        db.execute("DELETE FROM documents WHERE id = 'db'")  # triggers count it out
+    with Store.open(held) as store:
+        found = store.verify()
+        assert (found.lost, found.clean, store.document("db")) == (1, False, None)
+    with Store.open(held, writable=True) as store:
+        store.prune()
+        assert store.verify().clean
+        assert what_is_right(store) == ALL - {"document b"}
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is open")
 def test_a_database_that_cannot_be_opened_is_closed_again(folder: Path) -> None:
     Store.create(folder, {}).close()
