@@ -161,7 +161,8 @@ def _refused_tiff(raw: bytes, image: TiffImagePlugin.TiffImageFile, tiles: list[
             return f"is in tiles of {part[0]}×{part[1]}, which have more than {MAX_DECODED_PIXELS} pixels"
         offsets, counts = TiffImagePlugin.TILEOFFSETS, _TILE_BYTE_COUNTS
     lengths = tags.get(counts, ())
-    if sum(lengths) > _MAX_OVERLAP * len(raw):
+    places = zip(tags.get(offsets, ()), lengths, strict=False)
+    if sum(min(length, max(len(raw) - start, 0)) for start, length in places) > _MAX_OVERLAP * len(raw):
         return "has parts that overlap"
     is_jpeg = image.info.get("compression") in ("jpeg", "tiff_jpeg")
     if is_jpeg and 4 * _markers(raw) * max(part[0] * part[1], _LEAST_SCAN) > _MAX_SCAN_PIXELS:

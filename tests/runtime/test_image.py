@@ -280,6 +280,8 @@ REFUSALS = (
     rf"the image has more than the limit of {MAX_DECODED_PIXELS} pixels\. Shrink it\.",
     rf"an image of \d+×\d+ pixels is over the limit of {MAX_DECODED_PIXELS}\. Shrink it\.",
     r"an image of \d+×\d+ pixels is too narrow; one side may be at most 200 times the other\. Cut it into parts\.",
+    r"the (image of \d+ bytes|[A-Z]+ file \(\d+×\d+\)) (has|is in|is compressed) [^.]+\. Save it again, as PNG for "
+    r"one\.",
 )
 
 

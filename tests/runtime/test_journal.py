@@ -250,6 +250,7 @@ def test_nothing_of_another_schema_is_run(output: Path, sql: str) -> None:
         assert journal.resume(strict=False) == []
 
 
+@pytest.mark.broad
 def test_flipped_bytes_give_no_score_and_no_other_error(output: Path) -> None:
     """Each byte of the file in turn: the rows are what they were, or are dropped, or the journal is refused."""
     whole = partial(output).read_bytes()
