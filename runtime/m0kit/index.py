@@ -331,7 +331,7 @@ def verify(ctx: click.Context, index_folder: Path, as_json: bool) -> None:
         for name in found.segments:
             show(f"missing or too short: {name}")
         if found.lost:
-            show(f"lost: {found.lost} documents, of which only contents are there; add them again from their sources")
+            show(f"lost: {found.lost} documents, of which only contents are there; add those again from their sources")
         if found.pending:
             show(f"{len(found.pending)} documents have no state and are computed whenever they are asked for")
     ctx.exit(0 if found.clean else 1)
