@@ -320,7 +320,9 @@ def _in_child(
         code = 1
         try:
             _limit(place, quiet)
-            if not quiet:
+            if quiet:  # pytest's writes past what is swallowed
+                faulthandler.disable()
+            else:
                 faulthandler.dump_traceback_later(10)  # where it hangs
             for number, files in inputs:
                 note = _tried(place, files, surface)
