@@ -654,8 +654,8 @@ class Store:
     def prune(self, *, max_bytes: int | None = None, unused_days: float | None = None) -> Pruned:
         """Drop records, least recently used first: until the folder takes `max_bytes`, and all unused for so long.
 
-        Documents stay: their records are computed again when asked for. Contents whose documents are lost go too.
-        Segments that hold nothing more go at once, others are rewritten as far as `max_bytes` asks for it.
+        Documents stay: their records are computed again when asked for. Segments that hold nothing more go at once,
+        others are rewritten as far as `max_bytes` asks for it.
         """
         self._must_write()
         with self._writing:
@@ -674,7 +674,6 @@ class Store:
                     drop.append(key)
                     excess -= _room(size)
                 _drop_records(db, drop)
-                db.execute(f"DELETE FROM pieces WHERE {_OWNERLESS}")
             for number, _ in self._dead() if max_bytes is not None else ():  # what is rewritten has no dead bytes
                 if max_bytes is None or self._disk_bytes() <= max_bytes:
                     break
@@ -685,6 +684,7 @@ class Store:
         """Rewrite every segment that holds dead bytes, one at a time; `progress` is told the dead bytes of each.
 
         Damaged records are not carried over. Damaged contents are, as they are: only their document can say so.
+        Contents whose documents are lost go.
         """
         self._must_write()
         damaged: dict[bytes, tuple[str, ...]] = {}
@@ -692,6 +692,8 @@ class Store:
             with suppress(M0kitError):
                 self._sweep()
             before = self._disk_bytes()
+            with self._transaction() as db:
+                db.execute(f"DELETE FROM pieces WHERE {_OWNERLESS}")
             # The newest first: what the others still hold is appended behind it, and should not move twice.
             for number, dead in sorted(self._dead(), reverse=True):
                 for key in self._rewrite(number):

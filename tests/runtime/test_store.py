@@ -1653,14 +1653,14 @@ def test_no_changed_field_or_lost_row_gives_a_document_anothers_state(
 
 
 def test_a_document_whose_row_is_lost_with_its_count_is_missed(held: Path) -> None:
-    """Its content is still there, as no `remove` leaves one, until `prune` drops it."""
+    """Its content is still there, as no `remove` leaves one, until `compact` drops it."""
     with closing(sqlite3.connect(held / "index.sqlite")) as db, db:
         db.execute("DELETE FROM documents WHERE id = 'db'")  # triggers count it out
     with Store.open(held) as store:
         found = store.verify()
         assert (found.lost, found.clean, store.document("db")) == (1, False, None)
     with Store.open(held, writable=True) as store:
-        store.prune()
+        store.compact()
         assert store.verify().clean
         assert what_is_right(store) == ALL - {"document b"}
 
