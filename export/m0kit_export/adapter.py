@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m0kit.errors import AdapterError
+from m0kit.files import destination
 from m0kit.hub import is_id, resolve
 
 
@@ -29,7 +30,7 @@ class AdapterSpec:
     @property
     def name(self) -> str:
         """Of the adapter, for messages and the manifest."""
-        return self.hub_id or self.path.resolve().name
+        return self.hub_id or destination(self.path).name
 
     def check(self) -> None:
         """Raises AdapterError when the folder does not look like an adapter at all."""

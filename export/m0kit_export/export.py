@@ -110,7 +110,7 @@ def quantize_artifact(
     Raises ArtifactError, RecipeError, OutputError.
     """
     check_recipe(recipe, read_manifest(folder).model)
-    if output.resolve() == folder.resolve():
+    if destination(output) == destination(folder):
         raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
     _look_at_place(output, overwrite)
     if calibration is not None:

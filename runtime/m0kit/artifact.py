@@ -325,7 +325,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         data = manifest.files.get(_data_name(graph)) if graph else None
         stamp = [entry.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         stamp += [_RULES, data.size if data else None] if graph else []
-        key = str(path.resolve())
+        key = os.path.realpath(path)
         if memory.knows_file(key, stamp):
             continue
         try:

@@ -503,7 +503,7 @@ def _check_places(source: Path, output: Path) -> None:
         raise OutputError(f"{output}: is a folder. Give a file's name.")
     if not output.absolute().parent.is_dir():
         raise OutputError(f"{output.parent}: no such folder. Create it, or choose another place.")
-    if source.resolve() in (output.resolve(), error_file(output).resolve()):
+    if destination(source) in (destination(output), destination(error_file(output))):
         raise OutputError(f"{source}: is the file that is read. Choose another output.")
 
 

@@ -1150,12 +1150,14 @@ def test_a_job_that_cannot_be_gone_on_with_says_so_at_once(
 @pytest.mark.parametrize(
     "name", [".out.jsonl.unfinished", ".out.jsonl.errors.jsonl.unfinished", "out.jsonl.errors.jsonl"]
 )
-@pytest.mark.parametrize("kind", ["link", "hard link", "fifo", "folder"])
+@pytest.mark.parametrize("kind", ["link", "circle", "hard link", "fifo", "folder"])
 def test_nothing_is_written_through_what_lies_in_the_way(artifact: Path, source: Path, name: str, kind: str) -> None:
     output, victim, planted = source.parent / "out.jsonl", source.parent / "victim", source.parent / name
     victim.write_text("precious")
     if kind == "link":
         planted.symlink_to(victim)
+    elif kind == "circle":
+        planted.symlink_to(planted)
     elif kind == "hard link":
         planted.hardlink_to(victim)
     elif kind == "fifo":
