@@ -2,7 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=25
+# In the order of the files: else the two longest, of few tests each, would come last and one after the other.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=25
 
 .PHONY: demo test test-all check fuzz bench clean
 
