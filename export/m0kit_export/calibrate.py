@@ -8,7 +8,6 @@ A calibration file has a pair a line: {"query": …, "document": …}, or "docum
 `m0kit evaluate` read them; other keys are ignored. A line that cannot be used is left out, and said.
 """
 
-import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit.artifact import read_manifest
+from m0kit.artifact import read_manifest, sha256_of
 from m0kit.errors import InputError, RecipeError
-from m0kit.files import open_regular
 from m0kit.inputs import group_from_file, unplaced
 from m0kit.lines import records
 from m0kit_export.graphs import build_graphs
@@ -118,7 +116,7 @@ def calibrate(
         raise _nothing(pairs, errors)
     for said in errors.values():
         warnings.warn(f"{pairs}: {said} It is left out.", stacklevel=2)
-    about: dict[str, Any] = {"pairs": counts, "sha256": _sha256(pairs)}
+    about: dict[str, Any] = {"pairs": counts, "sha256": sha256_of(pairs)}
     if errors:
         about["left_out_lines"] = sorted(errors)
     return Calibration(
@@ -150,11 +148,6 @@ def read_pairs(path: Path) -> tuple[list[tuple[int, tuple[Any, Any]]], dict[int,
     if not pairs:
         raise _nothing(path, errors)
     return pairs, errors
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _nothing(path: Path, errors: Mapping[int, str]) -> RecipeError:

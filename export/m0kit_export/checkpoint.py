@@ -10,7 +10,6 @@ opens a pickle. Knows nothing about adapters.
     torch.Size([1536])
 """
 
-import hashlib
 import math
 import os
 import re
@@ -23,6 +22,7 @@ import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
+from m0kit.artifact import sha256_of
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
 from m0kit.files import open_regular, read_regular
@@ -284,8 +284,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 def file_sha256(path: Path) -> str:
     """sha256 of a file as hex, read in pieces. Raises CheckpointError."""
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         raise CheckpointError(f"cannot read {path.name} in {path.parent.name}") from None
 

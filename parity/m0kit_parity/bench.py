@@ -280,7 +280,7 @@ def pairs(
             makers[precision] = partial(open_artifact, root / precision, threads)
         makers[_TORCH] = partial(open_transformers, root / "wide", threads)
         makers |= {name: partial(open_peer, root / "wide", name, threads, root / "peers") for name in peer_names}
-        prompts = _prompts(root / precisions[0])
+        prompts = prompts_of(root / precisions[0])
         loads = {n: load for n, load in workloads(prompts).items() if not only or any(text in n for text in only)}
         results = side_by_side(makers, loads, repeats)
     about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
@@ -392,7 +392,7 @@ def growth(
     require_place(plot_file)
     from m0kit.reranker import Reranker
 
-    prompts = _prompts(artifact)
+    prompts = prompts_of(artifact)
     reranker = Reranker.load(artifact, threads=threads, max_pixels=max(602_112, max_visual_tokens * 784))
     loads: dict[str, dict[int, list[Pair]]] = {
         "pairs of 128 tokens": {
@@ -443,7 +443,7 @@ def memory(
     if not Path("/proc/self/status").is_file():
         raise InputError("m0kit bench memory reads /proc, which this system does not have. Run it on Linux.")
     require_place(plot_file)
-    prompts = _prompts(artifact)
+    prompts = prompts_of(artifact)
     pixels = max(602_112, max_visual_tokens * 784)
     measured: dict[str, dict[int, dict[str, float]]] = {"text": {}, "page": {}}
     points = [("text", n) for n in _doubling(256, max_tokens)] + [
@@ -515,7 +515,8 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
     show(*table(rows).split("\n"))
 
 
-def _prompts(artifact: Path) -> PromptBuilder:
+def prompts_of(artifact: Path) -> PromptBuilder:
+    """What builds an artifact's prompts, once its files are as exported. Raises ArtifactError."""
     from m0kit.artifact import TOKENIZER, read_manifest, verify_files
 
     manifest = read_manifest(artifact)

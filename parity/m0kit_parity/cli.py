@@ -15,7 +15,6 @@ Exit codes: 0 pass or near-tie, 1 a stage failed, 3 lines of --pairs were left o
 every m0kit command.
 """
 
-import hashlib
 import platform
 import shlex
 import shutil
@@ -28,7 +27,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import click
 
-from m0kit.artifact import Manifest, read_manifest
+from m0kit.artifact import Manifest, read_manifest, sha256_of
 from m0kit.cli_options import ARTIFACT, PARTLY, REVISION_HELP, require_place, tell
 from m0kit.errors import CheckpointError, M0kitError, OutputError
 from m0kit.files import named_errors, replacing, require_unoccupied
@@ -519,9 +518,4 @@ def _versions() -> dict[str, str]:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of an adapter."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}

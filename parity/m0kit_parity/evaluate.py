@@ -33,14 +33,13 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from m0kit.artifact import TOKENIZER, Manifest, read_manifest, verify_files
+from m0kit.artifact import TOKENIZER, Manifest, read_manifest
 from m0kit.cli_options import PARTLY, require_place, tell
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit.hub import resolve
 from m0kit.inputs import group_from_file, shown, unplaced
 from m0kit.lines import records
 from m0kit.ports import Kept
-from m0kit.prompt import PromptBuilder
 from m0kit.reranker import Reranker, sigmoid
 from m0kit.terminal import bar, say, show, show_json
 from m0kit_parity import bench, plot, report
@@ -266,9 +265,7 @@ def _score(
 
 def builtin_workloads(artifact: Path) -> dict[str, list[Pair]]:
     """A text and a page, both of an exact size."""
-    manifest = read_manifest(artifact)
-    verify_files(artifact, manifest)
-    prompts = PromptBuilder(artifact / TOKENIZER, manifest.model.prompt)
+    prompts = bench.prompts_of(artifact)
     return {
         f"text, {TEXT_TOKENS} tokens": [(bench.QUERY, bench.text_of(prompts, TEXT_TOKENS))],
         f"page, {VISUAL_TOKENS} visual tokens": [(bench.QUERY, bench.page_of(VISUAL_TOKENS))],

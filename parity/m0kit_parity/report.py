@@ -15,9 +15,10 @@ from html import escape
 from typing import Any, Final, Protocol
 
 from m0kit.errors import InputError
-from m0kit.plain import MAX_CELL, plain
+from m0kit.plain import plain
 from m0kit.reranker import best_first
 from m0kit_parity import plot
+from m0kit_parity.bench import table
 from m0kit_parity.cases import Published
 from m0kit_parity.compare import (
     StageResult,
@@ -315,15 +316,7 @@ def _cell(result: StageResult | None) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
-    rows = [[plain(cell, MAX_CELL) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(line.rstrip() for line in table(rows).split("\n"))
 
 
 def _findings(report: Report) -> Iterable[tuple[str, str]]:

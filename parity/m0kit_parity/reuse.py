@@ -50,11 +50,11 @@ from m0kit_parity.bench import (
     _THREADS,
     _about,
     _doubling,
-    _prompts,
     bench,
     compare,
     machine,
     page_of,
+    prompts_of,
     table,
     take_turns,
     text_of,
@@ -225,7 +225,7 @@ def cached(
     One document is really computed, the others get copies of its state. Pages take `page_repeats` turns of both
     sides, because computing one anew is slow, and then the kept ones alone up to `repeats`.
     """
-    prompts = _prompts(artifact)
+    prompts = prompts_of(artifact)
     plain = Reranker.load(artifact, threads=threads)
     warm = Reranker.load(artifact, threads=threads, cache_bytes=EVERYTHING, kv=kv)
     text_tokens, visual = fitting(plain.config, prompts, tokens)
@@ -296,7 +296,7 @@ def disk(artifact: Path, kv: Kept, folder: Path, *, pages: int, tokens: int, rep
     One page is really computed, the others have their own picture, id and key, and a copy of its state on disk.
     Raises OutputError when there is too little space.
     """
-    visual = fitting(read_manifest(artifact).model, _prompts(artifact), tokens)[1]
+    visual = fitting(read_manifest(artifact).model, prompts_of(artifact), tokens)[1]
     names = [f"page {seed}" for seed in range(pages)]
     config, keys, length = _build(artifact, kv, folder, {n: page_of(visual, i) for i, n in enumerate(names)}, threads)
     query = random.Random(0)
@@ -422,7 +422,7 @@ def indexing(
     artifact: Path, kv: Kept, folder: Path, *, documents: int, repeats: int, threads: int, tokens: int = 256
 ) -> Indexing:
     """Texts that nobody has seen: reading `documents` of them into an index in `folder`, and scoring as many."""
-    prompts, seeds = _prompts(artifact), itertools.count()
+    prompts, seeds = prompts_of(artifact), itertools.count()
     reader = Reranker.load(artifact, threads=threads, kv=kv)
     plain = Reranker.load(artifact, threads=threads)
     texts = [[text_document(prompts, tokens, next(seeds)) for _ in range(documents)] for _ in range(2 * repeats + 2)]
@@ -454,7 +454,7 @@ def growth(
     All queries are new. What is computed anew ends at 1024 tokens of documents and queries together. Every kept
     document has a copy of one computed state, cut or repeated to its length.
     """
-    rng, prompts = random.Random(0), _prompts(artifact)
+    rng, prompts = random.Random(0), prompts_of(artifact)
     plain = Reranker.load(artifact, threads=threads)
     warm = Reranker.load(artifact, threads=threads, cache_bytes=EVERYTHING, kv=kv)
     one, _ = fitting(plain.config, prompts, min(DOCUMENT_TOKENS, max_tokens))
@@ -525,7 +525,7 @@ def many(artifact: Path, *, queries: int, documents: int, threads: int, tokens: 
     """All queries on all documents, short texts, in one call of `Reranker.stream` without a cache; Linux only."""
     if not Path("/proc/self/status").is_file():
         raise InputError("the part many reads /proc, which this system does not have. Run it on Linux.")
-    rng, prompts = random.Random(0), _prompts(artifact)
+    rng, prompts = random.Random(0), prompts_of(artifact)
     reranker = Reranker.load(artifact, threads=threads)
     texts = [text_document(prompts, tokens, seed) for seed in range(documents)]
     asked = [query_of(QUESTION, rng) for _ in range(queries)]

@@ -23,6 +23,7 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from m0kit import forks
+from m0kit.files import OWN
 
 # https://www.sqlite.org/fileformat2.html, sections 1.3 and 3: the header, and the end of a journal with a
 # super-journal's name: its length, a checksum, and the journal's magic number.
@@ -71,16 +72,13 @@ class _Files:
 
     def open(self, path: Path, writing: bool) -> _File | None:
         """The file of the database at `path`; None where there is none. Raises ForeignDatabaseError."""
-        flags = ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK")
         file = None
         with self.fork_lock:
             try:
                 found = os.lstat(path)
                 _require_regular(path, found)
                 place = found.st_dev, found.st_ino
-                file = self._files.get(place) or _File(
-                    os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
-                )
+                file = self._files.get(place) or _File(os.open(path, os.O_RDONLY | OWN))
                 _require_own_file(path, file.descriptor, writing)
                 self._files[place] = file
             except FileNotFoundError:

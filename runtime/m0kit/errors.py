@@ -133,3 +133,8 @@ class DeviceError(M0kitError, RuntimeError):
 
 class DependencyError(M0kitError, ImportError):
     """A package is missing; the message names the extra that brings it."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it comes of a library written in Rust that gave up: no Exception, and of a class nobody can import."""
+    return type(error).__name__ == "PanicException"

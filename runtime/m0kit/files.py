@@ -25,6 +25,8 @@ from typing import Final
 from m0kit.errors import M0kitError, OutputError
 
 _PIECE: Final = 1 << 20
+# How a file of one's own is opened, where the system knows it: no link is followed, and nothing is waited for.
+OWN: Final = sum(getattr(os, flag, 0) for flag in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 _LOCK: Final = "lock"
 _NEW: Final = "new"
 _OLD: Final = "old"
@@ -38,8 +40,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     Raises OSError, whose `strerror` says so where it is another kind of file.
     """
     _must_be_regular(os.stat(path), path)  # before it is opened, which may be an act by itself
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    file = open(os.open(path, flags), "rb")  # noqa: SIM115
+    file = open(os.open(path, os.O_RDONLY | OWN & ~getattr(os, "O_NOFOLLOW", 0)), "rb")  # noqa: SIM115
     try:
         _must_be_regular(os.fstat(file.fileno()), path)
     except BaseException:

@@ -45,8 +45,9 @@ from m0kit.errors import (
     M0kitError,
     OutputError,
     StoreError,
+    is_panic,
 )
-from m0kit.files import destination, named_errors, sync, sync_path
+from m0kit.files import OWN, destination, named_errors, sync, sync_path
 from m0kit.hub import resolve
 from m0kit.inputs import unplaced
 from m0kit.journal import FORMAT, Journal, Ranges, Scored, file_stamp
@@ -63,7 +64,6 @@ _WINDOW_BYTES = 256 << 20
 # A window holds its images decoded: RGB at the published limit, 768 visual tokens of 28×28 pixels.
 _IMAGE_BYTES = 768 * 28 * 28 * 3
 _WRITE_ROWS = 1 << 16
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _PROGRESS_S = 30.0
 _GRACE_S = 0.5  # who ends the whole job ends its processes within such a time
 _ENDED = (
@@ -202,7 +202,7 @@ def _may_be_of_a_row(error: BaseException) -> bool:
     """Not what is wrong with the artifact, the index or the machine, and not an interruption."""
     if isinstance(error, ArtifactError | StoreError | OutputError | DeviceError | DependencyError):
         return False
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of Rust, a BaseException
+    return isinstance(error, Exception) or is_panic(error)
 
 
 def _reason(error: BaseException) -> str:
@@ -543,7 +543,7 @@ def _written_aside(path: Path, journal: Journal | None = None) -> Iterator[Any]:
     aside = path.with_name(f".{path.name}.unfinished")
     try:
         aside.unlink(missing_ok=True)  # a link that lies there is not followed
-        with open(os.open(aside, _NEW_FILE, 0o666), "wb") as file:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN, 0o666), "wb") as file:
             yield file
             file.flush()
             sync(file.fileno())

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from m0kit.files import OWN
 from m0kit.verified import cache_folder
 
 _NAME: Final = "journal.key"
@@ -40,9 +41,8 @@ def own_key() -> bytes | None:
 
 
 def _read(path: Path) -> bytes | None:
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, os.O_RDONLY | OWN)
     except OSError:
         return None
     with open(descriptor, "rb") as file:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final
 from m0kit.errors import InputError
 from m0kit.files import open_regular
 from m0kit.formats import MARK, no_text
+from m0kit.schema import twice
 
 JSON_NAMES: Final = (".jsonl", ".ndjson")
 _MAX_LINE_BYTES = 256 << 20  # more is a file without line ends, and not for memory
@@ -143,10 +144,8 @@ def _decoded(line: bytes | None) -> str:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InputError(f"the line has the key {twice!r} twice. Leave one of them out.")
+    if len(found) != len(pairs) and (name := twice(pairs)) is not None:
+        raise InputError(f"the line has the key {name!r} twice. Leave one of them out.")
     return found
 
 

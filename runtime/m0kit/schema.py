@@ -11,6 +11,8 @@ bits, text is valid Unicode. The forms themselves are types, each where its form
 import json
 import math
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -28,67 +30,74 @@ def parse(data: bytes | str, *, wide: bool = False) -> Any:
 
     `wide`: whole numbers of up to 40 digits are taken too. transformers writes 10³⁰ for "no limit".
     """
-    try:
+    with _in_words():
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_constant=_constant,
-            parse_int=_wide if wide else _whole,
-            parse_float=_number,
-        )
+        try:
+            value = json.loads(
+                text,
+                object_pairs_hook=_unique,
+                parse_constant=_constant,
+                parse_int=_wide if wide else _whole,
+                parse_float=_number,
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"it is not JSON (line {error.lineno}, column {error.colno})") from error
         if text.count("[") + text.count("{") > _DEPTH:  # else it cannot be
             _check_depth(value)
         if "\\ud" in text or "\\uD" in text:  # else nothing in it can be half of a pair
             json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError:
-        raise ValueError("it is not text in UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("a text in it holds half of a surrogate pair") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON (line {error.lineno}, column {error.colno})") from error
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     return value
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:
     """The table of a TOML text in UTF-8. Raises ValueError with a reason that can stand in a message."""
-    try:
+    with _in_words():
         text = data.decode("utf-8-sig")
         if any(line.count(".") > _DOTS for line in text.splitlines()):
-            raise ValueError(f"a line in it has more than {_DOTS} dots")  # noqa: TRY301
-        return tomllib.loads(text)
-    except UnicodeDecodeError:
-        raise ValueError("it is not text in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"not TOML ({error})") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        if "digits" not in str(error):
-            raise
-        raise ValueError("it holds a number of thousands of digits") from None
+            raise ValueError(f"a line in it has more than {_DOTS} dots")
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"not TOML ({error})") from None
+        except ValueError as error:
+            if "digits" not in str(error):  # Python's limit for those of a whole number
+                raise
+            raise ValueError("it holds a number of thousands of digits") from None
 
 
 def fitting(value: Any, form: type[T]) -> T:
     """A value of JSON as a dataclass or another type of msgspec. Raises ValueError that names what does not fit."""
-    try:
+    with _in_words():
         return msgspec.convert(value, form, strict=True)
-    except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def exactly(value: Any, form: type[T]) -> T:
     """As `fitting`, and with the very fields of the form: none that it does not know, none left out for a default."""
     found = fitting(value, form)
-    try:
+    with _in_words():
         _same_fields(value, msgspec.to_builtins(found), "$")
+    return found
+
+
+def twice(pairs: list[tuple[str, Any]]) -> str | None:
+    """A key that an object of JSON has more than once, if there is one."""
+    seen: set[str] = set()
+    return next((name for name, _ in pairs if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Makes a reason that can stand in a message of what readers and msgspec raise."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text in it holds half of a surrogate pair") from None
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return found
 
 
 def _same_fields(value: Any, known: Any, place: str) -> None:
@@ -109,10 +118,8 @@ def _same_fields(value: Any, known: Any, place: str) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"it has the key {twice[:60]!r} twice")
+    if len(found) != len(pairs) and (name := twice(pairs)) is not None:
+        raise ValueError(f"it has the key {name[:60]!r} twice")
     return found
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from m0kit.errors import StoreError
+from m0kit.files import OWN
 
 FOLDER: Final = "segments"
 MOST: Final = 10**15  # above every number; names that m0kit would not give are left alone
 _NAME: Final = re.compile(r"\d{6,15}\.kv")
 # Names are looked up in an open folder where the system can do that; elsewhere each is looked at before.
 _IN_FOLDER: Final = {os.open, os.stat, os.unlink} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
-_FLAGS: Final = sum(getattr(os, flag, 0) for flag in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 
 
 class Segments:
@@ -100,7 +100,7 @@ class Segments:
         if not _IN_FOLDER:
             yield None
             return
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | OWN)
         try:
             yield descriptor
         finally:
@@ -116,9 +116,9 @@ class Segments:
     def _open(self, folder: int | None, number: int, flags: int) -> int:
         path = self.path(number)
         if folder is None:
-            descriptor = os.open(path, flags | _FLAGS, 0o666)
+            descriptor = os.open(path, flags | OWN, 0o666)
         else:
-            descriptor = os.open(path.name, flags | _FLAGS, 0o666, dir_fd=folder)
+            descriptor = os.open(path.name, flags | OWN, 0o666, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it has changed since the look
             os.close(descriptor)
             raise _foreign(path, is_link=False)

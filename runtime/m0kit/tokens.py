@@ -32,7 +32,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from tokenizers import Tokenizer, models, normalizers
 
-from m0kit.errors import InputError
+from m0kit.errors import InputError, is_panic
 
 # Qwen2's pattern (transformers, models/qwen2/tokenization_qwen2.py): contractions, letters with one leading character,
 # single digits, punctuation, line breaks, blanks.
@@ -84,14 +84,13 @@ def open_tokenizer(raw: bytes) -> Tokenizer:
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ValueError(f"cannot be read as a tokenizer ({error})") from None
     model = file.model
-    pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in file.pre_tokenizer.pretokenizers]
     own = [token for token in file.added_tokens if not token.special]
     if (
         file.normalizer != {"type": "NFC"}
-        or pieces != _PIECES
+        or not _splits_alike(file.pre_tokenizer.pretokenizers)
         or file.decoder.get("type") != "ByteLevel"
         or model.type != "BPE"
-        or any(getattr(model, name) for name in _PLAIN)
+        or not _is_plain(model)
         or any(token.lstrip or token.rstrip or token.single_word for token in own)
     ):
         raise ValueError("has other rules than Qwen2's tokenizer (NFC, its pattern, byte-level BPE)")
@@ -140,7 +139,7 @@ class _Pieces:
 class _Model:
     type: str
     vocab: dict[str, Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]
-    merges: list[Any]  # the library says what is wrong with one
+    merges: msgspec.Raw  # handed on as they are: the library says what is wrong with them
     dropout: Any = None
     unk_token: Any = None
     continuing_subword_prefix: Any = None
@@ -295,7 +294,7 @@ def _caught() -> Iterator[None]:
     except Exception as error:
         raise _LibraryError from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # which cannot be imported before there is one
+        if not is_panic(error):
             raise
         raise _LibraryError from error
 
@@ -305,11 +304,19 @@ def _has_qwen2_rules(tokenizer: Tokenizer) -> bool:
     model: Any = tokenizer.model
     if not isinstance(tokenizer.normalizer, normalizers.NFC) or not isinstance(model, models.BPE):
         return False
-    if any(getattr(model, name) for name in _PLAIN) or tokenizer.pre_tokenizer is None:
+    if not _is_plain(model) or tokenizer.pre_tokenizer is None:
         return False
-    found = json.loads(tokenizer.pre_tokenizer.__getstate__())
-    pieces = [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in found.get("pretokenizers", [])]
-    return pieces == _PIECES
+    return _splits_alike(json.loads(tokenizer.pre_tokenizer.__getstate__()).get("pretokenizers", []))
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether a model, the library's or one of a file, makes no use of such settings."""
+    return not any(getattr(model, name) for name in _PLAIN)
+
+
+def _splits_alike(pieces: list[dict[str, Any]]) -> bool:
+    """Whether a text is split into pieces by Qwen2's pattern; offsets are not asked for."""
+    return [{k: v for k, v in piece.items() if k != "trim_offsets"} for piece in pieces] == _PIECES
 
 
 def is_starter(one: str) -> bool:
