@@ -80,7 +80,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="an installed runtime has no checkpoints")
-    from m0kit_parity.checkpoints import write_checkpoint
+    from m0kit_parity.samples.checkpoints import write_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     write_checkpoint(folder, "tiny")

@@ -200,7 +200,7 @@ def test_no_system_call_names_another_machine(tmp_path: Path, tiny_artifact: Pat
     assert [line for line in seen.traced.splitlines() if "AF_INET" in line] == []
 
 
-@pytest.mark.parametrize("package", ["m0kit", "m0kit_export.checkpoint", "m0kit_parity.peers"])
+@pytest.mark.parametrize("package", ["m0kit", "m0kit_export.checkpoint", "m0kit_parity.bench.peers"])
 def test_libraries_are_silenced_before_they_are_imported(package: str, tmp_path: Path) -> None:
     seen = _run(tmp_path, ["-c", f"import {package}, onnxruntime, huggingface_hub"])
     assert seen.early == set()

@@ -24,12 +24,12 @@ from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
 from m0kit import Reranker
-from m0kit.cli import cli
+from m0kit.cli.commands import cli
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.graphs import check_recipe
-from m0kit_parity.checkpoints import model_config
-from m0kit_parity.cli import SMALL
+from m0kit_parity.samples.checkpoints import model_config
+from m0kit_parity.small.files import SMALL
 from m0kit_quant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
         found = command.get_command(context, words[0].split("|")[0])
         if found is None:  # `parity CHECKPOINT ARTIFACT`: the group's own command
             assert command.name == "parity", f"no command {words[0]}"
-            from m0kit_parity.cli import both
+            from m0kit_parity.proof.cli import both
 
             found = both
         else:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from tests.fuzz.surfaces import SURFACES
 
-from m0kit import artifact, decoding, formats, plain
+from m0kit import plain
+from m0kit.artifact import manifest as artifact
+from m0kit.reading import decoding, formats
 from m0kit_export import patterns
 
 ROOT = Path(__file__).parent.parent

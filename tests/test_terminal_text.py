@@ -22,9 +22,10 @@ import click
 import pytest
 from tests._alone import ALONE
 
-from m0kit import doctor, terminal
-from m0kit.artifact import read_manifest, write_manifest
-from m0kit.cli import cli
+from m0kit import terminal
+from m0kit.artifact.manifest import read_manifest, write_manifest
+from m0kit.cli.commands import cli
+from m0kit.machine import advice as doctor
 from m0kit.plain import plain
 
 ROOT = Path(__file__).parent.parent
@@ -176,10 +177,10 @@ CASES: dict[tuple[str, ...], list[Case]] = {
 @pytest.fixture(scope="module")
 def shared(tiny: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """What no case changes."""
-    from m0kit_parity.adapters import write_adapter
-    from m0kit_parity.cases import builtin_cases
-    from m0kit_parity.golden import record
+    from m0kit_parity.proof.cases import builtin_cases
+    from m0kit_parity.proof.golden import record
     from m0kit_parity.reference import Reference
+    from m0kit_parity.samples.adapters import write_adapter
 
     root = tmp_path_factory.mktemp("hostile")
     artifact, checkpoint, adapter, golden = (root / what / NAME for what in ("artifact", "base", "adapter", "golden"))
@@ -399,7 +400,7 @@ def test_only_one_file_prints() -> None:
 
 def test_no_bar_has_a_name_that_is_not_ours_unless_it_is_made_plain() -> None:
     """`terminal.bar` makes it plain; a bar of tqdm's own has a constant, or what stands here."""
-    ours = {"runtime/m0kit/jobs.py": "note"}  # a number of rows
+    ours = {"runtime/m0kit/jobs/job.py": "note"}  # a number of rows
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
             name = file.relative_to(ROOT).as_posix()

@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from m0kit.artifact.hub import is_id, resolve
 from m0kit.errors import AdapterError
 from m0kit.files import destination
-from m0kit.hub import is_id, resolve
 
 
 @dataclass(frozen=True, slots=True)

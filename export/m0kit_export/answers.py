@@ -1,8 +1,8 @@
 """Known answers: what a few tiny pairs score, computed in numpy from what an artifact's files hold.
 
 Owns the pairs, the forward pass and the tolerances; nothing of an engine. The runtime scores the pairs with the
-engine it runs on (`m0kit.answers`) before it scores anything else, so that a kernel that is wrong is found. Weights
-are read back from the finished data files and decoded, so their packing is checked as well.
+engine it runs on (`m0kit.artifact.answers`) before it scores anything else, so that a kernel that is wrong is found.
+Weights are read back from the finished data files and decoded, so their packing is checked as well.
 
     answers = known_answers(folder, config, graphs)                    # for the manifest
 
@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from m0kit import tokens
-from m0kit.artifact import TOKENIZER, KnownAnswer, KnownAnswers
+from m0kit.artifact.manifest import TOKENIZER, KnownAnswer, KnownAnswers
+from m0kit.artifact.ports import Kept
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
-from m0kit.ports import Kept
+from m0kit.scoring import tokens
 from m0kit_export.builder import Graph, Weight
 from m0kit_quant import int8
 from m0kit_quant.recipe import EMBEDDING

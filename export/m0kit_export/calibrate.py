@@ -19,17 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit.artifact import read_manifest, sha256_of
+from m0kit.artifact.manifest import read_manifest, sha256_of
 from m0kit.errors import InputError, RecipeError
-from m0kit.inputs import group_from_file, unplaced
-from m0kit.lines import records
+from m0kit.reading.inputs import group_from_file, unplaced
+from m0kit.reading.lines import records
 from m0kit_export.graphs import build_graphs
 from m0kit_export.sources import stored_frequencies
 from m0kit_quant.calibration import Calibration
 from m0kit_quant.recipe import Recipe
 
 if TYPE_CHECKING:
-    from m0kit.sessions import Graph
+    from m0kit.scoring.sessions import Graph
 
 Array = NDArray[Any]
 _KINDS: Final = ("text", "image")
@@ -83,7 +83,7 @@ def calibrate(
     Raises RecipeError for a file without usable pairs, ArtifactError.
     """
     from m0kit.reranker import Reranker  # ONNX Runtime, which nothing else here needs
-    from m0kit.sessions import open_graph
+    from m0kit.scoring.sessions import open_graph
 
     found, errors = read_pairs(pairs)
     manifest = read_manifest(folder, require_signature=require_signature)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from m0kit.artifact import Manifest
-from m0kit.hub import resolve
+from m0kit.artifact.hub import resolve
+from m0kit.artifact.manifest import Manifest
 from m0kit.precision import SCHEMES
 from m0kit.terminal import say, show, show_json
 

@@ -1,7 +1,8 @@
 """Weights → artifact, one tensor at a time: written aside, read back, renamed.
 
 Owns the order of the steps and the safety of the result. Where weights come from is `sources`, what the graphs
-compute is `graphs`, how weights become fewer bits is `m0kit_quant`, what the folder contains is `m0kit.artifact`.
+compute is `graphs`, how weights become fewer bits is `m0kit_quant`, what the folder contains is
+`m0kit.artifact.manifest`.
 
     export_artifact("jinaai/jina-reranker-m0", Path("m0-int8"), recipe=Recipe.default("int8"))
     quantize_artifact(Path("m0-fp32"), Path("m0-int4"), recipe=Recipe.default("int4"))
@@ -26,8 +27,16 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 from tqdm import tqdm
 
-from m0kit import ports
-from m0kit.artifact import MANIFEST, TOKENIZER, FileEntry, Manifest, read_manifest, sha256_of, write_manifest
+from m0kit.artifact import ports
+from m0kit.artifact.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
 from m0kit.terminal import say

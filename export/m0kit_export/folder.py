@@ -10,8 +10,8 @@ Owns nothing but the message when there is none.
 import os
 from pathlib import Path
 
+from m0kit.artifact.hub import resolve
 from m0kit.errors import CheckpointError
-from m0kit.hub import resolve
 
 
 def find_folder(source: str | Path, revision: str | None = None, cache_dir: Path | None = None) -> Path:

@@ -22,8 +22,8 @@ from functools import partial
 import numpy as np
 from onnx import TensorProto, helper
 
+from m0kit.artifact.ports import KV, decoder_name
 from m0kit.config import DecoderConfig, ModelConfig
-from m0kit.ports import KV, decoder_name
 from m0kit_export.builder import CONTRIB, Builder, Graph, Port
 from m0kit_export.frequencies import Frequencies, powers
 from m0kit_export.names import expected_shapes

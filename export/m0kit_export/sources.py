@@ -17,11 +17,11 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo
 
-from m0kit.artifact import GRAPH_BYTES, TOKENIZER, TOKENIZER_BYTES, Manifest, read_manifest, verify_files
+from m0kit.artifact.manifest import GRAPH_BYTES, TOKENIZER, TOKENIZER_BYTES, Manifest, read_manifest, verify_files
+from m0kit.artifact.ports import GRAPHS
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactDamagedError, ArtifactError
 from m0kit.files import read_regular
-from m0kit.ports import GRAPHS
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.frequencies import Frequencies
 from m0kit_export.names import expected_shapes

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from m0kit.terminal import run, show
+from m0kit_parity.small.files import SMALL
 
-SMALL = Path(__file__).parent / "data" / "small"
 TEXT, CODE, PAGES = "text", "code", "pages"
 
 

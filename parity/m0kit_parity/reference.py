@@ -34,10 +34,10 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m0kit.config import ModelConfig
-from m0kit.decoding import open_image
 from m0kit.errors import AdapterError, CheckpointError
 from m0kit.files import read_regular
-from m0kit.formats import MAX_IMAGE_BYTES
+from m0kit.reading.decoding import open_image
+from m0kit.reading.formats import MAX_IMAGE_BYTES
 from m0kit.terminal import bar
 from m0kit.trace import Trace
 from m0kit_export.answers import open_tokenizer

@@ -1,6 +1,6 @@
 """`python -m m0kit` is the `m0kit` command."""
 
-from m0kit.cli import main
+from m0kit.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """An index: documents that were read once, kept on disk with what the decoder needs of them. `m0kit index …`
 
-Owns the way from documents to a store; what a document's state is belongs to `m0kit.reranker` and `m0kit.states`,
-files and durability to `m0kit.store`.
+Owns the way from documents to a store; what a document's state is belongs to `m0kit.reranker` and
+`m0kit.keeping.states`, files and durability to `m0kit.keeping.store`.
 
     with open_index("library", reranker) as store:
         add(reranker, store, [("page-1", Path("page.png"), "page.png")])
@@ -16,7 +16,9 @@ from typing import Any, BinaryIO, Literal
 
 import click
 
-from m0kit.cli_options import (
+from m0kit.artifact.ports import KV, Kept
+from m0kit.cli.documents import Given, count, find, read
+from m0kit.cli.options import (
     ARTIFACT,
     DEVICE,
     DOCUMENTS,
@@ -29,15 +31,12 @@ from m0kit.cli_options import (
     load,
     tell,
 )
-from m0kit.documents import Given, count, find, read
 from m0kit.errors import InputError, RecordDamagedError, StoreError
-from m0kit.image import to_png
-from m0kit.images import Images
-from m0kit.inputs import Known, Picture, Text, check_many, parse_content
-from m0kit.lines import strings
+from m0kit.keeping.store import Document as StoredDocument
+from m0kit.keeping.store import Store
 from m0kit.plain import plain
-from m0kit.planner import TOKEN_BUDGET, pack
-from m0kit.ports import KV, Kept
+from m0kit.reading.inputs import Known, Picture, Text, check_many, parse_content
+from m0kit.reading.lines import strings
 from m0kit.reranker import (
     LOW_MEMORY_VISUAL_TOKENS,
     Document,
@@ -47,8 +46,9 @@ from m0kit.reranker import (
     content_of,
     state_not_finite,
 )
-from m0kit.store import Document as StoredDocument
-from m0kit.store import Store
+from m0kit.scoring.image import to_png
+from m0kit.scoring.images import Images
+from m0kit.scoring.planner import TOKEN_BUDGET, pack
 from m0kit.terminal import bar, say, show, show_json
 
 

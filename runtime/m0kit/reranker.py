@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit import forks, sessions
-from m0kit.answers import KINDS, Answer, Engine, Kind, Trial
-from m0kit.artifact import TOKENIZER, Manifest, read_manifest, verify_files
-from m0kit.cache import Cache, Once
+from m0kit import forks
+from m0kit.artifact.answers import KINDS, Answer, Engine, Kind, Trial
+from m0kit.artifact.hub import resolve
+from m0kit.artifact.manifest import TOKENIZER, Manifest, read_manifest, verify_files
+from m0kit.artifact.ports import KV, Kept, decoder_name, is_first_format
 from m0kit.config import ModelConfig
 from m0kit.errors import (
     ArtifactError,
@@ -42,18 +43,18 @@ from m0kit.errors import (
     ScoreError,
     StoreError,
 )
-from m0kit.hub import resolve
-from m0kit.image import patchify
-from m0kit.images import ENCODING_COST, Images
-from m0kit.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
-from m0kit.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
-from m0kit.ports import KV, Kept, decoder_name, is_first_format
-from m0kit.positions import mrope_positions
+from m0kit.keeping.cache import Cache, Once
+from m0kit.keeping.states import Pasts, State
+from m0kit.keeping.store import Document as StoredDocument
+from m0kit.keeping.store import Store
 from m0kit.precision import check_device
-from m0kit.prompt import ImageTokens, Prompt, PromptBuilder, PromptDocument
-from m0kit.states import Pasts, State
-from m0kit.store import Document as StoredDocument
-from m0kit.store import Store
+from m0kit.reading.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
+from m0kit.scoring import sessions
+from m0kit.scoring.image import patchify
+from m0kit.scoring.images import ENCODING_COST, Images
+from m0kit.scoring.planner import TILE, TOKEN_BUDGET, Group, layout_groups, pack
+from m0kit.scoring.positions import mrope_positions
+from m0kit.scoring.prompt import ImageTokens, Prompt, PromptBuilder, PromptDocument
 from m0kit.trace import Trace
 
 Float32 = NDArray[np.float32]

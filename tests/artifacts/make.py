@@ -56,8 +56,8 @@ def make(folder: Path) -> dict[str, list[float]]:
     from safetensors.numpy import save_file
 
     from m0kit_export.export import export_artifact
-    from m0kit_parity.checkpoints import write_checkpoint
     from m0kit_parity.reference import Reference
+    from m0kit_parity.samples.checkpoints import write_checkpoint
     from m0kit_quant.recipe import Recipe
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ def _decoded(artifact: Path) -> dict[str, NDArray[np.float32]]:
     """The float32 matrix that the stored parts of every tensor stand for."""
     import onnx
 
-    from m0kit.artifact import read_manifest
-    from m0kit.ports import GRAPHS
+    from m0kit.artifact.manifest import read_manifest
+    from m0kit.artifact.ports import GRAPHS
     from m0kit_export.checkpoint import expected_shapes
     from m0kit_export.graphs import build_graphs
     from m0kit_quant.recipe import Recipe

@@ -9,9 +9,9 @@ import pytest
 from tests.artifacts.make import COMMAND, EXPECTED, pairs
 
 from m0kit import Reranker
-from m0kit.artifact import MANIFEST, read_manifest
+from m0kit.artifact.manifest import MANIFEST, read_manifest
 from m0kit.precision import SCHEMES
-from m0kit_parity.tolerances import tolerances
+from m0kit_parity.proof.tolerances import tolerances
 
 # PyTorch computes with the weights as they are stored, so nothing is left of their rounding: bf16 and nf4, which are
 # widened, keep fp32's tolerance. fp16 has its own: some versions on some CPUs compute in half precision. int8 and int4

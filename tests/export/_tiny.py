@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from m0kit.tokens import PATTERN
+from m0kit.scoring.tokens import PATTERN
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 160, 48, 2, 4, 2, 56
 DEPTH, WIDTH, VISION_HEADS = 2, 32, 2

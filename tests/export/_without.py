@@ -13,7 +13,7 @@ _SCRIPT = textwrap.dedent("""
     blocked, sys.argv = sys.argv[1].split(","), ["m0kit", *sys.argv[2:]]
     find = PathFinder.find_spec
     PathFinder.find_spec = lambda name, *place: None if name in blocked else find(name, *place)
-    from m0kit.cli import main
+    from m0kit.cli.commands import main
     main()
 """)
 

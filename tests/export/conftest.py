@@ -13,8 +13,8 @@ from tests.export._artifacts import artifacts_of
 from m0kit.config import DecoderConfig, ModelConfig, VisionConfig
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_parity import checkpoints
-from m0kit_parity.checkpoints import write_checkpoint
+from m0kit_parity.samples import checkpoints
+from m0kit_parity.samples.checkpoints import write_checkpoint
 
 
 def broad_config() -> ModelConfig:

@@ -12,18 +12,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from m0kit import Reranker
-from m0kit.artifact import KnownAnswer, read_manifest
+from m0kit.artifact.manifest import KnownAnswer, read_manifest
+from m0kit.artifact.ports import KV
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
-from m0kit.inputs import parse_content
-from m0kit.ports import KV
 from m0kit.precision import SCHEMES
+from m0kit.reading.inputs import parse_content
 from m0kit_export import answers as module
 from m0kit_export.answers import IMAGE_QUERIES, QUERIES, known_answers
 from m0kit_export.export import export_artifact
 from m0kit_export.graphs import build_graphs
-from m0kit_parity.checkpoints import model_config
 from m0kit_parity.reference import Reference
+from m0kit_parity.samples.checkpoints import model_config
 from m0kit_quant import int4
 from m0kit_quant.recipe import Recipe
 

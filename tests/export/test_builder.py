@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from m0kit.sessions import open_graph
+from m0kit.scoring.sessions import open_graph
 from m0kit_export.builder import ALIGNMENT, CONTRIB, IR_VERSION, OPSET, Builder, Graph, Port
 from m0kit_quant import int4, int8, nf4
 from m0kit_quant.recipe import EMBEDDING, Recipe

@@ -21,17 +21,17 @@ from PIL import Image
 from torch import nn
 
 from m0kit import Reranker
-from m0kit.artifact import read_manifest, verify_files
+from m0kit.artifact.manifest import read_manifest, verify_files
+from m0kit.artifact.ports import GRAPHS
 from m0kit.errors import OutputError, RecipeError, SignatureError
-from m0kit.ports import GRAPHS
 from m0kit_export import export
 from m0kit_export.builder import Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_export.sources import CheckpointSource
-from m0kit_parity.outliers import write_injected
 from m0kit_parity.reference import Reference
+from m0kit_parity.samples.outliers import write_injected
 from m0kit_quant.calibration import Calibration, channel_scales, floored
 from m0kit_quant.equalize import Rescaled, channel_groups
 from m0kit_quant.recipe import Recipe

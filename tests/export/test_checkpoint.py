@@ -28,7 +28,7 @@ from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.names import canonical_name, expected_shapes
-from m0kit_parity.checkpoints import write_checkpoint
+from m0kit_parity.samples.checkpoints import write_checkpoint
 
 Edit = Callable[[Path], object]
 WEIGHTS = "model.safetensors"

@@ -18,8 +18,8 @@ from tests.export._without import TORCH, m0kit_without
 from tests.export.test_merge import save_adapter
 
 from m0kit import Reranker
-from m0kit.artifact import read_manifest, verify_files
-from m0kit.cli import main
+from m0kit.artifact.manifest import read_manifest, verify_files
+from m0kit.cli.commands import main
 from m0kit.precision import SCHEMES
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_quant.recipe import Recipe

@@ -26,9 +26,9 @@ from tests.export._killed import PRELUDE
 from torch import nn
 
 from m0kit import Reranker, files
-from m0kit.artifact import MANIFEST, TOKENIZER, Manifest, read_manifest, verify_files, write_manifest
+from m0kit.artifact.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest, verify_files, write_manifest
+from m0kit.artifact.ports import GRAPHS, KV, decoder_name
 from m0kit.errors import CheckpointError, OutputError
-from m0kit.ports import GRAPHS, KV, decoder_name
 from m0kit_export import export
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
@@ -376,7 +376,7 @@ KILLED = (
     PRELUDE
     + """
 from m0kit import files
-from m0kit.artifact import read_manifest, verify_files
+from m0kit.artifact.manifest import read_manifest, verify_files
 from m0kit.errors import OutputError
 from m0kit_export import export as export_module
 source, root, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
@@ -456,7 +456,7 @@ def watch(event, args):
         written.add(str(args[0]))
 
 sys.addaudithook(watch)
-from m0kit.cli import main
+from m0kit.cli.commands import main
 sys.argv[0] = "m0kit"
 main()
 """

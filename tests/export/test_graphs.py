@@ -22,20 +22,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m0kit import Reranker
-from m0kit.artifact import read_manifest
+from m0kit.artifact.manifest import read_manifest
+from m0kit.artifact.ports import GRAPHS, KV, decoder_name
 from m0kit.config import ModelConfig
 from m0kit.errors import ScoreError, WrongAnswerError
-from m0kit.planner import Group, Layout, image_rows, layout_groups
-from m0kit.ports import GRAPHS, KV, decoder_name
-from m0kit.positions import vision_positions
+from m0kit.keeping.states import Pasts, State
 from m0kit.precision import SCHEMES
-from m0kit.sessions import OnnxRuntimeGraph, open_graph
-from m0kit.states import Pasts, State
+from m0kit.scoring.planner import Group, Layout, image_rows, layout_groups
+from m0kit.scoring.positions import vision_positions
+from m0kit.scoring.sessions import OnnxRuntimeGraph, open_graph
 from m0kit_export.builder import CONTRIB, OPSET, Builder
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
 from m0kit_export.graphs import CHUNK_ROWS, VISION_PIECE_ROWS, build_graphs, kept_decoders
-from m0kit_parity.portable import ENGINES
+from m0kit_parity.proof.portable import ENGINES
 from m0kit_parity.reference import Reference
 from m0kit_quant.halves import Fit
 from m0kit_quant.recipe import Recipe
@@ -573,9 +573,9 @@ PEAK = textwrap.dedent("""
     from pathlib import Path
     import numpy as np
     from m0kit import planner
-    from m0kit.artifact import read_manifest
-    from m0kit.sessions import open_graph
-    from m0kit.states import Pasts
+    from m0kit.artifact.manifest import read_manifest
+    from m0kit.scoring.sessions import open_graph
+    from m0kit.keeping.states import Pasts
 
     folder, T, rows = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     planner.PIECE_ROWS, planner.PIECE_SCORES = rows, 10**9  # so that the rows alone count

@@ -18,8 +18,8 @@ from m0kit.errors import CheckpointError
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
 from m0kit_export.tokenizer import read_tokenizer
-from m0kit_parity.checkpoints import write_checkpoint
-from m0kit_parity.vocabulary import write_qwen2_tokenizer
+from m0kit_parity.samples.checkpoints import write_checkpoint
+from m0kit_parity.samples.vocabulary import write_qwen2_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,7 +11,7 @@ import pytest
 from tests.export import _tiny
 from tests.export.test_merge import save_adapter
 
-from m0kit.artifact import read_manifest
+from m0kit.artifact.manifest import read_manifest
 from m0kit.precision import SCHEMES
 from m0kit_export import export
 from m0kit_export.adapter import AdapterSpec

@@ -12,7 +12,7 @@ from m0kit.errors import AdapterError
 from m0kit_export import patterns
 from m0kit_export.names import expected_shapes
 from m0kit_export.patterns import try_patterns
-from m0kit_parity.checkpoints import model_config
+from m0kit_parity.samples.checkpoints import model_config
 
 WHERE = "adapter_config.json of adapter tuned"
 # Of the published model, before transformers 4.52 and as it has them now.

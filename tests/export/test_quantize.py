@@ -28,18 +28,18 @@ from tests.export._killed import PRELUDE
 from tests.export._without import TORCH, m0kit_without
 
 from m0kit import Reranker
-from m0kit.artifact import read_manifest, verify_files
+from m0kit.artifact.manifest import read_manifest, verify_files
+from m0kit.artifact.ports import GRAPHS
 from m0kit.errors import ArtifactDamagedError, ArtifactError, CheckpointError, OutputError, RecipeError
-from m0kit.ports import GRAPHS
 from m0kit.precision import SCHEMES
-from m0kit.sessions import open_graph
+from m0kit.scoring.sessions import open_graph
 from m0kit_export import export
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.frequencies import Frequencies
 from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_export.sources import CheckpointSource, stored_frequencies
-from m0kit_parity.checkpoints import write_checkpoint
-from m0kit_parity.outliers import write_injected
+from m0kit_parity.samples.checkpoints import write_checkpoint
+from m0kit_parity.samples.outliers import write_injected
 from m0kit_quant.calibration import channel_scales
 from m0kit_quant.equalize import Rescaled, channel_groups, equalizing_scale
 from m0kit_quant.recipe import Recipe

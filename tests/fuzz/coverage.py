@@ -32,13 +32,13 @@ def _json() -> Callable[[bytes], object]:
 def _lines() -> Callable[[bytes], object]:
     import io
 
-    from m0kit.rows import read_lines
+    from m0kit.jobs.rows import read_lines
 
     return lambda raw: list(read_lines(io.BytesIO(raw), Path("/nowhere")))
 
 
 def _formats() -> Callable[[bytes], object]:
-    from m0kit.formats import described, no_text, parse
+    from m0kit.reading.formats import described, no_text, parse
 
     def target(raw: bytes) -> object:
         no_text(raw), described(raw)
@@ -48,7 +48,7 @@ def _formats() -> Callable[[bytes], object]:
 
 
 def _uri() -> Callable[[bytes], object]:
-    from m0kit.inputs import parse_content
+    from m0kit.reading.inputs import parse_content
 
     return lambda raw: parse_content({"image": "data:" + raw.decode("utf-8", "surrogateescape")}, "pair 0: document")
 

@@ -61,7 +61,7 @@ def artifact() -> dict[str, bytes]:
 @functools.cache
 def checkpoint() -> dict[str, bytes]:
     """The tiny random checkpoint."""
-    from m0kit_parity.checkpoints import write_checkpoint
+    from m0kit_parity.samples.checkpoints import write_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "tiny", "tiny")
@@ -117,8 +117,8 @@ def command(one: Any, *words: object) -> str:
 
 def image() -> Surface:
     from m0kit.config import ImageConfig
-    from m0kit.image import patchify, resize
-    from m0kit.inputs import Picture, parse_content
+    from m0kit.reading.inputs import Picture, parse_content
+    from m0kit.scoring.image import patchify, resize
 
     config = ImageConfig(4 * 28 * 28, 16 * 28 * 28, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 1 / 255, 14, 2, 2)
 
@@ -178,8 +178,8 @@ def content() -> Surface:
     """A value as Python's callers, JSON lines and Parquet have it; strings of images above all."""
     from m0kit.config import ImageConfig
     from m0kit.errors import InputError
-    from m0kit.image import resize
-    from m0kit.inputs import Picture, from_file, parse_content, parse_pair
+    from m0kit.reading.inputs import Picture, from_file, parse_content, parse_pair
+    from m0kit.scoring.image import resize
 
     config = ImageConfig(4 * 28 * 28, 16 * 28 * 28, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 1 / 255, 14, 2, 2)
 
@@ -242,9 +242,9 @@ class _Scorer:
     def stream(self, pairs: Sequence[Any], **_: Any) -> Iterator[tuple[int, Any]]:
         from m0kit.config import ImageConfig
         from m0kit.errors import InputError
-        from m0kit.image import resize
-        from m0kit.inputs import Picture, parse_pair
+        from m0kit.reading.inputs import Picture, parse_pair
         from m0kit.reranker import Result
+        from m0kit.scoring.image import resize
 
         config = ImageConfig(4 * 28 * 28, 16 * 28 * 28, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 1 / 255, 14, 2, 2)
         for position, pair in enumerate(pairs):
@@ -263,7 +263,7 @@ def _scored(folder: Path, name: str, stop_after: int | None = None) -> object:
     import numpy as np
 
     from m0kit.errors import M0kitError
-    from m0kit.jobs import score_file, score_rows
+    from m0kit.jobs.job import score_file, score_rows
 
     class StoppedError(M0kitError):
         pass
@@ -299,7 +299,8 @@ def _artifact_for_jobs() -> Path:
     """A folder that stays until the process ends, which removes it. What it is, is looked up once."""
     import onnxruntime  # noqa: F401  (before children are forked)
 
-    from m0kit import jobs, reranker  # noqa: F401
+    from m0kit import reranker  # noqa: F401
+    from m0kit.jobs import job as jobs
 
     folder = Path(tempfile.mkdtemp(prefix="m0kit-fuzz-artifact-"))
     remove_at_end(str(folder))
@@ -508,7 +509,7 @@ def index() -> Surface:
     """An index: its database, journals, segments and links, opened for reading and for writing."""
     from m0kit.errors import RecordDamagedError
     from m0kit.index import index as commands
-    from m0kit.store import Document, Store
+    from m0kit.keeping.store import Document, Store
 
     def key(name: str) -> bytes:
         return hashlib.sha256(name.encode()).digest()
@@ -653,8 +654,8 @@ def with_files(files: Files, *names: str) -> Files:
 
 def manifest() -> Surface:
     """manifest.json, its digest made to fit and not; and the files that it lists."""
-    from m0kit.artifact import read_manifest, verify_files
-    from m0kit.cli import inspect
+    from m0kit.artifact.manifest import read_manifest, verify_files
+    from m0kit.cli.commands import inspect
     from m0kit.errors import M0kitError
     from m0kit.reranker import Reranker
 
@@ -722,8 +723,8 @@ def graph() -> Surface:
     import numpy as np
     import onnxruntime  # noqa: F401  (before children are forked)
 
-    from m0kit.artifact import read_manifest, verify_files
-    from m0kit.sessions import open_graph
+    from m0kit.artifact.manifest import read_manifest, verify_files
+    from m0kit.scoring.sessions import open_graph
 
     def target(folder: Path) -> object:
         verify_files(folder, read_manifest(folder))
@@ -774,7 +775,7 @@ def located(raw: bytes, place: str) -> bytes:
 def tokenizer() -> Surface:
     """tokenizer.json, read as the runtime reads it, and some text through it."""
     from m0kit.config import PromptConfig
-    from m0kit.prompt import PromptBuilder
+    from m0kit.scoring.prompt import PromptBuilder
 
     config = PromptConfig(379, 380, 382)
     texts = ("slm markdown", "数据库 e\u0301 🙂\r\n\t x", "a" * 3000, " " * 300, "<|image_pad|>")
@@ -932,7 +933,7 @@ def adapter() -> Surface:
     from m0kit_export.adapter import AdapterSpec
     from m0kit_export.checkpoint import open_checkpoint
     from m0kit_export.merge import AdapterStack
-    from m0kit_parity.adapters import write_adapter
+    from m0kit_parity.samples.adapters import write_adapter
 
     torch.set_num_threads(1)
     owner = tempfile.mkdtemp(prefix="m0kit-fuzz-base-")
@@ -999,10 +1000,10 @@ def golden() -> Surface:
     """A golden folder: its manifest, arrays and inputs, their hashes made to fit and not."""
     import numpy as np
 
-    from m0kit.artifact import read_manifest
+    from m0kit.artifact.manifest import read_manifest
     from m0kit.trace import Trace
-    from m0kit_parity.cases import Case, Content, Group
-    from m0kit_parity.golden import Golden, record
+    from m0kit_parity.proof.cases import Case, Content, Group
+    from m0kit_parity.proof.golden import Golden, record
 
     with tempfile.TemporaryDirectory() as made:
         (Path(made) / "manifest.json").write_bytes(artifact()["manifest.json"])
@@ -1100,7 +1101,7 @@ def golden() -> Surface:
 
 def recipe() -> Surface:
     """TOML: recipes of quantisation, and cases of parity."""
-    import m0kit_parity.cases
+    import m0kit_parity.proof.cases
     import m0kit_quant.recipe
     from m0kit.errors import InputError, RecipeError
 
@@ -1125,12 +1126,15 @@ def recipe() -> Surface:
         except RecipeError as error:
             said.append(error)
         try:
-            said.append(m0kit_parity.cases.read_case(path).why)
+            said.append(m0kit_parity.proof.cases.read_case(path).why)
         except InputError as error:
             said.append(error)
         return said
 
-    folders = (Path(m0kit_quant.recipe.__file__).parent / "recipes", Path(m0kit_parity.cases.__file__).parent / "cases")
+    folders = (
+        Path(m0kit_quant.recipe.__file__).parent / "recipes",
+        Path(m0kit_parity.proof.cases.__file__).parent / "cases",
+    )
     texts = {p.stem: p.read_bytes() for folder in folders for p in sorted(folder.glob("*.toml"))}
     small = {
         name: raw
@@ -1184,8 +1188,8 @@ def terminal() -> Surface:
     """Any text through all that prints: errors, notes, and what a manifest says."""
     import click
 
-    from m0kit.cli import inspect
-    from m0kit.cli_options import tell
+    from m0kit.cli.commands import inspect
+    from m0kit.cli.options import tell
     from m0kit.errors import InputError, OutputError
     from m0kit.terminal import run
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m0kit_parity.cases import builtin_cases
+from m0kit_parity.proof.cases import builtin_cases
 from m0kit_parity.reference import Reference
 
 Pair = tuple[Any, Any]

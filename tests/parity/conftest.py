@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from m0kit import Reranker
-from m0kit.prompt import PromptBuilder
+from m0kit.scoring.prompt import PromptBuilder
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_parity.cases import Case
-from m0kit_parity.checkpoints import model_config
-from m0kit_parity.cli import SMALL
-from m0kit_parity.golden import Golden, record
+from m0kit_parity.proof.cases import Case
+from m0kit_parity.proof.golden import Golden, record
+from m0kit_parity.proof.report import Report, check
 from m0kit_parity.reference import Reference
-from m0kit_parity.report import Report, check
-from m0kit_parity.vocabulary import write_qwen2_tokenizer
+from m0kit_parity.samples.checkpoints import model_config
+from m0kit_parity.samples.vocabulary import write_qwen2_tokenizer
+from m0kit_parity.small.files import SMALL
 from m0kit_quant.recipe import Recipe
 
 Hold = Callable[..., Report]

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from m0kit.cli import cli
+from m0kit.cli.commands import cli
 from m0kit_parity import demo
 
 

@@ -23,16 +23,16 @@ from m0kit import Reranker
 from m0kit.reranker import best_first
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_parity.adapters import FORMS, write_adapter
-from m0kit_parity.cases import KINDS, Case, builtin_cases
-from m0kit_parity.checkpoints import write_checkpoint
-from m0kit_parity.cli import SMALL
-from m0kit_parity.compare import Verdict
-from m0kit_parity.golden import record
+from m0kit_parity.proof.cases import KINDS, Case, builtin_cases
+from m0kit_parity.proof.compare import Verdict
+from m0kit_parity.proof.golden import record
+from m0kit_parity.proof.report import Report
+from m0kit_parity.proof.tolerances import tolerances
 from m0kit_parity.reference import Reference
-from m0kit_parity.report import Report
+from m0kit_parity.samples.adapters import FORMS, write_adapter
+from m0kit_parity.samples.checkpoints import write_checkpoint
 from m0kit_parity.small import evaluate
-from m0kit_parity.tolerances import tolerances
+from m0kit_parity.small.files import SMALL
 
 Hold = Callable[..., Report]
 
@@ -43,7 +43,7 @@ _WITHOUT_PYTORCH = """
 import sys
 for name in ("torch", "transformers", "peft", "safetensors", "onnx", "accelerate", "m0kit_export"):
     sys.modules[name] = None
-from m0kit.cli import main
+from m0kit.cli.commands import main
 main()
 """
 

@@ -23,10 +23,10 @@ from m0kit_export import patterns
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.merge import AdapterStack
-from m0kit_parity.adapters import write_adapter
-from m0kit_parity.cases import draw_page, encode
-from m0kit_parity.checkpoints import ConfigForm, write_checkpoint
+from m0kit_parity.proof.cases import draw_page, encode
 from m0kit_parity.reference import Reference
+from m0kit_parity.samples.adapters import write_adapter
+from m0kit_parity.samples.checkpoints import ConfigForm, write_checkpoint
 
 PAGE = draw_page(["Invoice 2041", "Total 118.20"], (112, 84), seed=3)
 OTHER = draw_page(["Timetable", "Bus 7  08:15"], (56, 140), seed=4)

@@ -16,13 +16,13 @@ from m0kit import Reranker
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_parity.cases import builtin_cases
-from m0kit_parity.checkpoints import model_config
-from m0kit_parity.compare import Verdict
-from m0kit_parity.golden import Golden, record
+from m0kit_parity.proof.cases import builtin_cases
+from m0kit_parity.proof.compare import Verdict
+from m0kit_parity.proof.golden import Golden, record
+from m0kit_parity.proof.report import check
+from m0kit_parity.proof.tolerances import tolerances
 from m0kit_parity.reference import Reference
-from m0kit_parity.report import check
-from m0kit_parity.tolerances import tolerances
+from m0kit_parity.samples.checkpoints import model_config
 
 MEBIBYTE = 1 << 20
 
@@ -31,8 +31,8 @@ MEBIBYTE = 1 << 20
 _WRITER = """
 import json, sys, threading, time
 from pathlib import Path
-from m0kit_parity.adapters import write_adapter
-from m0kit_parity.checkpoints import write_checkpoint
+from m0kit_parity.samples.adapters import write_adapter
+from m0kit_parity.samples.checkpoints import write_checkpoint
 
 def private():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from m0kit_export.export import export_artifact
-from m0kit_parity.cli import SMALL
-from m0kit_parity.outliers import write_injected
+from m0kit_parity.samples.outliers import write_injected
+from m0kit_parity.small.files import SMALL
 from m0kit_quant.recipe import Recipe
 
 Made = Callable[..., Path]

@@ -9,8 +9,8 @@ from tests.quant._weights import random_weights
 
 from m0kit.config import ModelConfig
 from m0kit_export.graphs import build_graphs, schemes_of
-from m0kit_parity.checkpoints import model_config
-from m0kit_parity.outliers import inject, outlier_scales
+from m0kit_parity.samples.checkpoints import model_config
+from m0kit_parity.samples.outliers import inject, outlier_scales
 from m0kit_quant import int4, int8, nf4
 from m0kit_quant.calibration import Calibration, channel_scales, predicted_error
 from m0kit_quant.equalize import Rescaled, channel_groups, equalizing_scale

@@ -14,8 +14,8 @@ from tests.quant.conftest import Made
 
 from m0kit import Reranker
 from m0kit_export.export import export_artifact
-from m0kit_parity.cli import SMALL
 from m0kit_parity.small.evaluate import KINDS, Item, ndcg_at_k, read_set
+from m0kit_parity.small.files import SMALL
 from m0kit_quant.recipe import Recipe
 
 # Points of nDCG@10 that a precision may cost: the project's goals.

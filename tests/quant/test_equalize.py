@@ -11,7 +11,7 @@ from tests.quant._weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit_export.names import expected_shapes
-from m0kit_parity.checkpoints import model_config
+from m0kit_parity.samples.checkpoints import model_config
 from m0kit_quant.equalize import MAX_BITS, Rescaled, channel_groups, equalizing_scale
 
 # The model below adds in float64, so scaling by powers of two leaves only roundings of 1e-16 in another order.

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from tests.quant._weights import Tensors, random_weights
 
 from m0kit import Reranker
-from m0kit.artifact import read_manifest
+from m0kit.artifact.manifest import read_manifest
 from m0kit_export.calibrate import calibrate
 from m0kit_export.cli import export
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.graphs import build_graphs, schemes_of
-from m0kit_parity.checkpoints import model_config
-from m0kit_parity.outliers import write_injected
+from m0kit_parity.samples.checkpoints import model_config
+from m0kit_parity.samples.outliers import write_injected
 from m0kit_quant.equalize import Rescaled, channel_groups
 from m0kit_quant.halves import MAX_LOSS, fit_halves, loss_of, losses
 from m0kit_quant.recipe import Recipe

@@ -14,7 +14,7 @@ from m0kit.errors import RecipeError
 from m0kit.precision import SCHEMES, supported
 from m0kit_export.graphs import build_graphs, check_recipe
 from m0kit_export.names import expected_shapes
-from m0kit_parity.checkpoints import model_config
+from m0kit_parity.samples.checkpoints import model_config
 from m0kit_quant.recipe import DEVICES, EMBEDDING, Recipe, Rule
 from m0kit_quant.schemes import Scheme
 

@@ -13,7 +13,7 @@ from tests._alone import ALONE
 from tests._sealed import edit_manifest
 
 from m0kit import Reranker
-from m0kit.artifact import FileEntry, read_manifest, sha256_of, write_manifest
+from m0kit.artifact.manifest import FileEntry, read_manifest, sha256_of, write_manifest
 from m0kit.config import ModelConfig
 
 if TYPE_CHECKING:

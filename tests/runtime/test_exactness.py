@@ -1,9 +1,9 @@
 """A score is the same to the bit whether its document was kept, computed in this call, alone or with others.
 
 Exactness is a property of the path. A document's whole prefix is computed by itself in every case, a row's products go
-through the same kernel in whole tiles (`m0kit.planner.TILE`), and attention has the same shapes in any company. With
-activations of 8 bits nothing less would do: a difference in a last bit that turns a rounding becomes 1e-3 within two
-layers. Should a CPU's kernels take rows in larger tiles, these tests fail there, and TILE is what to raise.
+through the same kernel in whole tiles (`m0kit.scoring.planner.TILE`), and attention has the same shapes in any company.
+With activations of 8 bits nothing less would do: a difference in a last bit that turns a rounding becomes 1e-3 within
+two layers. Should a CPU's kernels take rows in larger tiles, these tests fail there, and TILE is what to raise.
 
 On one thread that holds in floats too. On several, ONNX Runtime shares a float product whose weights are not packed out
 to threads by rows or by columns, whichever are more, and with the share goes the order of the sums (MLAS fits the
@@ -24,12 +24,13 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.runtime.test_prompt import fragments, published
+from tests.runtime.scoring.test_prompt import fragments, published
 
-from m0kit import Reranker, sessions
-from m0kit.cache import Cache
-from m0kit.ports import KV
-from m0kit.prompt import ImageTokens
+from m0kit import Reranker
+from m0kit.artifact.ports import KV
+from m0kit.keeping.cache import Cache
+from m0kit.scoring import sessions
+from m0kit.scoring.prompt import ImageTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -235,7 +236,7 @@ def another_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the same dimensions and tokenizer, other weights."""
     pytest.importorskip("torch", reason="an installed runtime has no exporter")
     from m0kit_export.export import export_artifact
-    from m0kit_parity.checkpoints import write_checkpoint
+    from m0kit_parity.samples.checkpoints import write_checkpoint
 
     folder = tmp_path_factory.mktemp("another")
     write_checkpoint(folder / "checkpoint", "tiny", seed=1)

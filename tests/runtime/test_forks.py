@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m0kit import M0kitError, Reranker, forks, sessions
+from m0kit import M0kitError, Reranker, forks
 from m0kit.errors import StoreError
 from m0kit.index import add, open_index
+from m0kit.scoring import sessions
 
 HANGS_S = 300
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -265,7 +266,7 @@ def test_a_closed_reranker_lets_everything_go_and_says_so(artifact: Path, librar
 def test_a_store_may_be_read_in_a_child_and_not_written(artifact: Path, library: Path, tmp_path: Path) -> None:
     script = """
 from m0kit.errors import StoreBusyError, StoreError
-from m0kit.store import Store
+from m0kit.keeping.store import Store
 reranker.close()
 store = Store.open(options["index"], writable=True)
 def work():

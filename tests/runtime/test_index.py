@@ -18,12 +18,13 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from m0kit import Reranker, sessions
-from m0kit.cli import cli
-from m0kit.documents import Given
+from m0kit import Reranker
+from m0kit.cli.commands import cli
+from m0kit.cli.documents import Given
 from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
 from m0kit.index import add, open_index
-from m0kit.store import Store
+from m0kit.keeping.store import Store
+from m0kit.scoring import sessions
 
 QUERIES = ["what is it?", "\n\nwhat", {"image": Image.new("RGB", (70, 90), "blue")}]
 
@@ -543,8 +544,8 @@ def test_wrong_usage_is_said(
 KEEPING = """
 import os, sys
 from m0kit import index
-from m0kit.cli import main
-from m0kit.store import Store
+from m0kit.cli.commands import main
+from m0kit.keeping.store import Store
 
 index.TOKEN_BUDGET, add = 150, Store.add
 

@@ -9,9 +9,10 @@ import onnxruntime
 import pytest
 from tests._sealed import edit_manifest
 
-from m0kit import Reranker, sessions
+from m0kit import Reranker
 from m0kit.errors import ArtifactDamagedError, DeviceError
 from m0kit.precision import SCHEMES, check_device, provider_of, supported
+from m0kit.scoring import sessions
 
 CUDA = ("cuda", "cuda:0", "cuda:1", "CUDAExecutionProvider")
 CPU = ("cpu", "CPUExecutionProvider")

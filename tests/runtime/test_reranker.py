@@ -26,11 +26,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tests._alone import optional
 
-from m0kit import Reranker, Result, sessions
-from m0kit.cache import Cache
+from m0kit import Reranker, Result
+from m0kit.artifact.ports import KV
 from m0kit.errors import DependencyError, ImageError, InputError, M0kitError, ScoreError
-from m0kit.ports import KV
+from m0kit.keeping.cache import Cache
 from m0kit.reranker import best_first, sigmoid
+from m0kit.scoring import sessions
 
 if TYPE_CHECKING:
     from m0kit_parity.reference import Reference

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from m0kit.decoding import open_image
 from m0kit.files import read_regular
-from m0kit.formats import MAX_IMAGE_BYTES
+from m0kit.reading.decoding import open_image
+from m0kit.reading.formats import MAX_IMAGE_BYTES
 
 SCORE_TOKEN: Final = 100
 LOGIT_BIAS: Final = 2.65

@@ -16,7 +16,7 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from m0kit.tokens import PATTERN
+from m0kit.scoring.tokens import PATTERN
 from m0kit_parity.small import corpus
 
 SPECIAL_TOKENS: Final = (

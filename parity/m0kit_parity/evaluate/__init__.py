@@ -1,0 +1,1 @@
+"""What fewer bits cost in ranking quality."""

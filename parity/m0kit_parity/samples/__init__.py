@@ -1,0 +1,1 @@
+"""Checkpoints and adapters that tests and benchmarks are made with."""

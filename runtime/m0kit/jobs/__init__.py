@@ -1,0 +1,1 @@
+"""Scoring large files, and going on after whatever stopped it."""

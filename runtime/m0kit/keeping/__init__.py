@@ -1,0 +1,1 @@
+"""What was computed of documents and is kept: in memory, on disk."""

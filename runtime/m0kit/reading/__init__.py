@@ -1,0 +1,1 @@
+"""What values and files of somebody else hold: text, images, lines."""

@@ -1,0 +1,1 @@
+"""From a pair to its score: prepare, schedule, run, result."""

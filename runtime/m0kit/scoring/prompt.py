@@ -1,0 +1,166 @@
+"""From a query and a document to token ids, by the published scoring procedure. Owns tokenising and truncation.
+
+The document comes first. Text of a user is data: it is encoded so that it can spell any special token and
+never become one (the published tokenizer would take `<|image_pad|>` in a text for an image).
+
+    prompt = PromptBuilder(Path("m0-fp32/tokenizer.json"), config.prompt).build("slm", "some text")
+"""
+
+import copy
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m0kit.artifact.manifest import TOKENIZER_BYTES
+from m0kit.config import PromptConfig
+from m0kit.errors import ArtifactDamagedError, InputError
+from m0kit.files import read_regular
+from m0kit.keeping.cache import Cache
+from m0kit.scoring.tokens import Encoder, open_tokenizer
+
+# Bytes of documents that are remembered in tokens, for the next query: 3,000 of 768 tokens. Tokenising one takes longer
+# than a hundredth of scoring a query on it.
+_REMEMBERED: Final = 32 << 20
+# A token is a byte of the normalised text at least, and Unicode's NFC makes at most three bytes of one.
+_MOST_TOKENS_PER_BYTE: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """An image's place in a prompt: that many visual tokens between vision start and vision end."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of one pair: the start of its document's prefix, then the suffix, the score token last."""
+
+    prefix: NDArray[np.int64]  # all that the document fixes: its part of the prompt and the query header
+    prefix_length: int  # how much of it stands in this prompt
+    suffix: NDArray[np.int64]
+    image_pad_id: int
+    document_truncated: bool
+    query_truncated: bool
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """(T,)"""
+        return np.concatenate([self.prefix[: self.prefix_length], self.suffix])
+
+    @property
+    def image_token_index(self) -> NDArray[np.int64]:
+        """(V,) where image pads stand in `token_ids`."""
+        return np.nonzero(self.token_ids == self.image_pad_id)[0].astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptDocument:
+    """The part of a prompt that a document fixes: token ids, and the text at their end that the query's continues."""
+
+    prefix: NDArray[np.int64]
+    text: str
+    before_text: int  # tokens of the prefix before those of `text`
+    truncated: bool
+
+
+class PromptBuilder:
+    """Builds prompts with an artifact's tokenizer. Thread-safe."""
+
+    def __init__(self, tokenizer_file: Path, config: PromptConfig) -> None:
+        """Raises ArtifactDamagedError when the file is not a tokenizer."""
+        try:
+            tokenizer = open_tokenizer(read_regular(tokenizer_file, TOKENIZER_BYTES))
+        except OSError as error:
+            raise ArtifactDamagedError(f"{tokenizer_file}: {error.strerror}. Export again.") from None
+        except ValueError as error:
+            raise ArtifactDamagedError(f"{tokenizer_file}: {error}. Export again.") from error
+        self._encoder = Encoder(tokenizer)
+        self._config = config
+        self._documents = Cache(_REMEMBERED)
+
+    def with_limits(self, config: PromptConfig) -> "PromptBuilder":
+        """The same tokenizer under another configuration."""
+        other = copy.copy(self)
+        other._config = config
+        other._documents = Cache(_REMEMBERED)
+        return other
+
+    def build(self, query: str | ImageTokens, document: "str | ImageTokens | PromptDocument") -> Prompt:
+        """The prompt of one pair. Raises InputError when an image does not fit.
+
+        A text document is cut to `max_document_length` tokens, the whole prompt to `max_length` with the
+        score token, which costs the query its end. Text next to text is tokenised as one string, so tokens
+        may span the seam; the part of the document's prefix that is used then ends before the seam.
+        """
+        config = self._config
+        if not isinstance(document, PromptDocument):
+            document = self.document(document)
+        prefix, kept = document.prefix, config.max_length - 1
+        if isinstance(query, ImageTokens):
+            used, rest = len(prefix), self._image(query)
+        else:
+            start = document.before_text
+            # One more than are kept tells that some are lost.
+            whole = np.asarray(self._encoder.start(document.text + query, kept - start + 1), np.int64)
+            used = start + _common_length(whole, prefix[start:])
+            rest = whole[used - start :].tolist()
+        pad = config.image_pad_id
+        truncated = used + len(rest) > kept
+        used, own = min(used, kept), rest[: max(kept - used, 0)]
+        expected = int((prefix == pad).sum()) + (query.num_tokens if isinstance(query, ImageTokens) else 0)
+        if int((prefix[:used] == pad).sum()) + own.count(pad) != expected:
+            raise InputError(
+                f"its images take {expected} visual tokens, and with the rest of the prompt that is over the limit "
+                f"of {config.max_length} tokens. Lower max_pixels, shrink the image, or shorten the document."
+            )
+        return Prompt(
+            prefix=prefix,
+            prefix_length=used,
+            suffix=np.asarray([*own, config.score_token_id], np.int64),
+            image_pad_id=pad,
+            document_truncated=document.truncated,
+            query_truncated=truncated,
+        )
+
+    def document(self, document: str | ImageTokens) -> PromptDocument:
+        """What a document fixes, whatever the query will be; remembered for the next query."""
+        key = hashlib.sha256(document.encode()).digest() if isinstance(document, str) else document
+        known: PromptDocument | None = self._documents.get(key)
+        if known is None:
+            known = self._build_document(document)
+            num_bytes = known.prefix.nbytes + sys.getsizeof(known.text)
+            self._documents.put(key, known, num_bytes=num_bytes, cost=len(known.prefix))
+        return known
+
+    def _build_document(self, document: str | ImageTokens) -> PromptDocument:
+        config = self._config
+        if isinstance(document, ImageTokens):
+            before = self._encoder.all(config.document_header) + self._image(document)
+            text, truncated = config.query_header, False
+        else:
+            limit, before, truncated = config.max_document_length, [], False
+            if _MOST_TOKENS_PER_BYTE * len(document.encode()) >= limit:
+                own = self._encoder.start(document, limit + 1)
+                truncated = len(own) > limit
+                if len(own) >= limit:  # decoded back even when nothing is lost, as published
+                    document = self._encoder.decode(own[:limit])
+            text = config.document_header + document + config.query_header
+        prefix = np.asarray([*before, *self._encoder.all(text)], np.int64)
+        return PromptDocument(prefix, text, len(before), truncated)
+
+    def _image(self, image: ImageTokens) -> list[int]:
+        config = self._config
+        return [config.vision_start_id, *[config.image_pad_id] * image.num_tokens, config.vision_end_id]
+
+
+def _common_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """How many leading items are equal."""
+    length = min(len(a), len(b))
+    differing = np.nonzero(a[:length] != b[:length])[0]
+    return int(differing[0]) if len(differing) else length

@@ -1,0 +1,51 @@
+"""What commands say of their inputs is said once."""
+
+from pathlib import Path
+
+import click
+import pytest
+
+from m0kit import Reranker
+from m0kit.cli.options import SIZE, load, require_pixels, tell
+
+
+def test_a_message_that_many_share_is_told_once_with_some_names(capsys: pytest.CaptureFixture[str]) -> None:
+    tell("error", [("a", "is empty"), ("b", "is cut"), *((f"c{i}", "is empty") for i in range(5))])
+    tell("note", [("", "of the whole")])
+    tell("error", [])
+    assert capsys.readouterr().err.splitlines() == [
+        "error: a, c0, c1 and 3 more: is empty",
+        "error: b: is cut",
+        "note: of the whole",
+    ]
+
+
+def test_what_stdout_has_anyway_is_told_up_to_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    tell("error", [(str(i), f"message {i % 4}") for i in range(10)], most=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "error: 0, 4, 8: message 0",
+        "error: 1, 5, 9: message 1",
+        "error: 2, 6: message 2",
+        "error: and 2 more",
+    ]
+
+
+def test_only_its_own_error_is_told_as_an_options(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(click.UsageError, match=r"^--max-pixels: min_pixels \(3136\) must not exceed"):
+        require_pixels(artifact, 1)
+    require_pixels(artifact, None)
+    require_pixels(artifact, 10**9)
+
+    def failing(*_: object, **options: object) -> None:
+        raise ValueError("something else")
+
+    monkeypatch.setattr(Reranker, "load", failing)
+    with pytest.raises(ValueError, match=r"^something else$"):
+        load(artifact, "cpu", None, "fast", 10**6)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 21 + "T", "1e9", "-1", "", "T", "1.5.5G"])
+def test_what_is_no_size_is_wrong_usage(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size"):
+        SIZE.convert(text, None, None)
