@@ -507,8 +507,8 @@ def edited(raw: bytes, sql: str) -> bytes:
 
 def index() -> Surface:
     """An index: its database, journals, segments and links, opened for reading and for writing."""
+    from m0kit.cli.index import index as commands
     from m0kit.errors import RecordDamagedError
-    from m0kit.index import index as commands
     from m0kit.keeping.store import Document, Store
 
     def key(name: str) -> bytes:

@@ -23,10 +23,8 @@ from m0kit.errors import FormatError, InputError
 from m0kit.files import open_regular
 from m0kit.plain import plain
 from m0kit.reading import formats
-from m0kit.reading.inputs import from_file, refuse_url, shown
+from m0kit.reading.inputs import Given, from_file, refuse_url, shown
 from m0kit.reading.lines import is_json_lines, lines, records
-
-Given = tuple[str, Any, str]  # id; content for `reading.inputs`, or why there is none; where it came from
 
 STDIN: Final = "-"
 _UNWRITABLE: Final = re.compile(r"[\n\r\ud800-\udfff]")  # on a line of UTF-8

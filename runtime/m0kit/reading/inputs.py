@@ -66,6 +66,10 @@ class Pair:
     document: Content
 
 
+# A document with its name: id; content, or the InputError that says why there is none; where it came from.
+Given = tuple[str, Any, str]
+
+
 def is_many(value: Any) -> bool:
     """Whether its items can be meant, and not itself."""
     single = (str, bytes, bytearray, memoryview, Mapping, os.PathLike, Image.Image)
