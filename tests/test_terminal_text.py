@@ -24,8 +24,9 @@ from tests._alone import ALONE
 
 from m0kit import terminal
 from m0kit.artifact.manifest import read_manifest, write_manifest
+from m0kit.cli import doctor
 from m0kit.cli.commands import cli
-from m0kit.machine import advice as doctor
+from m0kit.machine.detect import Gpu, detect
 from m0kit.plain import plain
 
 ROOT = Path(__file__).parent.parent
@@ -351,7 +352,7 @@ def test_the_cases_are_of_commands_that_there_are() -> None:
 def test_what_the_system_says_of_itself_is_only_shown(
     as_terminal: bool, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = replace(doctor.detect(Path()), cpu=NASTY, system=NASTY, gpus=(doctor.Gpu(NASTY, None),))
+    machine = replace(detect(), cpu=NASTY, system=NASTY, gpus=(Gpu(NASTY, None),))
     monkeypatch.setattr(doctor, "detect", lambda _: machine)
     printed = ran(["doctor", *(["--json"] if form == "json" else [])], as_terminal)
     harmless(printed)

@@ -22,6 +22,7 @@ from m0kit.artifact.answers import summary
 from m0kit.artifact.manifest import MANIFEST, MANIFEST_BYTES, read_manifest, verify_files
 from m0kit.artifact.signature import REQUIRE, SIGNATURE, required, signer
 from m0kit.artifact.signature import sign as sign_manifest
+from m0kit.cli.doctor import answers_here, doctor
 from m0kit.cli.documents import STDIN, find, read
 from m0kit.cli.index import index, read_ids
 from m0kit.cli.options import (
@@ -41,7 +42,6 @@ from m0kit.cli.options import load as load_reranker
 from m0kit.errors import InputError
 from m0kit.files import read_regular
 from m0kit.jobs.rows import is_parquet, read_lines
-from m0kit.machine.advice import answers_here, doctor
 from m0kit.plain import plain
 from m0kit.reading.formats import read as read_file
 from m0kit.reading.inputs import parse_content, unplaced
