@@ -400,8 +400,7 @@ def test_only_one_file_prints() -> None:
 
 
 def test_no_bar_has_a_name_that_is_not_ours_unless_it_is_made_plain() -> None:
-    """`terminal.bar` makes it plain; a bar of tqdm's own has a constant, or what stands here."""
-    ours = {"runtime/m0kit/jobs/job.py": "note"}  # a number of rows
+    """`terminal.bar` makes it plain; a bar of tqdm's own has a constant."""
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
             name = file.relative_to(ROOT).as_posix()
@@ -411,5 +410,4 @@ def test_no_bar_has_a_name_that_is_not_ours_unless_it_is_made_plain() -> None:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tqdm":
                     for option in node.keywords:
                         if option.arg in ("desc", "postfix", "bar_format") and name != OWNER:
-                            is_ours = isinstance(option.value, ast.Name) and option.value.id == ours.get(name)
-                            assert is_ours or isinstance(option.value, ast.Constant), f"{name}:{node.lineno}"
+                            assert isinstance(option.value, ast.Constant), f"{name}:{node.lineno}"

@@ -55,17 +55,19 @@ _UP: Final = re.compile(r"\n*(?:\x1b\[A)*")  # how tqdm moves between several ba
 def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; what it raises is told on stderr in one line.
 
-    Its result is the exit code where it is a whole number. Warnings, and what is logged for want of anybody who would
-    take it, are shown as notes without source lines. Results that cannot be written are an error, also where that shows
-    only when all is done.
+    Its result is the exit code where it is a whole number. Warnings, what m0kit logs, and what others log for want of
+    anybody who would take it, are shown as notes without source lines. Results that cannot be written are an error,
+    also where that shows only when all is done.
     """
     _open_streams()
-    before = sys.stdout, sys.stderr, logging.lastResort
-    sys.stdout, sys.stderr, logging.lastResort = _screen(sys.stdout), _screen(sys.stderr), _Notes(logging.WARNING)
+    ours, notes = logging.getLogger("m0kit"), _Notes(logging.WARNING)
+    before = sys.stdout, sys.stderr, logging.lastResort, ours.handlers, ours.propagate
+    sys.stdout, sys.stderr, logging.lastResort = _screen(sys.stdout), _screen(sys.stderr), notes
+    ours.handlers, ours.propagate = [notes], False  # others' handlers would say it again, and not as a note
     try:
         return _run(command)
     finally:
-        sys.stdout, sys.stderr, logging.lastResort = before
+        sys.stdout, sys.stderr, logging.lastResort, ours.handlers, ours.propagate = before
 
 
 def _run(command: Callable[[], object]) -> int:
@@ -90,6 +92,11 @@ def _run(command: Callable[[], object]) -> int:
 def show(*lines: str) -> None:
     """Print lines of the result to stdout, each as one line whatever stands in it. Raises OSError, ValueError."""
     _write(sys.stdout, lines)
+
+
+def show_text(text: str) -> None:
+    """Print a text of several lines to stdout, such as a table; in none of its lines is anything but plain text."""
+    show(*text.split("\n"))
 
 
 def show_json(value: Any, indent: int | None = None) -> None:

@@ -264,7 +264,8 @@ def _score_file(
     strict: bool,
 ) -> int:
     """The exit code of `score -o`."""
-    from m0kit.jobs.job import local_engine, score_file
+    from m0kit.jobs.engine import local_engine
+    from m0kit.jobs.job import score_file
     from m0kit.jobs.ray_engine import ray_engine
 
     if pairs == STDIN:
