@@ -107,7 +107,7 @@ CASES: dict[tuple[str, ...], list[Case]] = {
         Case(lambda p: [p.artifact, "--query", "q", "--index", p.library, "--candidates", "-"], stdin=NASTY.encode()),
         Case(lambda p: [p.artifact, "--query", "q", "--device", NASTY, p.documents]),
         Case(lambda p: [p.artifact, "--query", "q", f"--{NASTY}"]),
-        Case(lambda p: [p.artifact, "--query", "q", "--top", NASTY]),
+        Case(lambda p: [p.artifact, "--query", "q", "--top-n", NASTY]),
         Case(lambda p: [p.artifact, "--query-image", p.missing, p.documents]),
     ],
     ("score",): [

@@ -25,15 +25,13 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, TextIO, TypeVar, overload
+from typing import Any, Final, TextIO
 
 import click
 from tqdm import tqdm
 
 from m0kit.errors import M0kitError
 from m0kit.plain import plain, to_json
-
-T = TypeVar("T")
 
 DEBUG: Final = "M0KIT_DEBUG"  # set: show where in the code an error came from
 # What brings a package; those that are not listed are asked for by their own names.
@@ -112,10 +110,6 @@ def say(*lines: str) -> None:
         _write(sys.stderr, lines)
 
 
-@overload
-def bar(*, shown: bool = True, **options: Any) -> "tqdm[Any]": ...
-@overload
-def bar(items: Iterable[T], *, shown: bool = True, **options: Any) -> "tqdm[T]": ...
 def bar(items: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
     """A progress bar of tqdm on stderr, for a terminal only: in a file or a pipe it would be noise."""
     if "desc" in options:

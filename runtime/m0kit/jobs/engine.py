@@ -14,15 +14,7 @@ from typing import Any
 
 import m0kit
 from m0kit.artifact.manifest import read_manifest
-from m0kit.errors import (
-    ArtifactError,
-    DependencyError,
-    DeviceError,
-    M0kitError,
-    OutputError,
-    StoreError,
-    is_panic,
-)
+from m0kit.errors import ArtifactError, DependencyError, DeviceError, M0kitError, OutputError, StoreError, is_panic
 from m0kit.jobs.journal import file_stamp
 from m0kit.jobs.rows import Row, Scored
 from m0kit.jobs.windows import Work

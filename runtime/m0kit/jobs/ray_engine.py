@@ -11,6 +11,7 @@ than the driver scores nothing. Connects to RAY_ADDRESS, else starts Ray here fo
 this machine, and keeps its logs in the folder for temporary files (`ray/`) and the password of its clusters in ~/.ray.
 """
 
+import logging
 import os
 import pickle
 import platform
@@ -64,6 +65,8 @@ class RayEngine:
 
     def __call__(self, artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
         """See `m0kit.jobs.engine.Engine`."""
+        import ray
+
         options, workers = dict(load), self.workers
         on_gpu = str(options.get("device", "cpu")).split(":")[0] == "cuda"
         if on_gpu:
@@ -73,22 +76,18 @@ class RayEngine:
         cores = int(options.get("threads") or 1)
         is_ours = connect(cores * workers)
         try:
-            if is_ours and on_gpu and not _cluster_gpus():
+            if is_ours and on_gpu and not ray.cluster_resources().get("GPU"):
                 raise DeviceError("device cuda: Ray finds no GPU on this machine. Use --device cpu.")
             for block in scored_blocks(artifact, options, work, workers, cores, 1 if on_gpu else 0):
                 yield from block
                 yield None
         finally:
             if is_ours:
-                import ray
-
                 ray.shutdown()
 
 
 def connect(cores: int) -> bool:
     """Join a cluster, or start one with at least so many cores; returns whether it was started here."""
-    import logging
-
     import ray
 
     if ray.is_initialized():
@@ -112,18 +111,10 @@ def connect(cores: int) -> bool:
     return is_ours
 
 
-def _cluster_gpus() -> float:
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0))
-
-
 def scored_blocks(
     artifact: Path, load: Mapping[str, Any], work: Work, workers: int, cores: int, gpus: int
 ) -> Iterator[list[Scored]]:
     """The results of a block at a time, as they come."""
-    import logging
-
     import ray
 
     expected = dependencies(artifact, load)
