@@ -14,6 +14,7 @@ is scored again. Threads, memory and the CPU may change: they move a score by ro
 
 import contextlib
 import ctypes
+import functools
 import logging
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ from m0kit.reading.lines import JSON_NAMES
 from m0kit.terminal import bar, say
 
 _log = logging.getLogger(__name__)
+_Run = Callable[[Work], Generator[Scored | None, None, None]]  # an engine with its artifact and options
 PROGRESS_S = 30.0
 GRACE_S = 0.5  # who ends the whole job ends its processes within such a time
 
@@ -83,7 +85,9 @@ def score_file(
         resumed = sum(end - start for start, end in done)
         if resumed < total:
             with _Progress(total, resumed, progress) as told:
-                for result in _scored(engine, artifact.absolute(), load, source.absolute(), journal, done):
+                run = functools.partial(engine, artifact.absolute(), load)
+                is_ours = not getattr(engine, "elsewhere", False)
+                for result in _scored(run, source.absolute(), journal, done, is_ours):
                     if result is None:
                         journal.commit()
                         continue
@@ -136,39 +140,33 @@ def _tell(journal: Journal) -> None:
 # --- rows that end a process -------------------------------------------------------------------------
 
 
-def _scored(
-    engine: Engine, artifact: Path, load: Mapping[str, Any], source: Path, journal: Journal, done: Ranges
-) -> Iterator[Scored | None]:
+def _scored(run: _Run, source: Path, journal: Journal, done: Ranges, is_ours: bool) -> Iterator[Scored | None]:
     """The results of the rows that are left; first of those that earlier processes had in hand when they died."""
     can_fork = hasattr(os, "fork")
     left, is_whole = journal.suspects(), False
-    while left[1] and not getattr(engine, "elsewhere", False):
+    while left[1] and is_ours:
         if condemned := journal.condemned():
             for (row,) in Work(source, _others(condemned), 1):
                 yield ended(row)
         else:
             size, rows = left
             work = Work(source, _others(rows), size)
-            is_whole = yield from (_forked if can_fork else _here)(engine, artifact, load, work, journal, True)
+            is_whole = yield from (_forked if can_fork else _here)(run, work, journal, True)
         before, left = left, journal.suspects()
         done = journal.done()
         if is_whole and left == before:  # the engine leaves them out
             break
-    yield from _here(engine, artifact, load, Work(source, done), journal, False)
+    yield from _here(run, Work(source, done), journal, False)
 
 
-def _here(
-    engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, journal: Journal, apart: bool
-) -> Generator[Scored | None, None, bool]:
+def _here(run: _Run, work: Work, journal: Journal, apart: bool) -> Generator[Scored | None, None, bool]:
     watched = replace(work, watch=lambda window: journal.begin([row.number for row in window], apart=apart))
-    with contextlib.closing(engine(artifact, load, watched)) as results:
+    with contextlib.closing(run(watched)) as results:
         yield from results
     return True
 
 
-def _forked(
-    engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, journal: Journal, apart: bool
-) -> Generator[Scored | None, None, bool]:
+def _forked(run: _Run, work: Work, journal: Journal, apart: bool) -> Generator[Scored | None, None, bool]:
     """What the engine makes of the work in a child of this process; returns whether that came to the end of it.
 
     That tells a row that ends its process from somebody who ends the job: then this process is gone as well.
@@ -179,7 +177,7 @@ def _forked(
         child = os.fork()
     if child == 0:
         receiver.close()
-        _be_child(engine, artifact, load, work, sender)
+        _be_child(run, work, sender)
     sender.close()
     signal_number, is_whole = 0, False
     try:
@@ -210,14 +208,14 @@ def _forked(
     return False
 
 
-def _be_child(engine: Engine, artifact: Path, load: Mapping[str, Any], work: Work, sender: Any) -> NoReturn:
+def _be_child(run: _Run, work: Work, sender: Any) -> NoReturn:
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to answer
             signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: not to outlive it
         watched = replace(work, watch=lambda window: sender.send(("window", [row.number for row in window])))
-        for result in engine(artifact, load, watched):
+        for result in run(watched):
             sender.send(("result", result))
         sender.send(("end", None))
     except BaseException as error:

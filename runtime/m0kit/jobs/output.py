@@ -6,12 +6,13 @@ Owns the form of both, JSON lines or Parquet, and what is told of a finished job
 it is whole; the journal goes last.
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -45,34 +46,30 @@ def finish(journal: Journal, source: Path, output: Path, resumed: int) -> Summar
     listed = error_file(output)
     # Before the output: whoever sees that has the right list beside it.
     if num_errors:
-        errors = journal.results("error IS NOT NULL")
-        lines = ({"row": r.number, "id": _id(r), "error": r.error} for r in errors)
-        _write(listed, lambda file: _write_json(file, lines))
+        with _writing(listed) as file:
+            for result in journal.results("error IS NOT NULL"):
+                _write_json(file, {"row": result.number, "id": _id(result), "error": result.error})
     else:
         with named_errors(listed):
             listed.unlink(missing_ok=True)
     has_id = journal.count("id IS NOT NULL") > 0
-    if is_parquet(output):
-        id_type = _id_type(source, journal, has_id)
-        _write(output, lambda file: _write_parquet(file, journal.results(), id_type), journal.claim_output)
-    else:
-        lines = (_line(result, has_id) for result in journal.results())
-        _write(output, lambda file: _write_json(file, lines), journal.claim_output)
-    summary = Summary(
-        journal.count(),
-        resumed,
-        num_errors,
-        journal.count("truncated IS NOT NULL"),
-        listed if num_errors else None,
-    )
+    with _writing(output, journal.claim_output) as file:
+        if is_parquet(output):
+            _write_parquet(file, journal.results(), _id_type(source, journal, has_id))
+        else:
+            for result in journal.results():
+                _write_json(file, _line(result, has_id))
+    num_cut = journal.count("truncated IS NOT NULL")
+    summary = Summary(journal.count(), resumed, num_errors, num_cut, listed if num_errors else None)
     journal.delete()
     return summary
 
 
-def _write(path: Path, write: Callable[[Any], object], ready: Callable[[], object] = lambda: None) -> None:
+@contextlib.contextmanager
+def _writing(path: Path, ready: Callable[[], object] = lambda: None) -> Iterator[BinaryIO]:
     try:
         with writing(path, ready=ready) as file:
-            write(file)
+            yield file
     except OutputError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -80,9 +77,8 @@ def _write(path: Path, write: Callable[[Any], object], ready: Callable[[], objec
         raise OutputError(f"{error} {todo}") from error.__cause__
 
 
-def _write_json(file: Any, lines: Iterable[Mapping[str, Any]]) -> None:
-    for line in lines:
-        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+def _write_json(file: BinaryIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def _line(result: Scored, has_id: bool) -> dict[str, Any]:
@@ -105,7 +101,7 @@ def _float32(value: float | None) -> float | None:
     return None if value is None else float(str(np.float32(value)))
 
 
-def _write_parquet(file: Any, results: Iterator[Scored], id_type: Any) -> None:
+def _write_parquet(file: BinaryIO, results: Iterator[Scored], id_type: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -116,13 +112,8 @@ def _write_parquet(file: Any, results: Iterator[Scored], id_type: Any) -> None:
     )  # fmt: skip
     with pq.ParquetWriter(file, schema) as writer:
         while chunk := list(itertools.islice(results, WRITE_ROWS)):
-            columns: dict[str, list[Any]] = {
-                "row": [r.number for r in chunk],
-                "score": [r.score for r in chunk],
-                "logit": [r.logit for r in chunk],
-                "truncated": [r.truncated for r in chunk],
-                "error": [r.error for r in chunk],
-            }
+            names = ("score", "logit", "truncated", "error")
+            columns = {"row": [r.number for r in chunk]} | {n: [getattr(r, n) for r in chunk] for n in names}
             if id_type is not None:
                 values = [_id(r) for r in chunk]
                 if pa.types.is_string(id_type):
