@@ -45,8 +45,7 @@ from m0kit.errors import (
 )
 from m0kit.keeping.cache import Cache, Once
 from m0kit.keeping.states import Pasts, State
-from m0kit.keeping.store import Document as StoredDocument
-from m0kit.keeping.store import Store
+from m0kit.keeping.store import Store, StoredDocument
 from m0kit.precision import check_device
 from m0kit.reading.inputs import Content, Known, Picture, Text, as_list, is_many, parse_pair
 from m0kit.scoring import sessions
