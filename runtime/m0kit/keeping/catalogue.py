@@ -6,7 +6,7 @@ the bytes (`segments`), nor when anything is added, moved or dropped (`store`).
     catalogue = Catalogue(folder, writable=True)
     with catalogue.transaction() as emptied:
         catalogue.publish(pieces, {7: 4096})
-    row = catalogue.piece(False, key)
+    row = catalogue.place(False, key)
 
 Nothing that is done for one document looks at all of them: triggers count what each segment holds, and a record is
 marked as cold once for each use. Opening for writing reads the database once, to be sure of it; so does opening for
@@ -18,7 +18,6 @@ of SQLite do not hold twice has a check of its own: a document's row a sum, a nu
 In a forked child it has a connection of its own, for reading only.
 """
 
-import errno
 import json
 import os
 import sqlite3
@@ -35,26 +34,15 @@ import msgspec
 
 from m0kit import database, forks, schema
 from m0kit.errors import M0kitError, OutputError, StoreBusyError, StoreError
+from m0kit.keeping import tables
 from m0kit.keeping.segments import MOST, Piece, room
-from m0kit.keeping.tables import (
-    APPLICATION,
-    FORMAT_VERSION,
-    MAX_LIMIT,
-    MAX_NAME_BYTES,
-    MIN_LIMIT,
-    OWNERLESS,
-    RECORDS_BY_USE,
-    SCHEMA,
-    UNSOUND,
-)
+from m0kit.keeping.tables import MAX_LIMIT, OWNERLESS, RECORDS_BY_USE
 from m0kit.verified import Memory
 
 INDEX, LOCK = "index.sqlite", "lock.sqlite"
 WAIT_S = 600.0  # for another process's transaction: milliseconds, unless the machine is busy; guards against hanging
 _WRITER_WAIT_S: Final = 0.5  # for another process that is just trying; a writer stays for longer, and so does its lock
 _TOUCH_WAIT_S: Final = 0.05  # noting a use is not worth more
-
-
 _USE: Final = "UPDATE pieces SET used = ?, warm = 1 WHERE content = 0 AND key = ?"
 # UnicodeDecodeError comes of a message that names what is damaged, MemoryError of a row that claims to be huge.
 _SQLITE_RAISES: Final = (sqlite3.Error, UnicodeDecodeError, MemoryError)
@@ -73,10 +61,8 @@ class Described(NamedTuple):
     @property
     def is_own(self) -> bool:
         """Whether this is what was written."""
-        texts, raw = (self.id, self.kind, self.source), (self.key, self.content)
-        if not (all(type(text) is str for text in texts) and all(type(part) is bytes for part in raw)):
-            return False
-        return bool(sum_of(*self[:-1]) == self.sum)
+        fields = self[:-1]
+        return [*map(type, fields)] == [str, str, bytes, bytes, str] and sum_of(*fields) == self.sum
 
 
 _DESCRIBED: Final = ", ".join(Described._fields)
@@ -86,7 +72,7 @@ class _Meta(msgspec.Struct, forbid_unknown_fields=True):
     """What the table `meta` says, as JSON."""
 
     identity: dict[str, Any]
-    max_bytes: Annotated[int, msgspec.Meta(ge=MIN_LIMIT, le=MAX_LIMIT)] | None
+    max_bytes: Annotated[int, msgspec.Meta(ge=tables.MIN_LIMIT, le=MAX_LIMIT)] | None
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 
 
@@ -112,9 +98,6 @@ class Catalogue:
         try:
             with self._guarded():
                 if writable:
-                    for place in (path, path / INDEX, path / LOCK):
-                        # SQLite lets a reader "begin exclusively" and only complains later.
-                        must_be_writable(place)
                     self._writer = database.connect(path / LOCK, writing=True, wait_s=_WRITER_WAIT_S)
                     self._writer.execute("BEGIN EXCLUSIVE")
                 else:
@@ -136,7 +119,7 @@ class Catalogue:
             (folder / LOCK).touch()
             db = database.connect(folder / INDEX, writing=True, wait_s=0)
             try:
-                db.executescript(f"BEGIN; {SCHEMA}")
+                db.executescript(f"BEGIN; {tables.SCHEMA}")
                 rows = [(name, json.dumps(value)) for name, value in values.items()]
                 db.executemany("INSERT INTO meta VALUES (?, ?, ?)", [(*row, sum_of(*row)) for row in rows])
                 db.execute("COMMIT")
@@ -265,14 +248,14 @@ class Catalogue:
         place = self.path / INDEX
         stamp = _stamp(place)
         whole |= stamp != self._sound and not self._memory.knows_file(str(place), stamp)
-        if self.rows("PRAGMA application_id")[0][0] != APPLICATION:
+        if self.rows("PRAGMA application_id")[0][0] != tables.APPLICATION:
             raise StoreError(f"{place}: not the database of an index, or damaged. Make the index again.")
         version = self.rows("PRAGMA user_version")[0][0]
-        if version != FORMAT_VERSION:
-            way = "Update m0kit" if version > FORMAT_VERSION else "It is of an older m0kit: make the index again"
-            raise StoreError(f"{self.path}: format version {version}; this m0kit reads {FORMAT_VERSION}. {way}.")
+        if version != (known := tables.FORMAT_VERSION):
+            way = "Update m0kit" if version > known else "It is of an older m0kit: make the index again"
+            raise StoreError(f"{self.path}: format version {version}; this m0kit reads {known}. {way}.")
         with self.fork_lock, self._guarded():
-            database.require_schema(self.connection(), SCHEMA)
+            database.require_schema(self.connection(), tables.SCHEMA)
         if self._is_cut_off() or (whole and not self.is_sound()):
             raise index_damaged(self.path)
         self._sound = stamp if stamp == _stamp(place) else None
@@ -295,7 +278,7 @@ class Catalogue:
         """Whether the trees are, every piece has its segment and lies in it, and what was counted is so."""
         if self.rows("PRAGMA integrity_check(1)") != [("ok",)] or self.rows("PRAGMA foreign_key_check"):
             return False
-        return not any(self.rows(query) for query in UNSOUND)
+        return not any(self.rows(query) for query in tables.UNSOUND)
 
     def _meta(self) -> _Meta:
         """The identity and the limit, as given to `create`, and the index's own id."""
@@ -321,7 +304,7 @@ class Catalogue:
     def described(self, document_id: object) -> Described | None:
         """What is said of a document, if there is one."""
         try:
-            if not isinstance(document_id, str) or len(document_id.encode()) > MAX_NAME_BYTES:
+            if not isinstance(document_id, str) or len(document_id.encode()) > tables.MAX_NAME_BYTES:
                 return None
         except UnicodeEncodeError:
             return None
@@ -561,32 +544,18 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def must_be_writable(path: Path) -> None:
-    """Raises OutputError for what is there and may not be written."""
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise unwritable(path, PermissionError(errno.EACCES, ""))
-
-
 def _stamp(path: Path) -> list[Any]:
     """What a file is like as long as nobody changes it; `m0kit.verified` remembers it for a database that is sound."""
     try:
         found = os.lstat(path)
     except OSError:
         return []
-    return [f"index {FORMAT_VERSION}", found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return [f"index {tables.FORMAT_VERSION}", found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def index_damaged(path: Path) -> StoreError:
     """What to say of a database that is not sound."""
     return StoreError(f"{path / INDEX}: the database is damaged. Bring it back from a copy, or make the index again.")
-
-
-def unwritable(path: Path, error: OSError) -> OutputError:
-    """What to say where the system refuses to write."""
-    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-    advice = "Make room" if full else "See to it that you may write there"
-    what = error.strerror or os.strerror(error.errno or 0)
-    return OutputError(f"{path}: cannot be written: {what}. Nothing is lost. {advice}, then try again.")
 
 
 def _translated(path: Path, error: Exception, writing: bool) -> M0kitError:

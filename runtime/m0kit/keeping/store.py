@@ -28,6 +28,7 @@ what was written, or as damaged.
 In a forked child a store is for reading only.
 """
 
+import errno
 import hashlib
 import mmap
 import os
@@ -44,7 +45,7 @@ from numpy.typing import NDArray
 
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
 from m0kit.files import destination, occupied, replacing
-from m0kit.keeping.catalogue import INDEX, Catalogue, index_damaged, must_be_writable, size_of, unwritable
+from m0kit.keeping.catalogue import INDEX, LOCK, Catalogue, index_damaged, size_of
 from m0kit.keeping.segments import FOLDER, MOST, New, Piece, Segments, begun, room
 from m0kit.keeping.tables import KEY_BYTES, MAX_LIMIT, MAX_NAME_BYTES, MIN_LIMIT
 
@@ -160,8 +161,10 @@ class Store:
         with _told(path, writable):
             if os.path.lexists(self.segments.folder):
                 self.segments.numbers()
-        if writable:
-            must_be_writable(self.segments.folder)
+            # SQLite lets a reader "begin exclusively" and only complains later.
+            for place in (path, self.segments.folder, path / INDEX, path / LOCK) if writable else ():
+                if os.path.exists(place) and not os.access(place, os.W_OK):
+                    raise _unwritable(place, PermissionError(errno.EACCES, ""))
         self.catalogue = Catalogue(path, writable)
         self.identity, self.max_bytes = self.catalogue.identity, self.catalogue.max_bytes
         self._segment_bytes = min(SEGMENT_BYTES, SEGMENT_BYTES if self.max_bytes is None else self.max_bytes // 32)
@@ -590,8 +593,17 @@ def _told(path: Path, writing: bool = True) -> Iterator[None]:
     except M0kitError:  # some of ours are OSErrors too
         raise
     except OSError as error:
-        what = f"{error.filename or path}: cannot be read: {error.strerror}. See to it that you may read it."
-        raise (unwritable(path, error) if writing else StoreError(what)) from error
+        if writing:
+            raise _unwritable(path, error) from error
+        what = f"{error.filename or path}: cannot be read: {error.strerror}"
+        raise StoreError(f"{what}. See to it that you may read it.") from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    advice = "Make room" if full else "See to it that you may write there"
+    what = error.strerror or os.strerror(error.errno or 0)
+    return OutputError(f"{path}: cannot be written: {what}. Nothing is lost. {advice}, then try again.")
 
 
 def _counted(reads: Reads, read: Callable[[], _Found | None], num_bytes: Callable[[_Found], int]) -> _Found | None:
