@@ -19,7 +19,6 @@ from m0kit.jobs.journal import file_stamp
 from m0kit.jobs.rows import Row, Scored
 from m0kit.jobs.windows import Work
 from m0kit.keeping.store import Store
-from m0kit.reading.inputs import unplaced
 from m0kit.reranker import Reranker
 from m0kit.scoring.sessions import engine_version
 
@@ -62,7 +61,7 @@ def _isolated(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
                 cut = ",".join(result.truncated) or None
                 yield Scored(row.number, row.id, result.score, result.logit, cut, None, named[position])
             else:
-                yield Scored.failed(row, f"{row.place}: {unplaced(result.error)[1]}", named[position])
+                yield Scored.failed(row, f"{row.place}: {result.error.said}", named[position])
     except BaseException as error:  # an input is data, and nothing that it makes a library do may stop a job
         if not left or not _may_be_of_a_row(error):
             raise
