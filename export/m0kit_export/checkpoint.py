@@ -22,10 +22,9 @@ import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
-from m0kit.artifact.manifest import sha256_of
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError
-from m0kit.files import open_regular, read_regular
+from m0kit.files import open_regular, read_regular, sha256_of
 from m0kit.schema import fitting, parse
 from m0kit_export.folder import find_folder
 from m0kit_export.frequencies import powers

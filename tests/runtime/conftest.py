@@ -13,8 +13,9 @@ from tests._alone import ALONE
 from tests._sealed import edit_manifest
 
 from m0kit import Reranker
-from m0kit.artifact.manifest import FileEntry, read_manifest, sha256_of, write_manifest
+from m0kit.artifact.manifest import FileEntry, read_manifest, write_manifest
 from m0kit.config import ModelConfig
+from m0kit.files import sha256_of
 
 if TYPE_CHECKING:
     from m0kit_parity.reference import Reference

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from m0kit import Reranker
-from m0kit.cli.options import SIZE, load, require_pixels, tell
+from m0kit.cli.options import SIZE, open_reranker, require_pixels, tell
 
 
 def test_a_message_that_many_share_is_told_once_with_some_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +42,7 @@ def test_only_its_own_error_is_told_as_an_options(artifact: Path, monkeypatch: p
 
     monkeypatch.setattr(Reranker, "load", failing)
     with pytest.raises(ValueError, match=r"^something else$"):
-        load(artifact, "cpu", None, "fast", 10**6)
+        open_reranker(artifact, {"max_pixels": 10**6})
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 21 + "T", "1e9", "-1", "", "T", "1.5.5G"])
