@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import DTypeLike
 from onnx import TensorProto, helper, numpy_helper
 
+from m0kit.artifact.ports import GraphPorts, Port
 from m0kit_quant import int8, nf4
 from m0kit_quant.recipe import Recipe
 from m0kit_quant.schemes import FLOATS, Scheme
@@ -70,25 +71,12 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
-    """A graph input or output; dimensions are numbers or names."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str, ...]
-
-    def proto(self) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(self.name, _TYPES[self.dtype], list(self.shape))
-
-
-@dataclass(frozen=True, slots=True)
 class Graph:
     """A finished graph: the model without its values, and what must be written where."""
 
     model: onnx.ModelProto
     weights: tuple[Weight, ...]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    ports: GraphPorts  # what it observes, too
 
     @property
     def data_bytes(self) -> int:
@@ -261,8 +249,8 @@ class Builder:
         self.op("ReduceMax", self.op("Abs", x), zero, keepdims=0, out=f"{name}.peak")
         self.op("ReduceSumSquare", x, zero, keepdims=0, out=f"{name}.energy")
         self.op("Shape", x, end=1, out=f"{name}.rows")
-        self._observed += [Port(f"{name}.{what}", np.dtype(np.float32), (size,)) for what in ("peak", "energy")]
-        self._observed.append(Port(f"{name}.rows", np.dtype(np.int64), (1,)))
+        self._observed += [Port(f"{name}.{what}", "float32", (size,)) for what in ("peak", "energy")]
+        self._observed.append(Port(f"{name}.rows", "int64", (1,)))
 
     def _declare(self, name: str, shape: tuple[int, ...], scheme: Scheme, half: bool = False) -> dict[str, str]:
         """Give the parts of a tensor their places; returns the initializer of each."""
@@ -300,24 +288,21 @@ class Builder:
     def mark(self) -> int:
         return len(self._nodes)
 
-    def finish(self, inputs: Sequence[Port], outputs: Sequence[Port]) -> Graph:
-        graph = helper.make_graph(
-            self._nodes,
-            self.name,
-            [port.proto() for port in inputs],
-            [port.proto() for port in (*outputs, *self._observed)],
-            self._initializers,
+    def finish(self, ports: GraphPorts) -> Graph:
+        ports = GraphPorts(ports.inputs, (*ports.outputs, *self._observed))
+        inputs, outputs = (
+            [helper.make_tensor_value_info(p.name, _TYPES[np.dtype(p.dtype)], list(p.shape)) for p in side]
+            for side in (ports.inputs, ports.outputs)
         )
+        graph = helper.make_graph(self._nodes, self.name, inputs, outputs, self._initializers)
+        opsets = {"": OPSET, **({CONTRIB: 1} if self._uses_contrib else {})}
         model = helper.make_model(
             graph,
-            opset_imports=[
-                helper.make_opsetid("", OPSET),
-                *([helper.make_opsetid(CONTRIB, 1)] if self._uses_contrib else []),
-            ],
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
             ir_version=IR_VERSION,
             producer_name="m0kit",
         )
-        return Graph(model, tuple(self._weights.values()), tuple(inputs), (*outputs, *self._observed))
+        return Graph(model, tuple(self._weights.values()), ports)
 
     def _fresh(self, op_type: str) -> str:
         self._serial += 1

@@ -32,10 +32,9 @@ from m0kit import forks
 from m0kit.artifact.answers import KINDS, Answer, Engine, Kind, Trial
 from m0kit.artifact.hub import resolve
 from m0kit.artifact.manifest import TOKENIZER, Manifest, read_manifest, verify_files
-from m0kit.artifact.ports import KV, Kept, decoder_name, is_first_format
+from m0kit.artifact.ports import KV, Kept, decoder_name
 from m0kit.config import ModelConfig
 from m0kit.errors import (
-    ArtifactError,
     DependencyError,
     InputError,
     M0kitError,
@@ -179,12 +178,7 @@ class Reranker:
         self.store = store
         self._loaded: dict[str, Any] | None = None  # arguments of `load`
         self._salt = _salt(manifest, config, kv)
-        decoder = config.decoder
-        # Artifacts from before documents could be kept: pasts (T_past, K·C), pieces without the number of their past.
-        self._first_format = is_first_format(manifest.graphs)
-        self._no_past = Pasts(decoder, kv).feeds([])
-        if self._first_format:
-            self._no_past = {name: np.zeros((0, decoder.kv_size), np.float32) for name in self._no_past}
+        self._no_past = Pasts(config.decoder, kv).feeds([])
 
     @classmethod
     def load(
@@ -234,8 +228,6 @@ class Reranker:
             raise ValueError(f"kv must be one of {', '.join(KV)}, got {kv!r}")
         folder = resolve(path, revision, what="artifact")
         manifest = read_manifest(folder, require_signature=require_signature)
-        if (cache_bytes or store or kv != "fp32") and decoder_name("int8") not in manifest.graphs:
-            raise ArtifactError(f"{folder}: was exported before documents could be kept. Export it again.")
         config = manifest.model
         if max_pixels is not None:
             config = replace(config, image=replace(config.image, max_pixels=max_pixels))
@@ -685,8 +677,6 @@ class Reranker:
             "last_pieces": layout.last_pieces,
             **(pasts.feeds(states) if pasts and states else self._no_past),
         }
-        if self._first_format:
-            feeds |= {name: feeds[name][:, :8] for name in ("pieces", "last_pieces")}
         return (decoder or self._decoder).run(feeds, outputs)
 
     def _logits(self, hidden: Float32) -> Float32:

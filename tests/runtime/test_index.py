@@ -21,7 +21,7 @@ from PIL import Image
 from m0kit import Reranker
 from m0kit.cli.commands import cli
 from m0kit.cli.documents import Given
-from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
+from m0kit.errors import InputError, StoreBusyError, StoreError
 from m0kit.index import add, open_index
 from m0kit.keeping.store import Store
 from m0kit.scoring import sessions
@@ -157,18 +157,6 @@ def test_an_index_of_something_else_is_refused(
     other = Reranker.load(artifact, threads=1, kv="int8")
     with pytest.raises(StoreError, match="kv"):
         open_index(library, other)
-
-
-def test_an_artifact_from_before_scores_as_ever(old_artifact: Path, reranker: Reranker) -> None:
-    pairs = [("what", "some text"), ("\n\nwhat", "some text"), ("q", page(3)), (page(4), "long " * 300)]
-    scores = Reranker.load(old_artifact, threads=1).score(pairs, raw=True)
-    np.testing.assert_allclose(scores, reranker.score(pairs, raw=True), rtol=0, atol=1e-5)  # other attention kernels
-
-
-def test_an_artifact_from_before_is_refused_with_the_way_out(old_artifact: Path, library: Path) -> None:
-    for options in ({"index": library}, {"cache_bytes": 1 << 20}, {"kv": "fp16"}):
-        with pytest.raises(ArtifactError, match="Export it again"):
-            Reranker.load(old_artifact, threads=1, **options)  # type: ignore[arg-type]
 
 
 def test_unknown_ids_and_ids_without_an_index(library: Path, artifact: Path, reranker: Reranker) -> None:
