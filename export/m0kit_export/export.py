@@ -39,13 +39,13 @@ from m0kit.artifact.manifest import (
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
 from m0kit.terminal import say
-from m0kit_export.adapter import AdapterSpec
+from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.answers import known_answers, open_tokenizer
 from m0kit_export.builder import Graph, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.folder import find_folder
 from m0kit_export.graphs import build_graphs, check_recipe, kept_decoders, schemes_of
-from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
+from m0kit_export.sources import ArtifactSource, CheckpointSource, Source
 from m0kit_quant import nf4
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups

@@ -572,7 +572,7 @@ PEAK = textwrap.dedent("""
     import sys
     from pathlib import Path
     import numpy as np
-    from m0kit import planner
+    from m0kit.scoring import planner
     from m0kit.artifact.manifest import read_manifest
     from m0kit.scoring.sessions import open_graph
     from m0kit.keeping.states import Pasts
