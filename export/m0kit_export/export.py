@@ -51,7 +51,7 @@ from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
 from m0kit_quant.halves import Fit, fit_halves
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.scheme import Scheme
 from m0kit_quant.weights import Weights
 
 _SPARE_BYTES = 64 << 20  # for the tokenizer, graphs, manifest and the file system's own needs

@@ -36,11 +36,11 @@ from m0kit.artifact.ports import (
     vision_ports,
 )
 from m0kit.config import DecoderConfig, ModelConfig
-from m0kit_export.builder import CONTRIB, Builder, Graph
+from m0kit_export.builder import Builder, Graph
 from m0kit_export.frequencies import Frequencies, powers
 from m0kit_export.names import expected_shapes
 from m0kit_quant.recipe import EMBEDDING, Recipe
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.scheme import CONTRIB, Scheme
 from m0kit_quant.weights import Float32
 
 F32 = np.dtype(np.float32)
@@ -165,7 +165,7 @@ def decoder_graph(
         )
         if kv == "fp16":
             for name, new in zip(present_names(i), (k, v), strict=True):
-                b.op("Cast", new, to=TensorProto.FLOAT16, out=name)
+                b.cast(new, np.float16, name)
         if last:
             x, h = (b.op("Gather", rows, "last_index", axis=0) for rows in (x, h))
             cos, sin = last_cos, last_sin

@@ -25,7 +25,7 @@ from m0kit.files import read_regular
 from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.frequencies import Frequencies
 from m0kit_export.names import expected_shapes
-from m0kit_quant.schemes import FLOATS
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.weights import Float32
 
 if TYPE_CHECKING:  # PyTorch, transformers and PEFT, none of which an artifact needs

@@ -13,10 +13,12 @@ from onnx import TensorProto, helper
 
 from m0kit.artifact.ports import GraphPorts, Port
 from m0kit.scoring.sessions import open_graph
-from m0kit_export.builder import ALIGNMENT, CONTRIB, IR_VERSION, OPSET, Builder, Graph
+from m0kit_export.builder import ALIGNMENT, IR_VERSION, OPSET, Builder, Graph
 from m0kit_quant import int4, int8, nf4
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.recipe import EMBEDDING, Recipe
-from m0kit_quant.schemes import FLOATS, Parts, Scheme
+from m0kit_quant.scheme import CONTRIB, Parts
+from m0kit_quant.schemes import SCHEMES
 
 F32, F16, I64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
 RNG = np.random.default_rng(0)
@@ -335,7 +337,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(
 
 def test_activations_are_rounded_as_the_numpy_model_rounds_them(tmp_path: Path) -> None:
     b = Builder("rows", FP32)
-    integers, scale = b._quantize_rows("x")
+    integers, scale = int8.activation_nodes(b, "x")
     b.op("Cast", integers, to=TensorProto.FLOAT, out="q")
     b.op("Identity", scale, out="a")
     graph = b.finish(
@@ -418,7 +420,7 @@ def test_looked_up_rows_are_what_the_stored_parts_stand_for(
     b.op("Identity", b.lookup(EMBEDDING, "ids", table.shape), out="y")
     graph = b.finish(GraphPorts((Port("ids", "int64", ("T",)),), (Port("y", "float32", ("T", width)),)))
     (weight,) = graph.weights
-    assert weight.scheme == Scheme(scheme, block, table=scheme not in FLOATS or weight.scheme.table)
+    assert weight.scheme == SCHEMES[scheme](block, table=True)
     parts = write(tmp_path, graph, {EMBEDDING: table})[EMBEDDING]
     ids = np.array([10, 0, 3, 3, 7])
     y = open_graph(tmp_path, "rows", threads=1).run({"ids": ids}, ["y"])["y"]

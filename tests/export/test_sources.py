@@ -20,8 +20,8 @@ from m0kit_export.names import expected_shapes
 from m0kit_export.sources import ArtifactSource, CheckpointSource
 from m0kit_parity.samples.checkpoints import write_checkpoint
 from m0kit_quant import nf4
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import FLOATS
 
 
 def mixed(precision: str, *rules: tuple[str, str]) -> Recipe:
