@@ -33,11 +33,10 @@ from m0kit.artifact.manifest import (
     FileEntry,
     Manifest,
     read_manifest,
-    sha256_of,
     write_manifest,
 )
 from m0kit.errors import CheckpointError, OutputError, RecipeError
-from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
+from m0kit.files import destination, flush, named_errors, occupied, recover, replacing, sha256_of
 from m0kit.terminal import say
 from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.answers import known_answers, open_tokenizer

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from m0kit.artifact.hub import resolve
-from m0kit.artifact.manifest import sha256_of
 from m0kit.errors import CheckpointError
-from m0kit.files import open_regular, read_regular
+from m0kit.files import open_regular, read_regular, sha256_of
 from m0kit.schema import parse
 
 # Each ten times, or more, what the published model, or a fine-tune of it, has.

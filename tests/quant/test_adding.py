@@ -1,4 +1,5 @@
 """To add a scheme takes one class, one line in the registry and one in the runtime's table: shown with a toy."""
+# ruff: noqa: ARG002 a scheme is given what any scheme may need
 
 from collections.abc import Mapping
 from pathlib import Path

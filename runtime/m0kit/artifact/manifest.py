@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -34,7 +34,7 @@ from m0kit.errors import (
     ArtifactNotFoundError,
     ArtifactVersionError,
 )
-from m0kit.files import open_regular, read_regular, sync
+from m0kit.files import read_regular, sha256_of, writing
 from m0kit.precision import SCHEMES
 from m0kit.schema import exactly, fitting, parse
 from m0kit.verified import Memory
@@ -47,7 +47,6 @@ MANIFEST_BYTES: Final = 8 << 20  # one of the full model has 60 KB
 TOKENIZER_BYTES: Final = 64 << 20  # 7 to 11 MB; tokenizers takes some ten times as much to open it
 GRAPH_BYTES: Final = 4 << 20  # 0.4 MB: weights are beside it; ONNX Runtime takes half a minute to open so much
 _MOST_FILES: Final = 1000  # 9
-_CHUNK = 1 << 20
 # What a file may be called on every system: no separators, drives, streams, device names, nothing hidden.
 _PLAIN: Final = re.compile(
     r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[A-Za-z0-9_](?:[A-Za-z0-9_.+-]{0,198}[A-Za-z0-9_+-])?"
@@ -282,27 +281,14 @@ def _check_names(files: Mapping[str, FileEntry]) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` and flush it to disk. The caller renames the folder into place.
+    """Write `folder/manifest.json`, whole and durable. The caller renames the folder into place.
 
     It holds a hash of its own content, by which `read_manifest` finds it changed.
     """
     raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **_content(manifest)}
     raw["sha256"] = _sha256_of_json(raw)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(raw, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        sync(file.fileno())
-
-
-def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
-    """Hash a regular file in pieces; `progress` is told the bytes of each. Raises OSError."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
+    with writing(folder / MANIFEST) as file:
+        file.write(json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

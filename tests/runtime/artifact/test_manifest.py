@@ -21,7 +21,6 @@ from m0kit.artifact.manifest import (
     KnownAnswers,
     Manifest,
     read_manifest,
-    sha256_of,
     verify_files,
     write_manifest,
 )
@@ -33,7 +32,7 @@ from m0kit.errors import (
     ArtifactVersionError,
     M0kitError,
 )
-from m0kit.files import read_regular
+from m0kit.files import read_regular, sha256_of
 from m0kit_parity.samples.checkpoints import model_config
 
 EMPTY = b"\x3a\x00"  # a graph of nothing
@@ -195,17 +194,6 @@ def test_the_fingerprint_depends_on_every_file(folder: Path) -> None:
         seen.add(replace(manifest, files={**manifest.files, name: FileEntry(1, "0" * 64)}).fingerprint)
     assert len(seen) == len(FILES) + 1
     assert replace(manifest, provenance={}).licence == "not stated by the checkpoint"
-
-
-def test_a_hash_is_that_of_the_whole_file_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashlib
-
-    monkeypatch.setattr(module, "_CHUNK", 7)
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(20)))
-    told: list[int] = []
-    assert sha256_of(path, told.append) == hashlib.sha256(bytes(range(20))).hexdigest()
-    assert told == [7, 7, 6]
 
 
 # --- what is no artifact -----------------------------------------------------------------------------
