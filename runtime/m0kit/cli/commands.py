@@ -19,15 +19,14 @@ from typing import Any, BinaryIO, Literal, cast
 import click
 
 from m0kit.artifact.answers import summary
-from m0kit.artifact.manifest import MANIFEST, MANIFEST_BYTES, read_manifest, verify_files
-from m0kit.artifact.signature import REQUIRE, SIGNATURE, required, signer
+from m0kit.artifact.manifest import read_manifest, read_signed, verify_files
+from m0kit.artifact.signature import REQUIRE, SIGNATURE
 from m0kit.artifact.signature import sign as sign_manifest
 from m0kit.cli.doctor import answers_here, doctor
 from m0kit.cli.documents import STDIN, find, read
 from m0kit.cli.index import index, read_ids
 from m0kit.cli.options import ARTIFACT, DOCUMENTS, JSON, SIZE, exit_code, loading, open_reranker, require_pixels, tell
 from m0kit.errors import InputError
-from m0kit.files import read_regular
 from m0kit.jobs.rows import is_parquet, read_lines
 from m0kit.plain import plain
 from m0kit.reading.formats import read as read_file
@@ -268,7 +267,7 @@ cli.add_command(index)
 @JSON
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     """Show what an artifact is, what it was made from, and under which licence its weights stand."""
-    manifest = read_manifest(artifact)
+    manifest, signed_by = read_signed(artifact)
     if verify:
         verify_files(artifact, manifest)
         answers = answers_here(artifact, manifest)
@@ -302,8 +301,8 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         ("prompt", f"up to {manifest.model.prompt.max_length} tokens"),
         ("fingerprint", manifest.fingerprint),
     ]
-    if signers := required():
-        rows.append(("signed by", signer(artifact, read_regular(artifact / MANIFEST, MANIFEST_BYTES), signers)))
+    if signed_by is not None:
+        rows.append(("signed by", signed_by))
     if verify:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
         rows.append(("answers", summary(answers)))
