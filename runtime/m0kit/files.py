@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from m0kit.errors import M0kitError, OutputError
 
@@ -84,6 +84,30 @@ def require_unoccupied(path: Path) -> None:
     """Raises OutputError where something is there already, but for an empty folder."""
     if occupied(path):
         raise OutputError(f"{path}: exists and is not empty. Choose another folder.")
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when the block ends well, and vanishes when not.
+
+    `private` is for this user's eyes alone. Raises OutputError when another process writes that file, or the file
+    system refuses.
+    """
+    with named_errors(path):
+        place = path.absolute()
+        space = _work_place(place)
+        lock = _hold(space, path)
+        try:
+            _restore(space, place)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN
+            with open(os.open(space / _NEW, flags, 0o600 if private else 0o666), "wb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            os.replace(space / _NEW, place)  # closed before: Windows renames nothing that is open
+            sync_path(place.parent)
+        finally:
+            _leave(space, place, lock)
 
 
 @contextlib.contextmanager

@@ -35,9 +35,12 @@ from m0kit.cli.options import (
     THREADS,
     exit_code,
     require_pixels,
+    require_place,
     tell,
 )
 from m0kit.cli.options import load as load_reranker
+from m0kit.cli.page import write as write_page
+from m0kit.cli.ranking import made_by, ranking_page
 from m0kit.errors import InputError
 from m0kit.files import read_regular
 from m0kit.jobs.rows import is_parquet, read_lines
@@ -111,6 +114,7 @@ _STRICT = click.option("--strict", is_flag=True, help="Stop at the first input t
 @_RAW
 @_STRICT
 @JSON
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ranking as one page.")
 @DEVICE
 @THREADS
 @MEMORY
@@ -128,6 +132,7 @@ def rerank(
     raw: bool,
     strict: bool,
     as_json: bool,
+    html: Path | None,
     device: str,
     threads: int | None,
     memory: Literal["fast", "low"],
@@ -148,6 +153,7 @@ def rerank(
         raise click.UsageError("Stdin can be a document, or --candidates, not both.")
     if not documents and index_folder is None:
         raise click.UsageError("Give documents, or --index.")
+    require_place(html)
     asked = query if query_image is None else read_file(query_image)
     if query_image is not None and isinstance(asked, str):
         raise InputError(f"--query-image: {query_image}: holds text. Give that with --query.")
@@ -167,7 +173,8 @@ def rerank(
     pairs = [content if isinstance(content, InputError) else (asked, content) for _, content, _ in given]
     results = _evaluate(reranker, pairs, [plain(click.format_filename(place)) for place in places], strict)
     values = [result.logit if raw else result.score for result in results]
-    for rank, i in enumerate(best_first([result.logit for result in results])[:top_n]):
+    order = best_first([result.logit for result in results])[:top_n]
+    for rank, i in enumerate(order):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
             line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": given[i][0]}
@@ -175,6 +182,11 @@ def rerank(
             show_json(line)
         else:
             show(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
+    if html is not None:
+        settings = {"device": device, "threads": threads, "memory": memory, "max_pixels": max_pixels}
+        settings["index"] = str(index_folder) if index_folder else None
+        contents = [(name, content) for name, (_, content, _) in zip(names, given, strict=True)]
+        write_page(html, ranking_page(asked, contents, results, order, made_by(artifact, settings)))
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
