@@ -7,7 +7,6 @@ Exit codes: 0 all well, 3 some lines or measurements failed and the others are r
 
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -16,12 +15,13 @@ from m0kit.artifact.hub import resolve
 from m0kit.artifact.manifest import read_manifest
 from m0kit.artifact.ports import Kept
 from m0kit.cli.options import PARTLY, require_place, tell
-from m0kit.errors import InputError, OutputError
+from m0kit.cli.page import write as write_page
+from m0kit.errors import InputError
 from m0kit.terminal import say, show, show_json
 from m0kit_parity.bench.commands import machine
 from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, compare
 from m0kit_parity.evaluate.judged import builtin_sets, read_judged
-from m0kit_parity.evaluate.render import to_html, to_text
+from m0kit_parity.evaluate.render import to_html, to_json, to_text
 
 
 @click.command()
@@ -86,12 +86,9 @@ def evaluate(
     say(*(f"note: {note}" for note in notes))
     tell("error", map(_place_and_reason, evaluation.errors))
     if html:
-        try:
-            html.write_text(to_html(evaluation), "utf-8", "replace")  # names of files need not be Unicode
-        except OSError as error:
-            raise OutputError(f"{html}: {os.strerror(error.errno or 0)}. Name a file that may be written.") from error
+        write_page(html, to_html(evaluation))
     if as_json:
-        show_json({**asdict(evaluation), "judged": evaluation.judged})
+        show_json(to_json(evaluation))
     else:
         show(*to_text(evaluation).split("\n"))
     ctx.exit(PARTLY if evaluation.errors else 0)

@@ -26,7 +26,7 @@ from m0kit.terminal import bar
 from m0kit_parity.bench import commands as bench
 from m0kit_parity.bench.measure import Memory, Pair, measure_memory, measure_seconds
 from m0kit_parity.evaluate.judged import Query
-from m0kit_parity.evaluate.quality import Evaluation, Measured, quality_of
+from m0kit_parity.evaluate.quality import Change, Evaluation, Measured, changes_of, quality_of
 from m0kit_parity.small.evaluate import chance_ndcg
 
 ALL: Final = "all sets"
@@ -87,29 +87,29 @@ def compare(
         if (load, 0) in seconds:  # without the baseline there is nothing to compare with
             mine = {label: seconds[load, i] for i, label in enumerate(labels) if (load, i) in seconds}
             timings += bench.compare(load, mine, labels[0])
-    measured = []
+    measured: list[Measured] = []
+    changes: list[Change] = []
     bias = manifests[0].model.prompt.logit_bias
     for side, (i, kv) in enumerate(sides):
-        path, manifest, kept = artifacts[i], manifests[i], side >= len(artifacts)
-        quality = {
-            name: quality_of(
-                [query for _, query in rows],
-                [logits[side][key] for key, _ in rows],
-                [logits[0][key] for key, _ in rows] if side else None,
-                lambda logit: sigmoid(logit - bias),
-            )
-            for name, rows in groups.items()
-        }
+        manifest, is_kept = manifests[i], side >= len(artifacts)
+        label = f"{labels[i]}, documents in {kv}" if is_kept else labels[i]
+        quality = {}
+        for name, rows in groups.items():
+            queries = [query for _, query in rows]
+            ours, theirs = ([logits[k][key] for key, _ in rows] for k in (side, 0))
+            quality[name] = quality_of(queries, ours, theirs if side else None, lambda logit: sigmoid(logit - bias))
+        changes += changes_of(label, queries, ours, theirs, lambda logit: sigmoid(logit - bias))  # of the last: all
         measured.append(
             Measured(
-                f"{labels[i]}, documents in {kv}" if kept else labels[i],
-                str(path),
+                label,
+                str(artifacts[i]),
                 manifest.scheme,
                 manifest.num_bytes,
                 manifest.fingerprint,
                 quality,
-                {load: memory[load, i] for load in loads if (load, i) in memory and not kept},
-                {t.workload: t for t in timings if t.side == labels[i] and not kept},
+                {load: memory[load, i] for load in loads if (load, i) in memory and not is_kept},
+                {t.workload: t for t in timings if t.side == labels[i] and not is_kept},
+                kv,
             )
         )
     chance = {
@@ -118,7 +118,8 @@ def compare(
         if any(query.relevance for _, query in rows)
     }
     counts = {name: len(rows) for name, rows in groups.items()}
-    return Evaluation(dict(about or {}), counts, chance, tuple(measured), tuple(problems)), list(notes)
+    found = Evaluation(dict(about or {}), counts, chance, tuple(measured), tuple(problems), tuple(changes))
+    return found, list(notes)
 
 
 def check_same_model(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:

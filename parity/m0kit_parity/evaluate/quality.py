@@ -8,15 +8,29 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit.artifact.ports import Kept
+from m0kit.reranker import best_first
 from m0kit_parity.bench.commands import Timing
 from m0kit_parity.bench.measure import Memory
 from m0kit_parity.evaluate.judged import Query
 from m0kit_parity.small.evaluate import ndcg_at_k
+
+# Points of nDCG@10 that a precision may lose against fp32, and why so many. One without a limit is only shown.
+_SAME = "16 bits move scores by less than documents differ that are told apart, so only ties may turn over"
+_FOUR = "what a quarter of int8's memory may cost: less than between one checkpoint and the next"
+LIMITS: Final[Mapping[str, tuple[float, str]]] = {
+    "fp16": (0.1, _SAME),
+    "bf16": (0.1, _SAME),
+    "int8": (0.2, "the default for CPUs must rank as fp32 does: a few tenths are what chance moves on 170 queries"),
+    "int4": (1.0, _FOUR),
+    "nf4": (1.0, _FOUR),
+}
+_MOST_CHANGED: Final = 3  # queries of each artifact
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,19 @@ class Measured:
     quality: Mapping[str, Quality]  # by set
     memory: Mapping[str, Memory]  # by workload; without those that failed
     seconds: Mapping[str, Timing]
+    kv: Kept = "fp32"  # how documents were kept
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A query that an artifact ranks otherwise than the baseline, with the scores of its documents, in their order."""
+
+    artifact: str
+    query: Query
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    ndcg: tuple[float, float] | None  # before and after; None without judgements
+    spearman: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +81,13 @@ class Evaluation:
     chance: Mapping[str, float]  # nDCG@10 of a random order; empty without judgements
     artifacts: tuple[Measured, ...]
     errors: tuple[str, ...]
+    changes: tuple[Change, ...] = ()  # of each artifact the largest, largest first
+
+    def limit(self, artifact: Measured) -> float | None:
+        """Points of nDCG@10 that an artifact may lose; None where there is no limit, or nothing to hold against it."""
+        if not self.judged or artifact is self.baseline or self.baseline.scheme != "fp32" or artifact.kv != "fp32":
+            return None
+        return LIMITS[artifact.scheme][0] if artifact.scheme in LIMITS else None
 
     @property
     def baseline(self) -> Measured:
@@ -114,3 +148,23 @@ def quality_of(
 def _mean_ndcg(queries: Sequence[Query], scores: Sequence[Sequence[float]]) -> float | None:
     values = [ndcg_at_k(s, q.relevance) for q, s in zip(queries, scores, strict=True) if q.relevance]
     return statistics.fmean(values) if values else None
+
+
+def changes_of(
+    artifact: str,
+    queries: Sequence[Query],
+    logits: Sequence[Sequence[float]],
+    baseline: Sequence[Sequence[float]],
+    score: Callable[[float], float],
+) -> list[Change]:
+    """The queries whose documents changed places most: by nDCG@10 where they are judged, by Spearman without."""
+    found = []
+    for query, after, before in zip(queries, logits, baseline, strict=True):
+        if best_first(after) == best_first(before):
+            continue
+        relevance = query.relevance
+        ndcg = (ndcg_at_k(before, relevance), ndcg_at_k(after, relevance)) if relevance else None
+        sides = tuple(map(score, before)), tuple(map(score, after))
+        found.append(Change(artifact, query, *sides, ndcg, spearman(after, before)))
+    found.sort(key=lambda c: (-abs(c.ndcg[1] - c.ndcg[0]) if c.ndcg else 0, c.spearman))
+    return found[:_MOST_CHANGED]

@@ -4,15 +4,21 @@ show(*to_text(evaluation).split("\n"))
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Final
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any, Final
 
+from m0kit.cli.page import Contents, Grade, about, mark, page, text, verdict
+from m0kit.cli.page import table as html_table
+from m0kit.reranker import best_first
 from m0kit_parity.bench.commands import table
 from m0kit_parity.drawing import plot
 from m0kit_parity.evaluate.compare import ALL
-from m0kit_parity.evaluate.quality import Evaluation
-from m0kit_parity.proof import report
+from m0kit_parity.evaluate.quality import LIMITS, Change, Evaluation
+
+_GRADE: Final = {True: mark("pass", "pass"), False: mark("fail", "fail")}
+_MOST_ERRORS: Final = 50  # on the page; the text has all
+_MOST_DOCUMENTS: Final = 10  # of a query that changed
 
 
 def tables(evaluation: Evaluation) -> list[list[list[str]]]:
@@ -82,91 +88,172 @@ def to_text(evaluation: Evaluation) -> str:
     return "\n\n".join([*parts, "\n".join(notes_of(evaluation))])
 
 
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """All figures as plain values; contents of queries are left out."""
+    facts = asdict(replace(evaluation, changes=()))
+    del facts["changes"]
+    return {
+        **facts,
+        "judged": evaluation.judged,
+        "limits": {a.label: evaluation.limit(a) for a in evaluation.artifacts},
+    }
+
+
 def to_html(evaluation: Evaluation) -> str:
     """One page without scripts or anything to fetch, in light and dark. All text from outside is escaped."""
-    names = ", ".join(a.label for a in evaluation.artifacts)
-    sections = [f"<h1>Evaluation: {escape(names)}</h1>", *charts(evaluation), "<h2>Figures</h2>"]
+    figures = []
     for heading, *rows in tables(evaluation):
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
-        body = "".join(
-            f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(c)}</td>" for c in row[1:])}</tr>'
-            for row in rows
-        )
-        sections.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-    sections += [f"<p>{escape(note)}</p>" for note in notes_of(evaluation)]
-    if evaluation.errors:
-        listed = "".join(f"<li>{escape(error)}</li>" for error in evaluation.errors)
-        sections.append(f"<h2>Left out</h2><ul>{listed}</ul>")
-    sections.append(report.about_section(evaluation.about))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation: {escape(names)}</title><style>{report._CSS}{_CSS}</style></head>"
-        f"<body>{''.join(sections)}</body></html>\n"
+        figures.append(html_table(map(text, heading), [list(map(text, row)) for row in rows], "figures"))
+    limits = [[text(scheme), f"{points:g}", text(why)] for scheme, (points, why) in LIMITS.items()]
+    left_out = "".join(f"<li>{text(error)}</li>" for error in evaluation.errors[:_MOST_ERRORS])
+    more = f"<p>And {len(evaluation.errors) - _MOST_ERRORS} more.</p>" if len(evaluation.errors) > _MOST_ERRORS else ""
+    return page(
+        f"Evaluation against {evaluation.baseline.label}",
+        [
+            f"<h1>Evaluation against {text(evaluation.baseline.label)}</h1>",
+            verdict(*_verdict(evaluation)),
+            _overview(evaluation),
+            f'<div class="plots">{"".join(charts(evaluation))}</div>',
+            *_changes(evaluation),
+            f"<h2>Left out</h2><ul>{left_out}</ul>{more}" if left_out else "",
+            "<h2>Figures</h2>",
+            *figures,
+            *(f"<p>{text(note)}</p>" for note in notes_of(evaluation)),
+            "<h2>Limits</h2><details><summary>What each precision may lose against fp32, and why</summary>",
+            html_table(["precision", "points of nDCG@10", "reason"], limits),
+            "</details>",
+            about(evaluation.about),
+        ],
     )
 
 
-_CSS: Final = "table { margin: 1rem 0; } td { text-align: right; } circle { stroke: var(--paper); }\n"
+def _verdict(evaluation: Evaluation) -> tuple[Grade, str, str]:
+    """Which artifact keeps within its limit, in a sentence."""
+    name = list(evaluation.sets)[-1]  # all sets, or the only one
+    others = evaluation.artifacts[1:]
+    if not others:
+        return "none", "Nothing to compare", "with the baseline alone."
+    if not evaluation.judged:
+        least = min(others, key=lambda a: a.quality[name].spearman or 0)
+        agreement = (
+            f"{least.label} agrees least, with a rank correlation of {_shown(least.quality[name].spearman, '.4f')}"
+        )
+        return "none", "Not judged", f"The file says nothing of relevance. {agreement}."
+    told: dict[bool | None, list[str]] = {False: [], True: [], None: []}
+    for a in others:
+        limit, loss = evaluation.limit(a), a.quality[name].loss or 0.0
+        allowed = "" if limit is None else f" (limit {limit:g})"
+        change = f"{'gains' if loss < 0 else 'loses'} {abs(loss):.2f} points{allowed}"
+        told[None if limit is None else loss <= limit].append(f"{a.label} {change}")
+    sentence = f"Of nDCG@10, {name}: {', '.join([*told[False], *told[True]] or told[None])}."
+    if told[False]:
+        return "fail", "Over the limit", sentence
+    return ("pass", "Within limits", sentence) if told[True] else ("none", "No limit applies", sentence)
+
+
+def _overview(evaluation: Evaluation) -> str:
+    """A row for each artifact."""
+    name = list(evaluation.sets)[-1]
+    speeds, rows = _speeds(evaluation), []
+    for a in evaluation.artifacts:
+        q, limit = a.quality[name], evaluation.limit(a)
+        passes = q.loss is not None and limit is not None and q.loss <= limit
+        ranks = [_shown(q.ndcg, ".4f"), _shown(q.loss, ".2f"), _shown(limit, "g")] if evaluation.judged else []
+        grade = "baseline" if a is evaluation.baseline else "–" if limit is None else _GRADE[passes]
+        ranks += [_shown(q.spearman, ".4f"), _shown(q.same_first, ".1%")]
+        cost = [f"{a.num_bytes / 1e6:,.1f}", f"{speeds[a.label]:.2f}×" if a.label in speeds else "–"]
+        rows.append([text(a.label), grade, text(a.scheme), *ranks, *cost])
+    judged = ["nDCG@10", "loss, points", "limit"] if evaluation.judged else []
+    return html_table(
+        ["artifact", "verdict", "scheme", *judged, "Spearman", "same first", "MB", "speed"], rows, "figures"
+    )
 
 
 def charts(evaluation: Evaluation) -> list[str]:
-    """Quality against size and quality against speed, headings and SVG."""
-    name = list(evaluation.sets)[-1]  # all sets, or the only one
-    if evaluation.judged:
-        label = f"nDCG@10, {name}"
-        quality = {a.label: a.quality[name].ndcg for a in evaluation.artifacts}
-    else:
-        label = f"Spearman with {evaluation.baseline.label}"
-        quality = {a.label: a.quality[name].spearman for a in evaluation.artifacts} | {evaluation.baseline.label: 1.0}
+    """Ranking, size and speed, a row for each artifact in each; axes begin at zero."""
+    name = list(evaluation.sets)[-1]
+    others = evaluation.artifacts[1:]
+    parts = {a.label: {k: q for k, q in a.quality.items() if k != name} for a in others}
+    found = []
+    if others and evaluation.judged:
+        rows = [
+            plot.Bar(
+                a.label,
+                a.quality[name].loss,
+                _shown(a.quality[name].loss, ".2f")
+                + (f" (limit {limit:g})" if (limit := evaluation.limit(a)) is not None else ""),
+                limit,
+                {k: q.loss for k, q in parts[a.label].items() if q.loss is not None},
+            )
+            for a in others
+        ]
+        note = (
+            "Bar: "
+            + name
+            + (", rings: each set" if len(evaluation.sets) > 1 else "")
+            + ", dashed: limit. Below 0: gained."
+        )
+        found.append(("Ranking lost", plot.bars(rows, "points of nDCG@10 lost", least=1.0), note))
+    elif others:
+        rows = [plot.Bar(a.label, q.spearman, _shown(q.spearman, ".4f")) for a in others for q in [a.quality[name]]]
+        note = f"Rank correlation with {evaluation.baseline.label}: 1 is the same order."
+        found.append(("Agreement", plot.bars(rows, "Spearman", least=1.0), note))
     unit, size = ("GB", 1e9) if max(a.num_bytes for a in evaluation.artifacts) >= 1e9 else ("MB", 1e6)
-    sizes = {a.label: a.num_bytes / size for a in evaluation.artifacts}
+    whole = [a for a in evaluation.artifacts if a.kv == "fp32"]
+    rows = [plot.Bar(a.label, a.num_bytes / size, f"{a.num_bytes / size:.2f} {unit}") for a in whole]
+    found.append(("Size", plot.bars(rows, f"{unit} on disk"), ""))
+    speeds = _speeds(evaluation)
+    rows = [plot.Bar(label, speed, f"{speed:.2f}×") for label, speed in speeds.items()]
+    axis = f"times as fast as {evaluation.baseline.label}"
+    note = "Geometric mean over the workloads." if len(evaluation.baseline.seconds) > 1 else ""
+    found += [("Speed", plot.bars(rows, axis), note)] if speeds else [("Speed", "", "Speed was not measured.")]
+    return [
+        f"<figure><h3>{text(title)}</h3>{drawn}<figcaption>{text(note)}</figcaption></figure>"
+        for title, drawn, note in found
+    ]
+
+
+def _speeds(evaluation: Evaluation) -> dict[str, float]:
+    """Of each artifact that was timed on all workloads, how many times as fast as the baseline it is."""
     loads = set(evaluation.baseline.seconds)
-    speeds = {
+    return {
         a.label: statistics.geometric_mean([r.ratio for r in a.seconds.values()])
         for a in evaluation.artifacts
         if loads and set(a.seconds) == loads
     }
-    found = ["<h2>Quality against size</h2>", _scatter(sizes, quality, f"{unit} on disk", label)]
-    if speeds:
-        axis = f"times as fast as {evaluation.baseline.label}"
-        found += ["<h2>Quality against speed</h2>", _scatter(speeds, quality, axis, label)]
-        found.append("<p>Speed is the geometric mean over the workloads.</p>" if len(loads) > 1 else "")
-    else:
-        found.append("<p>Speed was not measured.</p>")
-    return found
 
 
-def _scatter(xs: Mapping[str, float], ys: Mapping[str, float | None], x_label: str, y_label: str) -> str:
-    """A dot with its name for each artifact that has both values."""
-    points = [(name, x, y) for name, x in xs.items() if (y := ys[name]) is not None]
-    left, right, top, bottom = plot._LEFT, plot._WIDTH - plot._RIGHT, plot._TOP, 320 - plot._BOTTOM
-    x_range, y_range = _room([point[1] for point in points]), _room([point[2] for point in points])
-    place_x, place_y = plot._scale(*x_range, left, right), plot._scale(*y_range, bottom, top)
-    parts = [plot._tick_x(place_x(v), bottom, f"{v:g}") for v in plot._ticks(*x_range)]
-    parts += [plot._tick_y(place_y(v), f"{v:g}") for v in plot._ticks(*y_range)]
-    taken: list[tuple[float, float, float]] = []  # left, right and baseline of the names so far
-    for i, (name, x, y) in enumerate(points):
-        dot_x, dot_y, width = place_x(x), place_y(y), 7 * len(name)
-        start = dot_x + 10 if dot_x + 10 + width < right else dot_x - 10 - width
-        line = dot_y + 4
-        step = 14 if dot_y < (top + bottom) / 2 else -14
-        while any(abs(line - other) < 14 and start < end and begin < start + width for begin, end, other in taken):
-            line += step
-        taken.append((start, start + width, line))
-        side = f'x="{start:.1f}"' if start > dot_x else f'x="{dot_x - 10:.1f}" text-anchor="end"'
-        parts.append(
-            f'<circle cx="{dot_x:.1f}" cy="{dot_y:.1f}" r="5" fill="var(--series-{i % 6})">'
-            f"<title>{escape(f'{name}: {x:.4g}, {y:.5g}')}</title></circle>"
-            f'<text {side} y="{line:.1f}">{escape(name)}</text>'
-        )
-    return plot._svg(320, parts, x_label, y_label, f"{y_label} against {x_label}")
+def _changes(evaluation: Evaluation) -> Iterator[str]:
+    """The queries whose documents changed places most, of each artifact, with their documents."""
+    if len(evaluation.artifacts) > 1:
+        yield "<h2>Queries that changed most</h2>"
+    contents = Contents()
+    for a in evaluation.artifacts[1:]:
+        mine = [change for change in evaluation.changes if change.artifact == a.label]
+        yield f"<h3>{text(a.label)}</h3>{'' if mine else '<p>No documents changed places.</p>'}"
+        yield from (_change(change, contents, " open=''" if change is mine[0] else "") for change in mine)
 
 
-def _room(values: Sequence[float]) -> tuple[float, float]:
-    """The range of an axis, with some air on both sides."""
-    low, high = min(values), max(values)
-    air = 0.1 * (high - low) or 0.01 * abs(high) or 0.01
-    return low - air, high + air
+def _change(change: Change, contents: Contents, opened: str) -> str:
+    before, after = ({i: rank for rank, i in enumerate(best_first(side), 1)} for side in (change.before, change.after))
+    rows = []
+    for i in list(after)[:_MOST_DOCUMENTS]:
+        moved = before[i] - after[i]
+        arrow = f"{'▲' if moved > 0 else '▼'} {abs(moved)}" if moved else ""
+        relevance = [str(change.query.relevance[i])] if change.query.relevance else []
+        scores = [f"{change.before[i]:.4f}", f"{change.after[i]:.4f}"]
+        rows.append([str(after[i]), arrow, *relevance, *scores, contents.shown(change.query.documents[i])])
+    judged = ["relevance"] if change.query.relevance else []
+    heading = ["rank", "moved", *judged, "score before", "after", "document"]
+    what = f"Spearman {change.spearman:.3f}"
+    if change.ndcg:
+        what = f"nDCG@10 {change.ndcg[0]:.3f} → {change.ndcg[1]:.3f}"
+    rest = len(after) - len(rows)
+    more = f"<p><small>And {rest} documents below.</small></p>" if rest > 0 else ""
+    return (
+        f"<details{opened}><summary>{text(change.query.where)}: {what}</summary>"
+        f'<div class="query">{contents.shown(change.query.query)}</div>{html_table(heading, rows)}{more}</details>'
+    )
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -136,17 +136,28 @@ def thumbnail(picture: Picture) -> str:
         side //= 2
 
 
-_CSS: Final = """
-:root { color-scheme: light; --paper: #ffffff; --wash: #f4f5f7; --ink: #1b1f24; --faint: #5a636e; --grid: #d8dce2;
- --pass: #1a6e3a; --near: #8a5200; --fail: #b3261e; --none: #5a636e; --series-0: #2563c9; --series-1: #b85410;
- --series-2: #23784a; --series-3: #8a3fa0; --series-4: #a8324f; --series-5: #4d6472; }
-@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark;
- --paper: #14171b; --wash: #1e2228; --ink: #e4e7eb; --faint: #9aa4b0; --grid: #363c45;
- --pass: #5fca85; --near: #e8b04b; --fail: #ff8a80; --none: #9aa4b0; --series-0: #7fb0f7; --series-1: #f0a468;
- --series-2: #6fd09a; --series-3: #d09be2; --series-4: #f08fa9; --series-5: #a6bccb; } }
+_COLOURS: Final = {  # in light and dark; text has a contrast of 4.5 to the paper at least
+    "paper": ("#ffffff", "#14171b"),
+    "wash": ("#f4f5f7", "#1e2228"),
+    "ink": ("#1b1f24", "#e4e7eb"),
+    "faint": ("#5a636e", "#9aa4b0"),
+    "grid": ("#d8dce2", "#363c45"),
+    "pass": ("#1a6e3a", "#5fca85"),
+    "near": ("#8a5200", "#e8b04b"),
+    "fail": ("#b3261e", "#ff8a80"),
+    "none": ("#5a636e", "#9aa4b0"),
+    "series-0": ("#2563c9", "#7fb0f7"),
+    "series-1": ("#b85410", "#f0a468"),
+    "series-2": ("#23784a", "#6fd09a"),
+    "series-3": ("#8a3fa0", "#d09be2"),
+    "series-4": ("#a8324f", "#f08fa9"),
+    "series-5": ("#4d6472", "#a6bccb"),
+}
+LIGHT: Final = {name: light for name, (light, _) in _COLOURS.items()}
+_RULES: Final = """
 * { box-sizing: border-box; }
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
- max-width: 68rem; padding: 1.5rem 1rem 4rem; }
+ max-width: 75rem; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; } small, .quiet { color: var(--faint); }
@@ -158,15 +169,15 @@ ul { padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
 .verdict.near { border-color: var(--near); } .verdict.fail { border-color: var(--fail); }
 span.pass, span.near, span.fail, span.none { white-space: nowrap; } span.fail { font-weight: bold; }
 .wide { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--grid); padding: .3rem .7rem; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--grid); padding: .3rem .55rem; text-align: left; vertical-align: top; }
 th:first-child, td:first-child { padding-left: 0; } thead th { white-space: nowrap; vertical-align: bottom; }
 thead small { display: block; font-weight: normal; } tbody th { font-weight: 600; }
 .figures td, .figures thead th + th { text-align: right; white-space: nowrap; }
 .about th, .about td { font-size: .85rem; } .about tbody th { font-weight: normal; white-space: nowrap; }
 code { font: .85em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 .plots { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; max-width: 36rem; } figcaption { color: var(--faint); font-size: .85rem; }
+figure { margin: 0; max-width: 36rem; } figure h3 { margin-bottom: 0; } figcaption { color: var(--faint); font-size: .85rem; }
 svg.plot { display: block; height: auto; width: 100%; } svg.plot text { fill: var(--ink); font-size: 13px; }
 details { border-top: 1px solid var(--grid); padding: .5rem 0; } summary { cursor: pointer; }
 details.about { margin-top: 3rem; }
@@ -178,7 +189,8 @@ details.about { margin-top: 3rem; }
 .ranking li { border-top: 1px solid var(--grid); display: grid; gap: 0 1rem; padding: .7rem 0;
  grid-template-columns: 2.5rem 8.5rem minmax(0, 1fr); }
 .rank { color: var(--faint); text-align: right; } .rank, .score { font-variant-numeric: tabular-nums; }
-.score { white-space: nowrap; } .score b { font-size: 1.05rem; } .bar { display: block; height: 8px; margin-top: .2rem; width: 100%; }
+.score { white-space: nowrap; } .score b { font-size: 1.05rem; }
+.bar { display: block; height: 8px; margin-top: .2rem; width: 100%; }
 .name { font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 34rem) { .ranking li { grid-template-columns: 2rem minmax(0, 1fr); }
  .ranking .what { grid-column: 2; } }
@@ -186,3 +198,8 @@ details.about { margin-top: 3rem; }
  tr, figure, .ranking li, .verdict { break-inside: avoid; } .wide { overflow: visible; }
  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
+_LIGHT, _DARK = (" ".join(f"--{name}: {pair[dark]};" for name, pair in _COLOURS.items()) for dark in (0, 1))
+_CSS: Final = (
+    f":root {{ color-scheme: light; {_LIGHT} }} "
+    f"@media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_DARK} }} }}{_RULES}"
+)

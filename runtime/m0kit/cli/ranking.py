@@ -24,7 +24,7 @@ def ranking_page(
     order: Sequence[int],
     facts: Mapping[str, Any],
 ) -> str:
-    """The page of `order`, indices of `given` (name, content) and `results`, best first, of which MAX_ROWS are shown."""
+    """The page of `order`, indices of `given` (name, content) and `results`, MAX_ROWS of them are shown."""
     contents = Contents()
     asked = contents.shown(query)
     ranked = [i for i in order if results[i].error is None]
