@@ -126,7 +126,8 @@ def _sentence(report: Report) -> str:
     total = f"{len(pairs)} pairs in {len(report.cases)} cases"
     if failed:
         name, pair = failed[0]
-        return f"{len(failed)} of {total} are out of tolerance, first {_worst(pair).stage} in {name}."
+        stage = next(stage.stage for stage in pair.stages if stage.verdict is Verdict.FAIL)
+        return f"{len(failed)} of {total} are out of tolerance, first {stage} in {name}."
     swapped = sum(r.stage.verdict is report.verdict is not Verdict.PASS for case in report.cases for r in case.rankings)
     if swapped:
         wrong = "more than" if report.verdict is Verdict.FAIL else "less than"

@@ -177,7 +177,8 @@ thead small { display: block; font-weight: normal; } tbody th { font-weight: 600
 .about th, .about td { font-size: .85rem; } .about tbody th { font-weight: normal; white-space: nowrap; }
 code { font: .85em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 .plots { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; max-width: 36rem; } figure h3 { margin-bottom: 0; } figcaption { color: var(--faint); font-size: .85rem; }
+figure { margin: 0; max-width: 36rem; } figure h3 { margin-bottom: 0; }
+figcaption { color: var(--faint); font-size: .85rem; }
 svg.plot { display: block; height: auto; width: 100%; } svg.plot text { fill: var(--ink); font-size: 13px; }
 details { border-top: 1px solid var(--grid); padding: .5rem 0; } summary { cursor: pointer; }
 details.about { margin-top: 3rem; }

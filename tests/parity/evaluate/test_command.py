@@ -124,8 +124,9 @@ def test_the_command_runs_for_real(base: Path, tmp_path: Path) -> None:
     assert "speed: 3 of the file's text pairs" in done.stdout
     assert "memory: 3 of the file's text pairs" in done.stdout
     text = page.read_text("utf-8")
-    assert text.count("<svg") == 2
-    assert text.index("<h2>Figures") < text.index("<details><summary>Versions"), "what it was made with is folded"
+    assert text.count('<svg class="plot"') == 3
+    assert text.index("<h2>Figures") < text.index("<summary>Versions, hashes"), "what it was made with is folded"
+    assert "No documents changed places." in text, "the same files"
 
 
 def test_what_cannot_work_is_said_before_anything_slow(base: Path, tiny_artifact: Path, tmp_path: Path) -> None:
