@@ -147,7 +147,7 @@ _COLOURS: Final = {  # in light and dark; text has a contrast of 4.5 to the pape
     "fail": ("#b3261e", "#ff8a80"),
     "none": ("#5a636e", "#9aa4b0"),
     "series-0": ("#2563c9", "#7fb0f7"),
-    "series-1": ("#b85410", "#f0a468"),
+    "series-1": ("#a34a0c", "#f0a468"),
     "series-2": ("#23784a", "#6fd09a"),
     "series-3": ("#8a3fa0", "#d09be2"),
     "series-4": ("#a8324f", "#f08fa9"),
