@@ -25,7 +25,20 @@ from m0kit.artifact.signature import sign as sign_manifest
 from m0kit.cli.doctor import answers_here, doctor
 from m0kit.cli.documents import STDIN, find, read
 from m0kit.cli.index import index, read_ids
-from m0kit.cli.options import ARTIFACT, DOCUMENTS, JSON, SIZE, exit_code, loading, open_reranker, require_pixels, tell
+from m0kit.cli.options import (
+    ARTIFACT,
+    DOCUMENTS,
+    JSON,
+    SIZE,
+    exit_code,
+    loading,
+    open_reranker,
+    require_pixels,
+    require_place,
+    tell,
+)
+from m0kit.cli.page import write as write_page
+from m0kit.cli.ranking import made_by, ranking_page
 from m0kit.errors import InputError
 from m0kit.jobs.rows import is_parquet, read_lines
 from m0kit.plain import plain
@@ -98,6 +111,7 @@ _STRICT = click.option("--strict", is_flag=True, help="Stop at the first input t
 @_RAW
 @_STRICT
 @JSON
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ranking as one page.")
 @loading
 @click.pass_context
 def rerank(
@@ -112,6 +126,7 @@ def rerank(
     raw: bool,
     strict: bool,
     as_json: bool,
+    html: Path | None,
     load: dict[str, Any],
 ) -> None:
     """Order DOCUMENTS by their relevance to a query, best first.
@@ -129,6 +144,7 @@ def rerank(
         raise click.UsageError("Stdin can be a document, or --candidates, not both.")
     if not documents and index_folder is None:
         raise click.UsageError("Give documents, or --index.")
+    require_place(html)
     asked = query if query_image is None else read_file(query_image)
     if query_image is not None and isinstance(asked, str):
         raise InputError(f"--query-image: {query_image}: holds text. Give that with --query.")
@@ -148,7 +164,8 @@ def rerank(
     pairs = [content if isinstance(content, InputError) else (asked, content) for _, content, _ in given]
     results = _evaluate(reranker, pairs, [plain(click.format_filename(place)) for place in places], strict)
     values = [result.logit if raw else result.score for result in results]
-    for rank, i in enumerate(best_first([result.logit for result in results])[:top_n]):
+    order = best_first([result.logit for result in results])[:top_n]
+    for rank, i in enumerate(order):
         error = results[i].error
         if as_json:  # escaped, because names of files may hold what UTF-8 cannot write
             line: dict[str, Any] = {"rank": rank + 1, "index": i, "document": given[i][0]}
@@ -156,6 +173,10 @@ def rerank(
             show_json(line)
         else:
             show(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
+    if html is not None:
+        settings = {**load, "index": str(index_folder) if index_folder else None}
+        contents = [(name, content) for name, (_, content, _) in zip(names, given, strict=True)]
+        write_page(html, ranking_page(asked, contents, results, order, made_by(artifact, settings)))
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 

@@ -159,6 +159,8 @@ def require_place(file: Path | None) -> None:
     folder = file.absolute().parent
     if file.is_dir():
         why = "is a folder"
+    elif file.exists() and not file.is_file():  # a file would take its place
+        why = "is a device, a pipe or a socket"
     elif not folder.is_dir():
         why = f"there is no folder {click.format_filename(folder)}"
     elif not os.access(file if file.exists() else folder, os.W_OK):
