@@ -16,9 +16,8 @@ from typing import Any, Final
 
 from m0kit.errors import M0kitError
 from m0kit.terminal import ended
+from m0kit_parity.bench.workloads import Pair
 from m0kit_parity.child import PATIENCE_S
-
-Pair = tuple[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Memory:
 
 
 # Only the runtime: no PyTorch, nothing of the process that measures. Pairs come on stdin as JSON.
-_CHILD: Final = """
+CHILD: Final = """
 import json, os, statistics, sys, threading, time
 from pathlib import Path
 result = os.dup(1)
@@ -101,8 +100,8 @@ def measure_seconds(artifact: Path, pairs: Sequence[Pair], threads: int, max_pix
 def _measure(what: str, artifact: Path, pairs: Sequence[Pair], threads: int, max_pixels: int | None, mode: str) -> Any:
     job: dict[str, Any] = {"measure": what, "artifact": str(artifact), "threads": threads, "max_pixels": max_pixels}
     job["mode"] = mode
-    job["pairs"] = [[_for_child(side) for side in pair] for pair in pairs]
-    child = [sys.executable, "-c", _CHILD]
+    job["pairs"] = [[for_child(side) for side in pair] for pair in pairs]
+    child = [sys.executable, "-c", CHILD]
     try:
         done = subprocess.run(
             child, input=json.dumps(job), capture_output=True, text=True, check=False, timeout=PATIENCE_S
@@ -122,7 +121,8 @@ def _measure(what: str, artifact: Path, pairs: Sequence[Pair], threads: int, max
     return json.loads(done.stdout)
 
 
-def _for_child(value: Any) -> dict[str, str]:
+def for_child(value: Any) -> dict[str, str]:
+    """One side of a pair as it travels in JSON."""
     if isinstance(value, str):
         return {"text": value}
     image = value["image"] if isinstance(value, Mapping) and "image" in value else value

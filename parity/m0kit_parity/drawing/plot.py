@@ -7,9 +7,10 @@ Owns drawing. The page sets the CSS variables --ink, --faint, --grid, --pass, --
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Final
 
 _WIDTH: Final = 760
@@ -17,6 +18,9 @@ _LEFT: Final = 110  # room for row names and tick labels
 _RIGHT: Final = 20
 _TOP: Final = 14
 _BOTTOM: Final = 44
+# For a file by itself, which no page gives its colours.
+_LIGHT: Final = {"ink": "#1d2430", "faint": "#5b6472", "grid": "#d9dee6", "series-0": "#2f6fd0", "series-1": "#c4641a",
+                 "series-2": "#2b8a57"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,24 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
             f'<text x="{_LEFT + 32}" y="{at + 4}">{escape(name)}</text>'
         )
     return _svg(height, parts, x_label, y_label, f"{y_label} by {x_label}", label_at=320 - 8)
+
+
+def write_plot(path: Path, charts: Iterable[str]) -> None:
+    """Charts one below the other in one self-contained SVG file."""
+    style = f"font:13px sans-serif;fill:{_LIGHT['ink']}"
+    parts, top = [], 0
+    for chart in charts:
+        for name, colour in _LIGHT.items():  # written out: few viewers of SVG files know variables
+            chart = chart.replace(f"var(--{name})", colour)
+        head, _, rest = chart.partition(">")
+        _, _, width, height = (int(float(v)) for v in head.split('viewBox="')[1].split('"')[0].split())
+        parts.append(f'<svg y="{top}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">{rest}')
+        top += height + 20
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {top}" style="{style}">'
+        f'<rect width="760" height="{top}" fill="#fff"/>{"".join(parts)}</svg>\n',
+        "utf-8",
+    )
 
 
 def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Callable[[float], float]:

@@ -42,9 +42,11 @@ from m0kit.reading.inputs import group_from_file, shown, unplaced
 from m0kit.reading.lines import records
 from m0kit.reranker import Reranker, sigmoid
 from m0kit.terminal import bar, say, show, show_json
-from m0kit_parity.bench import commands as bench
-from m0kit_parity.bench.measure import Memory, Pair, measure_memory, measure_seconds
+from m0kit_parity.bench import timing
+from m0kit_parity.bench.measure import Memory, measure_memory, measure_seconds
+from m0kit_parity.bench.workloads import QUERY, Pair, page_of, prompts_of, text_of
 from m0kit_parity.drawing import plot
+from m0kit_parity.drawing.table import table
 from m0kit_parity.proof import report
 from m0kit_parity.small import evaluate as ranking
 
@@ -93,7 +95,7 @@ class Measured:
     fingerprint: str
     quality: Mapping[str, Quality]  # by set
     memory: Mapping[str, Memory]  # by workload; without those that failed
-    seconds: Mapping[str, bench.Timing]
+    seconds: Mapping[str, timing.Timing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +269,10 @@ def _score(
 
 def builtin_workloads(artifact: Path) -> dict[str, list[Pair]]:
     """A text and a page, both of an exact size."""
-    prompts = bench.prompts_of(artifact)
+    prompts = prompts_of(artifact)
     return {
-        f"text, {TEXT_TOKENS} tokens": [(bench.QUERY, bench.text_of(prompts, TEXT_TOKENS))],
-        f"page, {VISUAL_TOKENS} visual tokens": [(bench.QUERY, bench.page_of(VISUAL_TOKENS))],
+        f"text, {TEXT_TOKENS} tokens": [(QUERY, text_of(prompts, TEXT_TOKENS))],
+        f"page, {VISUAL_TOKENS} visual tokens": [(QUERY, page_of(VISUAL_TOKENS))],
     }
 
 
@@ -338,11 +340,11 @@ def compare(
     problems = [*bad, *errors.values()]
     memory = _memories(artifacts, loads, threads, max_pixels, strict, problems)
     seconds = _seconds(artifacts, loads, threads, max_pixels, strict, problems, repeats) if speed else {}
-    timings: list[bench.Timing] = []
+    timings: list[timing.Timing] = []
     for load in loads:
         if (load, 0) in seconds:  # without the baseline there is nothing to compare with
             mine = {label: seconds[load, i] for i, label in enumerate(labels) if (load, i) in seconds}
-            timings += bench.compare(load, mine, labels[0])
+            timings += timing.compare(load, mine, labels[0])
     measured = []
     bias = manifests[0].model.prompt.logit_bias
     for side, (i, kv) in enumerate(sides):
@@ -526,7 +528,7 @@ def notes_of(evaluation: Evaluation) -> list[str]:
 
 def to_text(evaluation: Evaluation) -> str:
     """Aligned tables and the sentences below them."""
-    parts = [bench.table(rows) for rows in tables(evaluation)]
+    parts = [table(rows) for rows in tables(evaluation)]
     return "\n\n".join([*parts, "\n".join(notes_of(evaluation))])
 
 
@@ -662,7 +664,7 @@ def evaluate(
     {"text": …} or {"image": …} with a path relative to the file. Without "relevance", quality is agreement with
     the baseline.
     """
-    about = {**bench.machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
+    about = {**timing.machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
     require_place(html)
     folders = [resolve(artifact, what="artifact") for artifact in artifacts]
     if pairs is None:

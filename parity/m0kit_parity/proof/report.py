@@ -17,8 +17,8 @@ from typing import Any, Final, Protocol
 from m0kit.errors import InputError
 from m0kit.plain import plain
 from m0kit.reranker import best_first
-from m0kit_parity.bench.commands import table
 from m0kit_parity.drawing import plot
+from m0kit_parity.drawing.table import table
 from m0kit_parity.proof.cases import Published
 from m0kit_parity.proof.compare import (
     StageResult,
@@ -200,7 +200,7 @@ def to_text(report: Report) -> str:
     rows = [["case", "pairs", *stages, "verdict"], ["", "", *limits, ""]]
     rows += [[c.name, str(len(c.pairs)), *(_cell(c.worst(s)) for s in stages), c.verdict.value] for c in report.cases]
     out = [
-        _columns(rows),
+        table(rows),
         "",
         "Share of each tolerance used, worst pair of the case; – where a case has no such stage.",
     ]
@@ -313,10 +313,6 @@ def _cell(result: StageResult | None) -> str:
     percent = 100 * result.share
     shown = f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
     return f"{shown} !" if result.verdict is Verdict.FAIL else shown
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(line.rstrip() for line in table(rows).split("\n"))
 
 
 def _findings(report: Report) -> Iterable[tuple[str, str]]:

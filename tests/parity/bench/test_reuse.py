@@ -25,7 +25,8 @@ from m0kit.keeping.states import State
 from m0kit.keeping.store import Store
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
 from m0kit_parity.bench import reuse
-from m0kit_parity.bench.commands import bench, page_of
+from m0kit_parity.bench.commands import bench
+from m0kit_parity.bench.workloads import page_of
 from m0kit_parity.samples.checkpoints import model_config
 
 
@@ -186,7 +187,7 @@ def test_calls_are_timed_only_meanwhile_and_errors_pass() -> None:
         def ask(self, value: int) -> int:
             return 10 // value
 
-    with reuse._timed(Owner, "ask") as seconds:
+    with reuse.calls_of(Owner, "ask") as seconds:
         assert Owner().ask(5) == 2
         with pytest.raises(ZeroDivisionError):
             Owner().ask(0)

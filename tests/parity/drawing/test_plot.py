@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -92,3 +93,15 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     assert 1 <= len(ticks) <= 11
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
     assert all(len(f"{tick:g}") <= 7 for tick in ticks)
+
+
+def test_charts_are_stacked_in_one_well_formed_file(tmp_path: Path) -> None:
+    charts = [plot.lines({"a & b": [(0, 1), (1, 2)]}, "x", "y"), plot.lines({"c": [(0, 1)]}, "x", "y")]
+    plot.write_plot(tmp_path / "p.svg", charts)
+    root = ET.parse(tmp_path / "p.svg").getroot()
+    inner = [e for e in root if e.tag.endswith("svg")]
+    tops = [float(e.attrib["y"]) for e in inner]
+    assert len(inner) == 2
+    assert tops[1] >= tops[0] + float(inner[0].attrib["height"])
+    text = (tmp_path / "p.svg").read_text()
+    assert "var(" not in text, "few viewers of SVG files know variables"

@@ -28,8 +28,8 @@ from m0kit.artifact.manifest import MANIFEST, read_manifest
 from m0kit.errors import ArtifactError, InputError, M0kitError, OutputError, ScoreError
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact
-from m0kit_parity.bench import commands as bench
 from m0kit_parity.bench import measure as measure_module
+from m0kit_parity.bench.timing import Timing
 from m0kit_parity.evaluate import command as evaluate
 from m0kit_parity.evaluate.command import Query, quality_of, spearman
 from m0kit_parity.small import evaluate as ranking
@@ -389,7 +389,7 @@ def result_of(names: Sequence[str], judged: bool = True, speed: bool = True) -> 
         other = (None,) * 5 if i == 0 else (0.1 * i, 0.01, 0.001, 0.99, 0.975)
         quality = evaluate.Quality(0.9 - i / 1000 if judged else None, *other)
         memory = {"load": evaluate.Memory(1, 3, 2, 0.1)}
-        seconds = {"load": bench.Timing("load", name, 1.0, 1.0 + i, 1.0, 2.0 + i)} if speed else {}
+        seconds = {"load": Timing("load", name, 1.0, 1.0 + i, 1.0, 2.0 + i)} if speed else {}
         artifacts.append(
             evaluate.Measured(name, f"/{name}", "int8", 10**9 // (i + 1), "f", {"set": quality}, memory, seconds)
         )
