@@ -41,15 +41,8 @@ def main() -> None:
         m0kit("index", "stats", root / "library")
         m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top", "3")
         _say("6. Parity with the PyTorch reference, stage by stage")
-        m0kit(
-            "parity",
-            SMALL / "base",
-            "--adapter",
-            SMALL / "adapters" / "code",
-            code,
-            "--html",
-            "m0kit-parity.html",
-        )
+        adapted = (SMALL / "base", "--adapter", SMALL / "adapters" / "code")
+        m0kit("parity", "run", *adapted, code, "--html", "m0kit-parity.html")
         _say("7. The same in 8 and 4 bits: what it costs in ranking")
         few = [root / "small-int8", root / "small-int4"]
         for artifact in few:
