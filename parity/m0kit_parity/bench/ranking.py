@@ -14,8 +14,8 @@ from m0kit_parity.small import evaluate
 from m0kit_parity.small.files import SMALL
 
 
-def ranking(artifact: Path, threads: int) -> dict[str, dict[str, float]]:
-    """Set → queries, m0kit, bm25, chance."""
+def ranking(artifact: Path, threads: int, queries: int | None = None) -> dict[str, dict[str, float]]:
+    """Set → queries, m0kit, bm25, chance; of all queries, or so many of each set."""
     reranker = Reranker.load(artifact, threads=threads)
 
     def logits(query: str, documents: Sequence[str | Path]) -> list[float]:
@@ -24,7 +24,7 @@ def ranking(artifact: Path, threads: int) -> dict[str, dict[str, float]]:
 
     results: dict[str, dict[str, float]] = {}
     for kind in bar(evaluate.KINDS, unit="set"):
-        items = evaluate.read_set(SMALL / "eval", kind)
+        items = evaluate.read_set(SMALL / "eval", kind)[:queries]
         values = {
             "m0kit": evaluate.measure(logits, items)[1],
             "bm25": evaluate.measure(evaluate.bm25_text, items)[1],

@@ -93,7 +93,8 @@ def machine() -> dict[str, Any]:
             packages[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"cpu": cpu, "features": wide, "cores": os.cpu_count(), **packages}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {"cpu": cpu, "features": wide, "cores": os.cpu_count(), "memory": memory, **packages}
 
 
 def told(about: Mapping[str, Any]) -> str:
