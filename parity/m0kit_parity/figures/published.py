@@ -115,10 +115,10 @@ def quality(shop: Workshop) -> Found:
     """What each precision costs in ranking
 
     Points of nDCG@10 lost on held-out queries of the embedded trained checkpoint (negative: gained; a few tenths are
-    chance) and the most in one of the four sets, the same with channels made 1,024 times larger (`m0kit checkpoint small OUT --outliers 1000`), and the
-    change of all scores, by `m0kit evaluate fp32/ fp16/ bf16/ int8/ int4/ nf4/ --no-speed`. The rows with calibration
-    are of artifacts that were exported with `--calibrate` on training pairs of texts, code and pages. The checkpoint is
-    stored in 16 bits.
+    chance) and the most in one of its four sets; the same with channels made 1,024 times larger
+    (`m0kit checkpoint small OUT --outliers 1000`); and how all scores change, by
+    `m0kit evaluate fp32/ fp16/ bf16/ int8/ int4/ nf4/ --no-speed`. The rows with calibration are of artifacts that were
+    exported with `--calibrate` on training pairs of texts, code and pages. The checkpoint is stored in 16 bits.
     """
     calibration = _calibration(shop)
     kinds = [(precision, "") for precision in SCHEMES] + [(precision, "calibrated") for precision in ("int8", "int4")]
