@@ -23,6 +23,7 @@ from m0kit import Reranker
 from m0kit.errors import InputError, OutputError
 from m0kit.keeping.states import State
 from m0kit.keeping.store import Store
+from m0kit.scoring.engine import GraphEngine
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
 from m0kit_parity.bench import reuse
 from m0kit_parity.bench.commands import bench
@@ -38,19 +39,19 @@ def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many documents each call of `Reranker.compute` was given, where it was given any.
+    """How many documents each call of `GraphEngine.compute` was given, where it was given any.
 
     Those of known answers are not among them, whether or not another test has had them asked before.
     """
     calls: list[int] = []
-    compute = Reranker.compute
+    compute = GraphEngine.compute
 
-    def counting(self: Reranker, documents: Sequence[Any], images: Any) -> list[State]:
+    def counting(self: GraphEngine, documents: Sequence[Any]) -> list[State]:
         if documents:
             calls.append(len(documents))
-        return compute(self, documents, images)
+        return compute(self, documents)
 
-    monkeypatch.setattr(Reranker, "compute", counting)
+    monkeypatch.setattr(GraphEngine, "compute", counting)
     monkeypatch.setattr(Reranker, "try_answers", lambda *_, **__: [])
     return calls
 
