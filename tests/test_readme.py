@@ -60,7 +60,7 @@ SHORTENED = {
     "m0kit evaluate": ["--no-speed"],
     "m0kit parity record": ["--cases", "text_text", "--cases", "image_text"],
     "m0kit parity check": [],
-    "m0kit parity": ["--cases", "text_text", "--cases", "image_text"],
+    "m0kit parity run": ["--cases", "text_text", "--cases", "image_text"],
 }
 # Lines of other programs: what stands for them in the tests.
 ELSEWHERE = {
@@ -141,13 +141,8 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     context = click.Context(cli, info_name="m0kit")
     while isinstance(command, click.Group) and words:
         found = command.get_command(context, words[0].split("|")[0])
-        if found is None:  # `parity CHECKPOINT ARTIFACT`: the group's own command
-            assert command.name == "parity", f"no command {words[0]}"
-            from m0kit_parity.proof.cli import both
-
-            found = both
-        else:
-            words = words[1:]
+        assert found is not None, f"no command {words[0]}"
+        words = words[1:]
         context = click.Context(found, parent=context, info_name=found.name)
         command = found
     return command, words
