@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from m0kit.artifact.manifest import read_manifest, sha256_of
 from m0kit.errors import InputError, RecipeError
-from m0kit.reading.inputs import group_from_file, unplaced
+from m0kit.reading.inputs import group_from_file
 from m0kit.reading.lines import records
 from m0kit_export.graphs import build_graphs
 from m0kit_export.sources import stored_frequencies
@@ -102,14 +102,14 @@ def calibrate(
     reranker = Reranker.load(folder, open_graph=opener, require_signature=require_signature)
     reranker.try_answers()
     sums.clear()  # of the known answers, which are no pairs to calibrate on
-    reranker.tile = 1  # rows that fill up a run would count like those of the pair
+    reranker.engine.tile = 1  # rows that fill up a run would count like those of the pair
     counts = dict.fromkeys(_KINDS, 0)
     for line, pair in tqdm(found, unit="pair", desc="calibrating", disable=None if progress else True):
         kind[0] = "image" if any(isinstance(part, dict) and "image" in part for part in pair) else "text"
         try:
             reranker.score([pair])
         except InputError as error:
-            errors[line] = f"line {line}: {unplaced(error)[1]}"
+            errors[line] = f"line {line}: {error.said}"
         else:
             counts[kind[0]] += 1
     if not any(counts.values()):

@@ -243,13 +243,13 @@ class _Scorer:
         from m0kit.config import ImageConfig
         from m0kit.errors import InputError
         from m0kit.reading.inputs import Picture, parse_pair
-        from m0kit.reranker import Result
         from m0kit.scoring.image import resize
+        from m0kit.scoring.schedule import Result
 
         config = ImageConfig(4 * 28 * 28, 16 * 28 * 28, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 1 / 255, 14, 2, 2)
         for position, pair in enumerate(pairs):
             try:
-                found = parse_pair(pair, f"pair {position}")
+                found = parse_pair(pair)
                 for part in (found.query, found.document):
                     if isinstance(part, Picture):
                         resize(part, config, f"pair {position}")

@@ -54,8 +54,8 @@ def whole_png() -> bytes:
 
 # The pair, the class of its error, and what its message must say: which input, what it was, what to do.
 PAIRS: dict[str, tuple[Any, type[InputError], list[str]]] = {
-    "empty query": (("", "d"), InputError, ["query is empty", "Give some text, or leave the pair out"]),
-    "empty document": (("q", {"text": ""}), InputError, ["document is empty", "Give some text"]),
+    "empty query": (("", "d"), InputError, ["query: is empty", "Give some text, or leave the pair out"]),
+    "empty document": (("q", {"text": ""}), InputError, ["document: is empty", "Give some text"]),
     "half a character": (("q", "\udc80"), InputError, ["document", "surrogate", "Decode the text again"]),
     "not an image": (("q", b"hello"), ImageError, ["document", "5 bytes", "Accepted: PNG, JPEG"]),
     "empty file": (("q", b""), ImageError, ["document", "0 bytes", "Accepted"]),

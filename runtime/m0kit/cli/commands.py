@@ -44,8 +44,9 @@ from m0kit.jobs.rows import is_parquet, read_lines
 from m0kit.machine.advice import answers_here, doctor
 from m0kit.plain import plain
 from m0kit.reading.formats import read as read_file
-from m0kit.reading.inputs import parse_content, unplaced
-from m0kit.reranker import Reranker, Result, best_first
+from m0kit.reading.inputs import parse_content
+from m0kit.reranker import Reranker, best_first
+from m0kit.scoring.schedule import Result
 from m0kit.terminal import DEBUG, run, say, show, show_json
 
 
@@ -387,8 +388,7 @@ def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: b
             [pairs[i] for i in readable], on_error="raise" if strict else "mark", progress=sys.stderr.isatty()
         )
     except InputError as error:
-        position, _ = unplaced(error)
-        raise error if position is None else _placed(places[readable[position]], error) from None
+        raise error if error.pair is None else _placed(places[readable[error.pair]], error) from None
     for i, result in zip(readable, scored, strict=True):
         results[i] = replace(result, error=_placed(places[i], result.error)) if result.error else result
     told = list(zip(places, results, strict=True))
@@ -400,6 +400,5 @@ def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: b
 
 def _placed(place: str, error: InputError) -> InputError:
     """The error with a place that the user knows, once, for a position in a call."""
-    _, reason = unplaced(error)
-    own = reason.removeprefix("document: ")
-    return type(error)(own if own.startswith(f"{place}: ") else f"{place}: {reason}")
+    own = error.said.removeprefix("document: ")
+    return type(error)(own if own.startswith(f"{place}: ") else f"{place}: {error.said}")

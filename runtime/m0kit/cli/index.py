@@ -28,7 +28,7 @@ from m0kit.keeping.store import Store
 from m0kit.plain import plain
 from m0kit.reading.inputs import Given
 from m0kit.reading.lines import strings
-from m0kit.reranker import content_of
+from m0kit.scoring.prepare import content_of
 from m0kit.terminal import bar, say, show, show_json
 
 _INDEX = click.argument("index_folder", metavar="INDEX", type=click.Path(path_type=Path))

@@ -50,7 +50,6 @@ from m0kit.files import OWN, destination, named_errors, sync, sync_path
 from m0kit.jobs.journal import FORMAT, Journal, Ranges, Scored, file_stamp
 from m0kit.jobs.rows import PARQUET_NAMES, Row, count, identity, is_parquet, open_parquet, parquet, read
 from m0kit.keeping.store import Store
-from m0kit.reading.inputs import unplaced
 from m0kit.reading.lines import JSON_NAMES
 from m0kit.reranker import Reranker
 from m0kit.scoring.sessions import engine_version
@@ -174,7 +173,7 @@ def _isolated(reranker: Reranker, rows: Sequence[Row]) -> Iterator[Scored]:
                 cut = ",".join(result.truncated) or None
                 yield Scored(row.number, row.id, result.score, result.logit, cut, None, named[position])
             else:
-                message = f"{row.place}: {unplaced(result.error)[1]}"
+                message = f"{row.place}: {result.error.said}"
                 yield Scored(row.number, row.id, None, None, None, _plain(message), named[position])
     except BaseException as error:  # an input is data, and nothing that it makes a library do may stop a job
         if not left or not _may_be_of_a_row(error):

@@ -5,7 +5,8 @@ graph.run({"hidden": hidden}, ["logit"])
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -96,6 +97,53 @@ class OnnxRuntimeGraph:
                     f"the {self._name} graph gives {name} as {array.dtype.name} {list(array.shape)}, and it should be "
                     f"{port.dtype} {list(port.shape)}. Export the artifact again."
                 )
+
+
+class Opened:
+    """A graph that is opened when it is needed, and takes the place of its rival where it has one.
+
+    Who scores texts alone never pays for the vision encoder. A rival that another thread is running lives until
+    that run ends. A forked child opens it again: an engine's threads do not come along.
+    """
+
+    def __init__(self, opener: Callable[[], Graph]) -> None:
+        self.rival: Opened | None = None
+        self._opener = opener
+        self._lock = threading.Lock()
+        self._graph: Graph | None = None
+        self.is_closed = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        forks.abandon(self._graph)
+        self._graph = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let it go for good."""
+        with self._lock:
+            self.is_closed = True
+            self._graph = None
+
+    def give_way(self) -> None:
+        """Let it go until it is needed again."""
+        self._graph = None
+
+    def open(self) -> Graph:
+        """The graph. Raises M0kitError after `close`, and what opening it raises."""
+        with self._lock:
+            if self.is_closed:
+                raise M0kitError("this reranker was closed meanwhile. Load the artifact again.")
+            graph = self._graph
+            if graph is None:
+                if self.rival is not None:
+                    self.rival.give_way()  # before, so that the two are never there together
+                graph = self._graph = self._opener()
+        return graph
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """As `Graph.run`."""
+        return self.open().run(feeds, outputs)
 
 
 def open_graph(

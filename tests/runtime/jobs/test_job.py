@@ -260,7 +260,7 @@ def test_a_bad_row_costs_only_itself_and_is_listed(
         b'{"id": "i", "document": "d"}': "has no 'query', got 'id', 'document'",
         b'{"query": "q", "document": null}': "has no 'document', got 'query'",
         b"{}": "has no 'query' and no 'document', got nothing",
-        b'{"query": "", "document": "d"}': "query is empty",
+        b'{"query": "", "document": "d"}': "query: is empty",
         b'{"query": 5, "document": "d"}': "query: expected text",
         b'{"query": "q", "document": {"text": "a", "image": "b"}}': "one of them",
         b'{"query": "q", "document": {"image": "no.png"}}': "No such file",
