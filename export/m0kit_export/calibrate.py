@@ -96,7 +96,9 @@ def calibrate(
 
     def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> "Graph":
         del also
-        products = [port.name.removesuffix(".peak") for port in graphs[name].outputs if port.name.endswith(".peak")]
+        products = [
+            port.name.removesuffix(".peak") for port in graphs[name].ports.outputs if port.name.endswith(".peak")
+        ]
         model = graphs[name].model.SerializeToString()
         return _Observed(open_graph(folder, name, threads=threads, model=model), products, sums, kind)
 
