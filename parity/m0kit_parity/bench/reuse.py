@@ -294,10 +294,13 @@ def _read(folder: Path, keys: Sequence[bytes], config: DecoderConfig, kv: Kept) 
 
 def _ask(reranker: Reranker, names: Sequence[str], query: str) -> tuple[float, float, float, float]:
     """One query on all pages → seconds, of these loading, its share, of these looking pages up."""
-    with calls_of(Store, "get") as got, calls_of(Pasts, "feeds") as fed, calls_of(Store, "document") as looked:
+    assert reranker.store is not None
+    got, looked = reranker.store.record_reads, reranker.store.document_reads
+    before, looked_before = got.seconds, looked.seconds
+    with calls_of(Pasts, "feeds") as fed:
         seconds = _seconds(lambda: reranker.score([(query, {"id": name}) for name in names]))
-    loading = sum(got) + sum(fed)
-    return seconds, loading, loading / seconds, sum(looked)
+    loading = got.seconds - before + sum(fed)
+    return seconds, loading, loading / seconds, looked.seconds - looked_before
 
 
 @contextmanager
