@@ -407,7 +407,7 @@ def test_what_is_wrong_is_said_before_minutes_of_work(
     def begun(*_: object, **__: object) -> None:
         pytest.fail("began to work")
 
-    monkeypatch.setattr(export, "_write_weights", begun)
+    monkeypatch.setattr(export, "write_weights", begun)
     monkeypatch.setattr(export, "calibrate", begun)
     bad = write_lines(tmp_path / "bad.jsonl", "{")
     (tmp_path / "file").write_text("data")
