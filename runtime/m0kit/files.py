@@ -106,28 +106,33 @@ def require_unoccupied(path: Path) -> None:
 def writing(path: Path, *, private: bool = False, ready: Callable[[], object] = lambda: None) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well, and vanishes when not.
 
-    What lies there is replaced: of a link the link, not what it leads to. Another process that writes the same file is
-    waited for before the block, which may so look at what is there. `private` is for this user's eyes alone. `ready`
-    is called when the bytes are durable and are about to take the name.
+    What lies there is replaced, of a link the link and not what it leads to; but no device gives way. Another process
+    that writes the same file is waited for before the block, which may so look at what is there. `private` is for this
+    user's eyes alone. `ready` is called when the bytes are durable and are about to take the name.
 
     Raises OutputError when another process goes on writing that file, or the file system refuses.
     """
-    with named_errors(path):
-        place = path.absolute()
-        space = _work_place(place)
-        lock = _hold(space, path, _WAIT_S)
-        try:
-            _restore(space, place)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN
-            with open(os.open(space / _NEW, flags, 0o600 if private else 0o666), "wb") as file:
-                yield file
-                file.flush()
-                sync(file.fileno())
-            ready()
-            os.replace(space / _NEW, place)  # closed before: Windows renames nothing that is open
-            sync_path(place.parent)
-        finally:
-            _leave(space, place, lock)
+    place = path.absolute()
+    if _is_system(place):
+        raise OutputError(f"{path}: is a device, whose place no file can take. Name a file.")
+    with named_errors(path), _working(place, path, _WAIT_S) as space:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN
+        with open(os.open(space / _NEW, flags, 0o600 if private else 0o666), "wb") as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+        ready()
+        os.replace(space / _NEW, place)  # closed before: Windows renames nothing that is open
+        sync_path(place.parent)
+
+
+def _is_system(place: Path) -> bool:
+    """Whether it is a device, or leads to one or to a pipe, as /dev/stdout does."""
+    try:
+        mode = os.stat(place).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode) and (place.is_symlink() or not stat.S_ISFIFO(mode))
 
 
 @contextlib.contextmanager
@@ -148,20 +153,15 @@ def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"{output}: holds the folder you are in, so it is not replaced. Choose a folder inside it."
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        space = _work_place(place)
-        lock = _hold(space, output)
-    try:
+    with _working(place, output) as space:
+        new = space / _NEW
         with named_errors(output):
-            _restore(space, place)
-            new = space / _NEW
             new.mkdir()
         yield new
         with named_errors(output):
             flush(new)
             _put(new, place, overwrite)
             sync_path(place.parent)
-    finally:
-        _leave(space, place, lock)
 
 
 def recover(output: Path) -> None:
@@ -171,13 +171,9 @@ def recover(output: Path) -> None:
     """
     with named_errors(output):
         place = destination(output)
-        space = _work_place(place)
-        if space.is_dir():
-            lock = _hold(space, output)
-            try:
-                _restore(space, place)
-            finally:
-                _leave(space, place, lock)
+        if _work_place(place).is_dir():
+            with _working(place, output):
+                pass
 
 
 @contextlib.contextmanager
@@ -265,6 +261,20 @@ def lock_file(descriptor: int) -> bool:
 
 def _work_place(place: Path) -> Path:
     return place.with_name(f".{place.name}.unfinished")
+
+
+@contextlib.contextmanager
+def _working(place: Path, output: Path, wait_s: float = 0.0) -> Iterator[Path]:
+    """The work place for what goes to `place`, cleared, for this process alone; at the end it vanishes."""
+    space = _work_place(place)
+    with named_errors(output):
+        lock = _hold(space, output, wait_s)
+    try:
+        with named_errors(output):
+            _restore(space, place)
+        yield space
+    finally:
+        _leave(space, place, lock)
 
 
 def _hold(space: Path, output: Path, wait_s: float = 0.0) -> int:

@@ -263,7 +263,8 @@ def _scored(folder: Path, name: str, stop_after: int | None = None) -> object:
     import numpy as np
 
     from m0kit.errors import M0kitError
-    from m0kit.jobs.job import score_file, score_rows
+    from m0kit.jobs.engine import score_rows
+    from m0kit.jobs.job import score_file
 
     class StoppedError(M0kitError):
         pass

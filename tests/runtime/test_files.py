@@ -240,6 +240,16 @@ def test_nothing_is_written_through_what_lies_in_the_way(tmp_path: Path, planted
     assert (tmp_path / "victim").read_text() == (tmp_path / "victims" / "victim").read_text() == "precious"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs links, pipes and devices")
+def test_what_the_system_gives_a_name_to_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in {"null": "/dev/null", "stdout": tmp_path / "pipe"}.items():  # links, so that none is lost
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(OutputError, match=f"{name}: is a device, whose place no file can take. Name a file."):
+            put(tmp_path / name)
+    assert names(tmp_path) == ["null", "pipe", "stdout"]
+
+
 def test_a_folder_is_not_replaced_by_a_file(out: Path) -> None:
     (out / "inner").mkdir(parents=True)
     with pytest.raises(OutputError, match="out: cannot be written"):

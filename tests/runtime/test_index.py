@@ -315,7 +315,7 @@ def test_the_way_from_files_to_a_ranking(tmp_path: Path, artifact: Path, monkeyp
     assert scores["c2"] == scores["page.png"]
     Path("ids.txt").write_text("c1\n\nnope\npage.png\n", "utf-8")
     some = run(
-        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top", 2, "--json"
+        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top-n", 2, "--json"
     )
     assert some.exit_code == 3
     assert "'nope'" in some.stderr

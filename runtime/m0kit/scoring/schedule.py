@@ -30,8 +30,6 @@ READ_AHEAD: Final = 8
 # Visual tokens whose embeddings wait for the decoder where it cannot be in memory beside the image encoder: 96 MiB.
 LOW_MEMORY_VISUAL_TOKENS: Final = 16_384
 OnError = Literal["raise", "mark"]  # what becomes of a call with a pair that cannot be scored
-# Documents that are looked through for others whose states can be computed in the same run.
-_LOOKED_AT: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +89,10 @@ class Schedule:
             self._take(ticket)
 
     def step(self) -> Done:
-        """Run some of the pairs that wait, as many as one run takes. Returns what is done now, which may be nothing.
+        """One run of the decoder: for documents without a state, or for as many of the pairs as one run takes.
 
-        Raises what the engine raises; the pairs that it was for are then forgotten.
+        Returns what is done now, which may be nothing. Raises what the engine raises; the pairs that it was for are
+        then forgotten.
         """
         done: Done = []
         if self._low_memory and not self._encoded:
@@ -114,19 +113,23 @@ class Schedule:
         """Forget all that waits."""
         for ticket in list(self._documents):
             self._take(ticket)
-        self._engine.rest(self._used)
+        self._engine.rest(())
 
     # --- which ---------------------------------------------------------------------------------------
 
     def _next_run(self, done: Done) -> "list[_Chosen]":
-        """The next pairs, by ticket; what cannot be run is `done`."""
+        """The next pairs, by ticket; none where states had to be computed first. What cannot be run is `done`."""
         waiting = self._encoded if self._low_memory else self._waiting
         chosen: list[_Chosen] = []
         rows, past = TOKEN_BUDGET, LOW_MEMORY_PAST_BYTES if self._low_memory else PAST_BYTES
         # Each has a row at least, so that there is an end to it.
         for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
-            if not self._make_ready(document, waiting, done):
+            is_there = self._is_there(document, waiting, done)
+            if document not in waiting:
                 continue
+            if not is_there and self._engine.keeps:
+                self._compute([document, *self._others(document, waiting, done)], done)
+                return []
             state = self._states.get(document)
             tickets, needed = _first(waiting[document])
             needed, needed_past = (needed + document.length, 0) if state is None else (needed, state.num_bytes)
@@ -137,14 +140,6 @@ class Schedule:
             if len(tickets) < len(waiting[document]):
                 break
         return chosen
-
-    def _make_ready(self, document: Document, waiting: _Waiting, done: Done) -> bool:
-        """Have what a document's pairs need; those for which that fails are done. False where none is left."""
-        if document not in waiting:  # computed with another, and not finite
-            return False
-        if not self._is_there(document, waiting, done) and document in waiting and self._engine.keeps:
-            self._compute([document, *self._others(document, waiting, done)], done)
-        return document in waiting
 
     def _is_there(self, document: Document, waiting: _Waiting, done: Done) -> bool:
         """Whether there is a state. Where there is none, its images are; pairs whose images are not are done."""
@@ -166,11 +161,15 @@ class Schedule:
     def _others(self, first: Document, waiting: _Waiting, done: Done) -> list[Document]:
         """Other documents that wait without a state, as many as fit into a run with the `first`."""
         found: list[Document] = []
-        room = TOKEN_BUDGET - first.length
-        for document in list(itertools.islice(waiting, _LOOKED_AT)):
-            if document == first or document in self._states or document.length > room:
+        room, num_fetched = TOKEN_BUDGET - first.length, 0
+        for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
+            if document == first or document in self._states:
                 continue
-            if not self._is_there(document, waiting, done) and document in waiting:
+            if document.length > room or num_fetched == READ_AHEAD:  # more than are run soon need no memory yet
+                break
+            if self._is_there(document, waiting, done):
+                num_fetched += 1
+            elif document in waiting:
                 found.append(document)
                 room -= document.length
         return found

@@ -255,6 +255,28 @@ def test_of_documents_with_the_same_id_in_one_call_the_last_counts(folder: Path)
         assert store.verify().pending == ("x",)
 
 
+def test_what_is_asked_for_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b", size=5000)
+        (piece,) = [piece for piece in store.catalogue.pieces(1) if piece.key == key_of("b")]
+    with open(segments(folder)[0], "r+b") as file:
+        file.seek(piece.start)
+        file.write(bytes([record_of("b", 5000)[0] ^ 1]))
+    clock = iter(range(100))
+    with Store.open(folder) as store:
+        clock_of(monkeypatch, lambda: float(next(clock)))
+        for name in "aacb":
+            with suppress(RecordDamagedError):
+                store.get(key_of(name))
+        document = store.document("da")
+        store.document("dc")
+        assert document is not None
+        assert store.record_reads == module.Reads(hits=2, misses=1, damaged=1, num_bytes=10_000, seconds=4.0)
+        assert store.document_reads == module.Reads(hits=1, misses=1, num_bytes=len(document.data), seconds=2.0)
+        assert store.verify().records == 2
+        assert store.record_reads.hits == 2, "only what was asked for counts"
+
+
 def test_stats_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = clock_of(monkeypatch, lambda: 1000.5)
     with Store.create(folder, {"a": 1}, max_bytes=MIN_LIMIT) as store:
