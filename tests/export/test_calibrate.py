@@ -77,7 +77,7 @@ def inputs_of_products(reference: Reference) -> Iterator[dict[str, list[NDArray[
 
         return note
 
-    roots = {"visual": reference._core.visual, "model": reference._core.language_model, "score": reference._score}
+    roots = {"visual": reference.core.visual, "model": reference.core.language_model, "score": reference.head}
     handles = [
         module.register_forward_pre_hook(hook(f"{root}.{path}"))
         for root, top in roots.items()
