@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit.artifact.manifest import read_manifest, sha256_of
+from m0kit.artifact.manifest import read_manifest
 from m0kit.errors import InputError, RecipeError
+from m0kit.files import sha256_of
 from m0kit.reading.inputs import group_from_file
 from m0kit.reading.lines import records
 from m0kit_export.graphs import build_graphs
@@ -95,7 +96,9 @@ def calibrate(
 
     def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> "Graph":
         del also
-        products = [port.name.removesuffix(".peak") for port in graphs[name].outputs if port.name.endswith(".peak")]
+        products = [
+            port.name.removesuffix(".peak") for port in graphs[name].ports.outputs if port.name.endswith(".peak")
+        ]
         model = graphs[name].model.SerializeToString()
         return _Observed(open_graph(folder, name, threads=threads, model=model), products, sums, kind)
 

@@ -39,7 +39,7 @@ def main() -> None:
         _say("5. Read the pages once, ask again")
         m0kit("index", "add", base, root / "library", *pages)
         m0kit("index", "stats", root / "library")
-        m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top", "3")
+        m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top-n", "3")
         _say("6. Parity with the PyTorch reference, stage by stage")
         adapted = (SMALL / "base", "--adapter", SMALL / "adapters" / "code")
         m0kit("parity", "run", *adapted, code, "--html", "m0kit-parity.html")

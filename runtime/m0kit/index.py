@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from m0kit.errors import InputError, StoreError
-from m0kit.keeping.store import Document as StoredDocument
-from m0kit.keeping.store import Store
+from m0kit.keeping.store import Store, StoredDocument
 from m0kit.opening import check_identity
 from m0kit.reading.inputs import Given, Known, Picture, Text, check_many, parse_content
 from m0kit.reranker import Reranker

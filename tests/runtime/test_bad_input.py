@@ -20,7 +20,7 @@ from PIL import Image
 from tests._sealed import edit_manifest
 
 from m0kit import M0kitError, Reranker
-from m0kit.artifact.manifest import MANIFEST, FileEntry, read_manifest, sha256_of, write_manifest
+from m0kit.artifact.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
 from m0kit.errors import (
     ArtifactDamagedError,
     ArtifactError,
@@ -30,6 +30,7 @@ from m0kit.errors import (
     ImageError,
     InputError,
 )
+from m0kit.files import sha256_of
 from m0kit.scoring import sessions
 
 Make = Callable[..., Image.Image]

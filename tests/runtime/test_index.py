@@ -180,7 +180,10 @@ def damage_states(library: Path, names: list[str]) -> None:
     """Change the middle of these documents' records."""
     with Store.open(library) as store:
         keys = [document.key for name in names if (document := store.document(name))]
-        places = [store._rows("SELECT segment, start, size FROM pieces WHERE content = 0 AND key = ?", k) for k in keys]
+        places = [
+            store.catalogue.rows("SELECT segment, start, size FROM pieces WHERE content = 0 AND key = ?", k)
+            for k in keys
+        ]
     for ((number, start, size),) in places:
         with open(library / "segments" / f"{number:06d}.kv", "r+b") as file:
             file.seek(start + size // 2)
@@ -237,7 +240,7 @@ def test_a_document_that_is_itself_damaged_is_an_error_of_that_pair(library: Pat
 
 def test_what_cannot_be_read_again_is_said_and_costs_the_others_nothing(library: Path, artifact: Path) -> None:
     with Store.open(library) as store:
-        ((number, start),) = store._rows(
+        ((number, start),) = store.catalogue.rows(
             "SELECT p.segment, p.start FROM pieces p JOIN documents d ON p.content = 1 AND p.key = d.content "
             "WHERE d.id = 'page'"
         )
@@ -312,7 +315,7 @@ def test_the_way_from_files_to_a_ranking(tmp_path: Path, artifact: Path, monkeyp
     assert scores["c2"] == scores["page.png"]
     Path("ids.txt").write_text("c1\n\nnope\npage.png\n", "utf-8")
     some = run(
-        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top", 2, "--json"
+        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top-n", 2, "--json"
     )
     assert some.exit_code == 3
     assert "'nope'" in some.stderr

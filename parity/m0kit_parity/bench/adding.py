@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m0kit.keeping.store import MIN_LIMIT, Store
+from m0kit.keeping.store import Store
+from m0kit.keeping.tables import MIN_LIMIT
 from m0kit_parity.drawing.table import Rows
 
 _SIZE = 3000  # bytes of a record, which takes one page of a segment

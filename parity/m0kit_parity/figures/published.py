@@ -32,7 +32,7 @@ from m0kit_parity.bench.timing import Timing
 from m0kit_parity.bench.workloads import prompts_of, workloads
 from m0kit_parity.drawing.plot import write_plot
 from m0kit_parity.drawing.table import Rows
-from m0kit_parity.evaluate.command import ALL, builtin_workloads, compare
+from m0kit_parity.evaluate.compare import ALL, builtin_workloads, compare
 from m0kit_parity.figures.workshop import Model, Workshop
 from m0kit_parity.samples.checkpoints import model_config, write_checkpoint
 from m0kit_parity.small import corpus, evaluate, pages

@@ -100,6 +100,6 @@ class Workshop:
 
     def sets(self) -> dict[str, list[Any]]:
         """The evaluation sets that m0kit carries."""
-        from m0kit_parity.evaluate.command import builtin_sets
+        from m0kit_parity.evaluate.judged import builtin_sets
 
         return {name: queries[: self.sizes.queries] for name, queries in builtin_sets().items()}

@@ -25,9 +25,12 @@ from typing import Any, Final, TypeVar
 import click
 
 from m0kit.artifact.hub import resolve
-from m0kit.artifact.manifest import Manifest, read_manifest, sha256_of
+from m0kit.artifact.manifest import Manifest, read_manifest
 from m0kit.cli.options import ARTIFACT, PARTLY, REVISION_HELP, require_place, tell
-from m0kit.errors import CheckpointError, M0kitError, OutputError
+from m0kit.cli.page import Contents
+from m0kit.cli.page import write as write_page
+from m0kit.errors import CheckpointError, M0kitError
+from m0kit.files import sha256_of
 from m0kit.terminal import say, show, show_json
 from m0kit_parity.child import Child
 from m0kit_parity.proof.cases import Case, builtin_cases, pairs_file, published_groups
@@ -35,7 +38,8 @@ from m0kit_parity.proof.compare import Verdict
 from m0kit_parity.proof.golden import Golden, record, require_free
 from m0kit_parity.proof.origin import require_same_origin
 from m0kit_parity.proof.portable import ENGINES, require_standard
-from m0kit_parity.proof.report import Report, check, check_published, to_dict, to_html, to_text
+from m0kit_parity.proof.render import to_html, to_json, to_text
+from m0kit_parity.proof.report import Report, check, check_published
 from m0kit_parity.proof.tolerances import tolerances
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -237,7 +241,8 @@ def published_command(
     require_standard(engine, artifact, read_manifest(artifact))
     reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
     about = {"artifact": str(artifact), "device": device, "reference": "the model card of jina-reranker-m0"}
-    _finish(check_published(groups, reranker, {**about, "versions": _versions()}), html, json)
+    report = check_published(groups, reranker, {**about, "versions": _versions()}, picture=_picture(html))
+    _finish(report, html, json)
 
 
 def _look(checkpoint: str, adapters: Sequence[str], revision: str | None) -> None:
@@ -371,19 +376,23 @@ def _check_here(
             "provenance": golden.provenance,
         },
     }
-    report = check(golden, reranker, manifest.scheme, about, names=names, layers=layers, progress=say)
+    report = check(
+        golden, reranker, manifest.scheme, about, names=names, layers=layers, picture=_picture(html), progress=say
+    )
     _finish(report, html, as_json)
+
+
+def _picture(html: Path | None) -> Callable[[Any], str]:
+    """What a page shows of an image, where there is to be a page."""
+    return Contents().shown if html is not None else lambda _: ""
 
 
 def _finish(report: Report, html: Path | None, as_json: bool) -> None:
     """Print, write the page, and leave with the verdict's exit code."""
     if html is not None:
-        try:
-            html.write_text(to_html(report), "utf-8", "replace")  # names of files need not be Unicode
-        except OSError as error:
-            raise OutputError(f"{html}: {error.strerror or 'cannot be written'}. Choose another file.") from error
+        write_page(html, to_html(report))
     if as_json:
-        show_json(to_dict(report), indent=1)
+        show_json(to_json(report), indent=1)
     else:
         show(*to_text(report).split("\n"))
     if report.verdict is Verdict.FAIL:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -114,7 +114,9 @@ class Trial:
         engine = self._setting
         if engine.version is None:
             return None
-        facts = [kind, self._manifest.fingerprint, engine.version, engine.device, engine.memory, self._kv]
+        known = self._manifest.known_answers
+        facts: list[Any] = [kind, self._manifest.fingerprint, asdict(known) if known else None]
+        facts += [engine.version, engine.device, engine.memory, self._kv]
         facts += [_processor()[1], "" if engine.device == "cpu" else _gpus()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -46,12 +46,10 @@ class Handle(Protocol):
     @property
     def num_bytes(self) -> int:
         """What it takes of the memory that runs share."""
-        ...
 
     @property
     def is_finite(self) -> bool:
         """Whether it can be used: no value overflowed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,40 +80,31 @@ class Engine(Protocol):
     @property
     def kept(self) -> str:
         """What it keeps of a document, in words."""
-        ...
 
     @property
     def keeps(self) -> bool:
         """Whether documents are computed apart from their queries."""
-        ...
 
     def find(self, document: Document) -> Handle | None:
         """Its state where it is kept."""
-        ...
 
     def has(self, document: Document) -> bool:
         """Whether it is kept, without fetching it: one that turns out damaged, or goes, is computed then."""
-        ...
 
     def prefetch(self, documents: Iterable[Document]) -> None:
         """These will be asked for soon."""
-        ...
 
     def states(self, documents: Sequence[Document]) -> Sequence[Handle]:
         """States of documents that are not kept, in one run; those that are finite may be kept from then on."""
-        ...
 
     def encode(self, images: Sequence[SeenImage]) -> None:
         """Have the embeddings of these ready."""
-        ...
 
     def run(self, parts: Sequence[Part]) -> list[float]:
         """One logit for each pair, in order, which may be NaN or infinite."""
-        ...
 
     def rest(self, used: Iterable[Document]) -> None:
         """Nothing waits for now; the states of these documents were used."""
-        ...
 
 
 class Graphs(NamedTuple):
@@ -152,12 +141,10 @@ class GraphEngine:
 
     @property
     def kept(self) -> str:
-        """What a state is, in words."""
         return f"what is kept of the document (keys and values in {self.kv})"
 
     @property
-    def keeps(self) -> bool:
-        """Whether documents are computed apart from their queries: to be kept, or to round them as if they were."""
+    def keeps(self) -> bool:  # to keep them, or to round them as if they were kept
         return self.cache is not None or self.store is not None or self.kv != "fp32"
 
     def find(self, document: Document) -> State | None:
@@ -184,14 +171,12 @@ class GraphEngine:
         return state
 
     def has(self, document: Document) -> bool:
-        """Whether there is a state, without fetching it."""
         key = document.key
         return (self.cache is not None and key in self.cache) or (
             self.store is not None and bool(self.store.has([key]))
         )
 
     def prefetch(self, documents: Iterable[Document]) -> None:
-        """Have the disk read the states of these."""
         if self.store is not None:
             self.store.prefetch(document.key for document in documents)
 
@@ -218,7 +203,6 @@ class GraphEngine:
         return states
 
     def rest(self, used: Iterable[Document]) -> None:
-        """Note in the index what was used, and let memory go."""
         self._spare.clear()
         if self.store is not None and (keys := {document.key for document in used}):
             self.store.touch(keys)

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from m0kit.config import ModelConfig
 from m0kit.errors import InputError, RecordDamagedError
-from m0kit.keeping.store import Document as StoredDocument
-from m0kit.keeping.store import Store
+from m0kit.keeping.store import Store, StoredDocument
 from m0kit.reading.inputs import Content, Known, Picture, Text, parse_pair
 from m0kit.scoring.image import estimated_tokens
 from m0kit.scoring.images import Images, SeenImage

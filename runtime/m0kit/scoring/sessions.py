@@ -164,7 +164,7 @@ def open_graph(
     outputs as well. `ports` are those that the manifest tells of each graph; others are an error.
     Raises DependencyError, DeviceError, ArtifactDamagedError.
     """
-    ort = _onnxruntime()
+    ort = onnxruntime()
     providers = _providers(ort, device)
     options = ort.SessionOptions()
     if threads is not None:
@@ -232,10 +232,11 @@ def _check_ports(path: Path, session: Any, told: GraphPorts) -> None:
 
 def engine_version() -> str:
     """Of ONNX Runtime. Raises DependencyError."""
-    return str(_onnxruntime().__version__)
+    return str(onnxruntime().__version__)
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
+    """The module, reporting nothing. Raises DependencyError."""
     try:
         import onnxruntime
     except ImportError:

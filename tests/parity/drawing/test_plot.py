@@ -1,7 +1,7 @@
 """Charts are well-formed, escape every text, and put values where they belong."""
 
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -29,18 +29,19 @@ def texts(svg: str) -> list[str]:
 @pytest.mark.parametrize(
     "svg",
     [
-        plot.strips({NASTY: [plot.Mark(0.5, 0, NASTY)]}, NASTY, 1e-3, 10, 1),
+        plot.shares({NASTY: [plot.Mark(0.5, 0, NASTY)]}, NASTY),
+        plot.bars([plot.Bar(NASTY, 1, NASTY, 2, {NASTY: 1})], NASTY),
         plot.scatter([plot.Mark(0.5, 0.5, NASTY)], NASTY, NASTY),
         plot.lines({NASTY: [(0, 1), (1, 2)]}, NASTY, NASTY),
     ],
-    ids=["strips", "scatter", "lines"],
+    ids=["shares", "bars", "scatter", "lines"],
 )
 def test_every_text_is_escaped_and_comes_back_whole(svg: str) -> None:
     root = ET.fromstring(svg)  # well-formed, or this raises
     assert NASTY in {e.text for e in root.iter()}
     assert "<b" not in svg
-    assert not [e for e in root.iter() if e.tag not in {SVG + t for t in ("svg", "title", "text", "line", "circle",
-                                                                          "polyline")}]  # fmt: skip
+    known = ("svg", "title", "text", "line", "circle", "rect", "polyline")
+    assert {e.tag for e in root.iter()} <= {SVG + name for name in known}
 
 
 @pytest.mark.parametrize("log_y", [False, True])
@@ -64,19 +65,78 @@ def test_equal_differences_are_equal_distances_on_a_plain_axis() -> None:
     assert line[0][1] > line[2][1]
 
 
-def test_strips_share_one_log_axis_with_the_limit_in_its_place() -> None:
-    svg = plot.strips({"a": [plot.Mark(0.01, 0, "")], "b": [plot.Mark(1, 0, "")], "c": [plot.Mark(100, 0, "")]},
-                      "share", 1e-4, 1e4, 1)  # fmt: skip
+def test_shares_lie_on_one_plain_axis_with_the_limit_in_view() -> None:
+    svg = plot.shares({name: [plot.Mark(x, 0, "")] for name, x in (("a", 0), ("b", 0.5), ("c", 1))}, "share")
     (a, _), (b, _), (c, _) = dots(svg)
     assert b - a == pytest.approx(c - b, abs=0.2)
-    limit = next(e for e in ET.fromstring(svg).iter(f"{SVG}line") if e.attrib["stroke"] == "var(--fail)")
-    assert float(limit.attrib["x1"]) == pytest.approx(b, abs=0.2)
+    assert limits(svg) == [pytest.approx(c, abs=0.2)]
+    few = plot.shares({"a": [plot.Mark(0.001, 0, "")]}, "share")
+    assert limits(few) == limits(svg), "whatever is drawn, the axis is the same"
+    assert {"0 %", "100 %"} <= set(texts(few))
 
 
-def test_zero_and_infinity_sit_on_the_edges_of_a_log_axis() -> None:
-    marks = [plot.Mark(x, 0, "") for x in (0, 1e-9, 1e-4, 1e4, float("inf"), float("nan"))]
-    xs = [x for x, _ in dots(plot.strips({"a": marks}, "share", 1e-4, 1e4, 1))]
-    assert xs[0] == xs[1] == xs[2] < xs[3] == xs[4] == xs[5]
+def limits(svg: str) -> list[float]:
+    """Where the lines of limits cross the axis."""
+    found = (e for e in ET.fromstring(svg).iter(f"{SVG}line") if e.attrib["stroke"] == "var(--fail)")
+    return [float(e.attrib["x1"]) for e in found]
+
+
+def test_what_is_beyond_the_axis_or_no_number_sits_on_its_edge() -> None:
+    marks = [plot.Mark(x, 0, "") for x in (0, 1.5, 1e4, float("inf"), float("nan"))]
+    xs = [x for x, _ in dots(plot.shares({"a": marks}, "share"))]
+    assert xs[0] < xs[1] == xs[2] == xs[3] == xs[4]
+
+
+def test_a_verdict_has_a_form_besides_its_colour() -> None:
+    svg = plot.scatter([plot.Mark(0.5, 0.5, "", style) for style in ("pass", "near", "fail")], "x", "y")
+    forms = [e.tag.removeprefix(SVG) for e in ET.fromstring(svg) if e.find(f"{SVG}title") is not None]
+    assert forms == ["circle", "rect", "polygon"]
+
+
+def test_bars_begin_at_zero_and_what_is_small_looks_small() -> None:
+    rows = [plot.Bar("gained", -0.01, "-0.01", 0.2), plot.Bar("lost", 0.02, "0.02", 1.0), plot.Bar("none", None, "–")]
+    svg = plot.bars(rows, "points", least=1.0)
+    gained, lost = ((float(e.attrib["x"]), float(e.attrib["width"])) for e in ET.fromstring(svg).iter(f"{SVG}rect"))
+    assert gained[0] + gained[1] == pytest.approx(lost[0], abs=0.2), "both at zero"
+    assert lost[1] == pytest.approx(2 * gained[1], abs=0.3)
+    assert lost[1] < plot.WIDTH / 20
+    near, far = limits(svg)
+    assert far - lost[0] == pytest.approx(5 * (near - lost[0]), abs=0.5)
+    assert "0" in texts(svg)
+
+
+def test_no_label_meets_another() -> None:
+    names = [f"an artifact with a rather long name, number {i}" * 3 for i in range(9)]
+    charts = [
+        plot.bars([plot.Bar(name, 0.5, "-0.47 (limit 0.2)", 1.0) for name in names], "points of nDCG@10 lost"),
+        plot.shares({name: [plot.Mark(0.1, 0, "")] for name in names}, "share of tolerance"),
+        plot.lines({name[:60]: [(64, 1), (10_240, 12_000)] for name in names}, "tokens", "MiB", limit=7_000),
+        plot.scatter([], "x", "y"),
+    ]
+    for svg in charts:
+        boxes = []
+        for text in ET.fromstring(svg).iter(f"{SVG}text"):
+            x, y, width = float(text.attrib["x"]), float(text.attrib["y"]), 7 * len(text.text or "")
+            x -= {"end": width, "middle": width / 2}.get(text.attrib.get("text-anchor", ""), 0)
+            boxes.append((x, x + width, y))
+        for a, b in combinations(boxes, 2):
+            assert a[1] <= b[0] or b[1] <= a[0] or abs(a[2] - b[2]) >= 13, (a, b)
+
+
+def test_a_limit_is_in_view_however_far_the_lines_are_below() -> None:
+    root = ET.fromstring(plot.lines({"a": [(0, 1e-7), (1, 2e-7)]}, "x", "y", log_y=True, limit=1e-4))
+    (y,) = (float(e.attrib["y1"]) for e in root.iter(f"{SVG}line") if e.attrib["stroke"] == "var(--fail)")
+    assert y < min(y for line in points(ET.tostring(root, "unicode")) for _, y in line) - 100
+
+
+def test_charts_stand_one_below_the_other_in_a_file_of_their_own(tmp_path: Path) -> None:
+    chart = plot.lines({"a": [(0, 1), (1, 2)]}, "x", "y")
+    plot.write_plot(tmp_path / "two.svg", [chart, chart])
+    whole = (tmp_path / "two.svg").read_text("utf-8")
+    first, second = (float(e.attrib["y"]) for e in ET.fromstring(whole) if e.tag == f"{SVG}svg")
+    assert second - first > float(ET.fromstring(chart).attrib["viewBox"].split()[3])
+    assert "var(" not in whole
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "two.svg"]
 
 
 def test_equal_scores_lie_on_the_diagonal_of_a_scatter() -> None:
@@ -89,19 +149,7 @@ def test_equal_scores_lie_on_the_diagonal_of_a_scatter() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 27), (3, 3), (-4, 2), (0, 1e-7), (128, 10240)])
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
-    ticks = plot._ticks(low, high)
+    ticks = plot.ticks(low, high)
     assert 1 <= len(ticks) <= 11
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
     assert all(len(f"{tick:g}") <= 7 for tick in ticks)
-
-
-def test_charts_are_stacked_in_one_well_formed_file(tmp_path: Path) -> None:
-    charts = [plot.lines({"a & b": [(0, 1), (1, 2)]}, "x", "y"), plot.lines({"c": [(0, 1)]}, "x", "y")]
-    plot.write_plot(tmp_path / "p.svg", charts)
-    root = ET.parse(tmp_path / "p.svg").getroot()
-    inner = [e for e in root if e.tag.endswith("svg")]
-    tops = [float(e.attrib["y"]) for e in inner]
-    assert len(inner) == 2
-    assert tops[1] >= tops[0] + float(inner[0].attrib["height"])
-    text = (tmp_path / "p.svg").read_text()
-    assert "var(" not in text, "few viewers of SVG files know variables"

@@ -12,15 +12,17 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
+from m0kit import plain
+from m0kit.cli.page import Contents
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import ArtifactError, DeviceError, InputError
-from m0kit.plain import to_json
 from m0kit.trace import Trace
 from m0kit_parity.drawing import plot
 from m0kit_parity.proof.cases import Case, Content, Group, Published, draw_page, encode, text_content
 from m0kit_parity.proof.compare import Verdict
 from m0kit_parity.proof.golden import Golden, record
-from m0kit_parity.proof.report import Report, check, check_published, to_dict, to_html, to_text
+from m0kit_parity.proof.render import to_html, to_json, to_text
+from m0kit_parity.proof.report import Report, check, check_published
 
 MODEL = ModelConfig(
     DecoderConfig(32, 2, 2, 1, 16, 64, 1e-6, 1e6, (2, 3, 3), 512, 1024),
@@ -133,7 +135,7 @@ def test_a_refused_pair_is_a_failure_of_that_pair_and_the_check_goes_on(golden: 
     assert report.cases[0].rankings[0].stage.verdict is Verdict.FAIL
     assert report.cases[1].verdict is Verdict.PASS
     assert "the artifact refused this pair: too odd" in to_text(report)
-    to_json(to_dict(report))
+    plain.to_json(to_json(report))
     to_html(report)
 
 
@@ -192,7 +194,7 @@ def test_the_table_shows_the_share_of_each_tolerance(golden: Golden) -> None:
 
 def test_the_json_is_strict_and_complete(golden: Golden) -> None:
     report = run(golden, lambda t, _: dataclasses.replace(t, score=math.nan), layers=True)
-    tree = json.loads(to_json(to_dict(report)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    tree = json.loads(plain.to_json(to_json(report)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert tree["verdict"] == "fail"
     assert tree["artifact"] == f"here {NASTY}"
     assert tree["tolerances"]["score"] == {
@@ -240,14 +242,14 @@ def test_the_page_is_well_formed_self_contained_and_escaped(golden: Golden, chan
     parser.close()
     assert parser.open == []
     assert not parser.tags & {"script", "link", "img", "iframe", "object", "base"}
-    assert not parser.attributes & {"src", "href", "onload", "onclick"}
+    assert not parser.attributes & {"src", "href", "onload", "onclick", "style"}
     assert "url(" not in page
     assert "@import" not in page
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert page.count("<svg") == 3
     assert "prefers-color-scheme: dark" in page
-    assert f">{report.verdict.value}</span></h1>" in page
+    assert f" {report.verdict.value}</b>" in page[: page.index("</p>")], "the verdict is in words, and first"
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ET.fromstring(svg)
 
@@ -255,17 +257,36 @@ def test_the_page_is_well_formed_self_contained_and_escaped(golden: Golden, chan
 def test_the_page_begins_with_the_verdict_and_ends_with_hashes_that_are_folded(golden: Golden) -> None:
     report = run(golden, swap_far)
     page = to_html(report)
-    places = [page.index(part) for part in ("<h1>Parity:", "here ", "<ul><li><b>fail</b>", "<h2>Share", "<h2>About")]
+    parts = ('<p class="verdict fail"><b>✗ fail</b> ', "here ", "<ul><li><b>fail</b>", "<h2>Share", "<svg", "<h2>Cases")
+    places = [page.index(part) for part in (*parts, "<h2>Tolerances", '<details class="about">')]
     assert places == sorted(places)
-    assert "<code>" not in page[: page.index("<h2>About")]
-    assert page.index("<details><summary>Versions") < page.index("<code>")
-    assert page.endswith("</table></div></details></body></html>\n")
+    assert "<code>" not in page[: places[-1]]
+    assert page.endswith("</tbody></table></div></details></body></html>\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t, _: t, "All 4 pairs in 2 cases are within tolerance; the closest uses"),
+        (swap_close, "All 4 pairs in 2 cases are within tolerance, but in 1 of the rankings documents change places"),
+        (swap_far, "1 of 4 pairs in 2 cases are out of tolerance, first logit in texts."),
+    ],
+)
+def test_the_verdict_is_told_in_one_sentence(golden: Golden, change: Any, sentence: str) -> None:
+    assert sentence in to_html(run(golden, change))
+
+
+def test_images_are_shown_where_a_page_is_asked_for(golden: Golden) -> None:
+    page = to_html(run(golden, picture=Contents().shown))
+    assert page.count("<img ") == 1
+    assert len(re.findall(r'<img class="thumbnail" alt="" src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"/>', page)) == 1
+    assert "<img" not in to_html(run(golden))
 
 
 def test_the_scatter_has_one_dot_per_scored_pair_in_the_colour_of_its_verdict(golden: Golden) -> None:
     page = to_html(run(golden, swap_far))
-    scatter = page[page.index("<h2>Scores</h2>") :]
-    dots = re.findall(r"<circle[^>]*var\(--(\w+)\)", scatter[: scatter.index("</svg>")])
+    scatter = page[page.index("<title>score of the artifact against") :]
+    dots = re.findall(r'<(?:circle|rect|polygon)[^>]* fill="var\(--(\w+)\)"', scatter[: scatter.index("</svg>")])
     assert dots == ["pass", "pass", "fail", "pass"]
 
 
@@ -289,21 +310,19 @@ def test_published_scores_pass_within_their_noise_and_fail_beyond() -> None:
     failed = published({"a": 0.70, "b": 0.45, "c": 0.46})
     assert failed.verdict is Verdict.FAIL
     assert "published-1, query 0, document 0: score: 0.0161 of 0.01" in to_text(failed)
-    assert to_dict(failed)["cases"][0]["pairs"][0]["reference_score"] == 0.6839
+    assert to_json(failed)["cases"][0]["pairs"][0]["reference_score"] == 0.6839
     to_html(failed)
 
 
 @pytest.mark.parametrize(
     "svg",
     [
-        plot.strips({}, "share", 1e-5, 100, 1),
-        plot.strips(
-            {"<a>": [plot.Mark(math.inf, 0, "&"), plot.Mark(math.nan, 0, ""), plot.Mark(0, 0, "")]},
-            "s",
-            1e-5,
-            1,
-            1,
+        plot.shares({}, "share"),
+        plot.shares(
+            {"<a>": [plot.Mark(math.inf, 0, "&", "fail"), plot.Mark(math.nan, 0, ""), plot.Mark(0, 0, "")]}, "s"
         ),
+        plot.bars([], "x"),
+        plot.bars([plot.Bar("<a>", None, "–"), plot.Bar("b", -2, "-2", 1.0, {"<": 3.0}), plot.Bar("c", 0, "0")], "x"),
         plot.scatter([], "x", "y"),
         plot.scatter([plot.Mark(-3, 7, "<")], "x", "y"),
         plot.lines({}, "x", "y"),
@@ -311,6 +330,7 @@ def test_published_scores_pass_within_their_noise_and_fail_beyond() -> None:
         plot.lines({"flat": [(0, 0), (1, 0)]}, "x", "y", log_y=True),
         plot.lines({"a": [(0, 1e-7), (27, 1e-5)], "b": [(0, 0), (27, math.nan)]}, "layer", "y", log_y=True),
         plot.lines({"down": [(1, -4), (2, -1)]}, "x", "y"),
+        plot.lines({"low": [(1, 0.1), (2, 0.2)]}, "x", "y", limit=7.0),
     ],
 )
 def test_charts_survive_odd_values_and_stay_inside_their_box(svg: str) -> None:

@@ -120,6 +120,44 @@ def test_rerank_takes_an_image_as_query_and_other_limits(
     assert m0kit(*args, "--max-pixels", 4 * 784).rows[0]["score"] == pytest.approx(small, abs=1e-5)
 
 
+def test_rerank_writes_a_page_beside_its_results(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], expected: list[float], tmp_path: Path
+) -> None:
+    place = tmp_path / "ranking.html"
+    plain = m0kit("rerank", artifact, "--query", "slm markdown", *documents, "gone.txt")
+    done = m0kit("rerank", artifact, "--query", "slm markdown", *documents, "gone.txt", "--html", place)
+    assert done == plain, "the page changes nothing else"
+    page = place.read_text("utf-8")
+    order = sorted(range(5), key=lambda i: -expected[i])
+    places = [page.index(f'<div class="name">{documents[i]}</div>') for i in order]
+    assert places == sorted(places)
+    assert page.count("<img ") == 2
+    assert "<li>gone.txt: No such file or directory.</li>" in page
+    assert f"<code>{artifact}</code>" in page
+    two = m0kit("rerank", artifact, "--query-image", documents[3], *documents, "--top-n", 1, "--html", place)
+    assert len(two.lines) == 1
+    assert place.read_text("utf-8").count('<span class="rank">') == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(d.name for d in documents), "ranking.html"])
+
+
+def test_a_page_that_cannot_be_written_is_said_before_anything_is_read(
+    m0kit: Callable[..., Done], tmp_path: Path
+) -> None:
+    done = m0kit("rerank", tmp_path, "--query", "q", "gone.txt", "--html", tmp_path / "gone" / "r.html")
+    assert done.code == 1
+    assert done.err == f"error: {tmp_path}/gone/r.html: there is no folder {tmp_path}/gone. Choose another file.\n"
+
+
+def test_the_page_of_an_index_names_its_documents(
+    m0kit: Callable[..., Done], artifact: Path, documents: list[Path], tmp_path: Path
+) -> None:
+    assert m0kit("index", "add", artifact, tmp_path / "library", *documents).code == 0
+    done = m0kit("rerank", artifact, "--index", tmp_path / "library", "--query", "q", "--html", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert done.code == 0
+    assert page.count("in the index") == page.count('<span class="rank">') == 5
+
+
 def test_a_document_that_cannot_be_scored_comes_last_and_the_others_are_there(
     m0kit: Callable[..., Done], artifact: Path, documents: list[Path], tmp_path: Path
 ) -> None:

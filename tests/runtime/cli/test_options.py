@@ -1,12 +1,14 @@
 """What commands say of their inputs is said once."""
 
+import os
 from pathlib import Path
 
 import click
 import pytest
 
 from m0kit import Reranker
-from m0kit.cli.options import SIZE, load, require_pixels, tell
+from m0kit.cli.options import SIZE, open_reranker, require_pixels, require_place, tell
+from m0kit.errors import OutputError
 
 
 def test_a_message_that_many_share_is_told_once_with_some_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +44,18 @@ def test_only_its_own_error_is_told_as_an_options(artifact: Path, monkeypatch: p
 
     monkeypatch.setattr(Reranker, "load", failing)
     with pytest.raises(ValueError, match=r"^something else$"):
-        load(artifact, "cpu", None, "fast", 10**6)
+        open_reranker(artifact, {"max_pixels": 10**6})
+
+
+def test_a_page_takes_the_place_of_a_file_and_of_nothing_else(tmp_path: Path) -> None:
+    require_place(None)
+    require_place(tmp_path / "new.html")
+    (tmp_path / "old.html").touch()
+    require_place(tmp_path / "old.html")
+    os.mkfifo(tmp_path / "pipe")
+    for place, why in (("pipe", "is a device, a pipe"), ("", "is a folder"), ("gone/new.html", "there is no folder")):
+        with pytest.raises(OutputError, match=why):
+            require_place(tmp_path / place)
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 21 + "T", "1e9", "-1", "", "T", "1.5.5G"])

@@ -1,0 +1,260 @@
+"""An evaluation as a text table, JSON, and a self-contained page. Owns the three forms, no figure.
+
+show(*to_text(evaluation).split("\n"))
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+from m0kit.cli.page import Contents, Grade, about, mark, page, text, verdict
+from m0kit.cli.page import table as html_table
+from m0kit.reranker import best_first
+from m0kit_parity.drawing import plot
+from m0kit_parity.drawing.table import table
+from m0kit_parity.evaluate.compare import ALL
+from m0kit_parity.evaluate.quality import LIMITS, Change, Evaluation
+
+_GRADE: Final = {True: mark("pass", "pass"), False: mark("fail", "fail")}
+_MOST_ERRORS: Final = 50  # on the page; the text has all
+_MOST_DOCUMENTS: Final = 10  # of a query that changed
+
+
+def tables(evaluation: Evaluation) -> list[list[list[str]]]:
+    """Quality of each set, bytes, memory and seconds of each workload; first row the heading, strings all."""
+    found = []
+    judged = evaluation.judged
+    baseline = evaluation.baseline
+    for name, count in evaluation.sets.items():
+        heading = ["max |Δ|", "mean |Δ|", "Spearman", "same first"]
+        rows = [[f"{name}, {count} queries", "scheme", *(["nDCG@10", "loss, points"] if judged else []), *heading]]
+        for a in evaluation.artifacts:
+            q = a.quality[name]
+            ndcg = [_shown(q.ndcg, ".4f"), _shown(q.loss, ".2f")] if judged else []
+            deltas = [_shown(q.max_delta, ".2g"), _shown(q.mean_delta, ".2g"), _shown(q.spearman, ".4f")]
+            rows.append([a.label, a.scheme, *ndcg, *deltas, _shown(q.same_first, ".1%")])
+        if judged:
+            rows.append(["(chance)", "", f"{evaluation.chance[name]:.4f}", *[""] * 5])
+        found.append(rows)
+    rows = [["on disk", "scheme", "MB", f"of {baseline.label}"]]
+    for a in evaluation.artifacts:
+        rows.append([a.label, a.scheme, f"{a.num_bytes / 1e6:.1f}", f"{a.num_bytes / baseline.num_bytes:.1%}"])
+    found.append(rows)
+    for load in dict.fromkeys(load for a in evaluation.artifacts for load in a.memory):
+        rows = [[f"memory: {load}", "scheme", "after load MiB", "peak MiB", "private peak MiB"]]
+        for a in evaluation.artifacts:
+            m = a.memory.get(load)
+            cells = ["–"] * 3 if m is None else [f"{v:.0f}" for v in (m.loaded, m.peak, m.private)]
+            rows.append([a.label, a.scheme, *cells])
+        found.append(rows)
+    for load in dict.fromkeys(load for a in evaluation.artifacts for load in a.seconds):
+        rows = [[f"speed: {load}", "scheme", "seconds", f"× {baseline.label}", "range"]]
+        for a in evaluation.artifacts:
+            r = a.seconds.get(load)
+            if r is None:
+                cells = ["–"] * 3
+            else:
+                cells = [f"{r.seconds:.3f}", f"{r.ratio:.2f}×", "–" if a is baseline else f"{r.low:.2f}–{r.high:.2f}"]
+            rows.append([a.label, a.scheme, *cells])
+        found.append(rows)
+    return found
+
+
+def notes_of(evaluation: Evaluation) -> list[str]:
+    """What a reader of the tables must know, a sentence each."""
+    notes = []
+    if not evaluation.judged:
+        notes.append(
+            'Without "relevance" in the file, quality is agreement with the baseline '
+            f"({evaluation.baseline.label}) only, whether the baseline ranks well or not."
+        )
+    if ALL in evaluation.sets:
+        notes.append(f"In “{ALL}” every query counts the same.")
+    if any(a.memory for a in evaluation.artifacts):
+        notes.append("Peaks count pages of mapped weights, which the system takes back when memory is short.")
+    else:
+        notes.append("Memory was not measured: that reads /proc, so it needs Linux.")
+    if any(a.seconds for a in evaluation.artifacts):
+        notes.append(f"× is how many times as fast as {evaluation.baseline.label}, median and range over the turns.")
+    if evaluation.errors:
+        notes.append(f"{len(evaluation.errors)} lines or measurements failed and are left out.")
+    return notes
+
+
+def to_text(evaluation: Evaluation) -> str:
+    """Aligned tables and the sentences below them."""
+    parts = [table(rows) for rows in tables(evaluation)]
+    return "\n\n".join([*parts, "\n".join(notes_of(evaluation))])
+
+
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """All figures as plain values; contents of queries are left out."""
+    facts = asdict(replace(evaluation, changes=()))
+    del facts["changes"]
+    return {
+        **facts,
+        "judged": evaluation.judged,
+        "limits": {a.label: evaluation.limit(a) for a in evaluation.artifacts},
+    }
+
+
+def to_html(evaluation: Evaluation) -> str:
+    """One page without scripts or anything to fetch, in light and dark. All text from outside is escaped."""
+    figures = []
+    for heading, *rows in tables(evaluation):
+        figures.append(html_table(map(text, heading), [list(map(text, row)) for row in rows], "figures"))
+    limits = [[text(scheme), f"{points:g}", text(why)] for scheme, (points, why) in LIMITS.items()]
+    left_out = "".join(f"<li>{text(error)}</li>" for error in evaluation.errors[:_MOST_ERRORS])
+    more = f"<p>And {len(evaluation.errors) - _MOST_ERRORS} more.</p>" if len(evaluation.errors) > _MOST_ERRORS else ""
+    return page(
+        f"Evaluation against {evaluation.baseline.label}",
+        [
+            f"<h1>Evaluation against {text(evaluation.baseline.label)}</h1>",
+            verdict(*_verdict(evaluation)),
+            _overview(evaluation),
+            f'<div class="plots">{"".join(charts(evaluation))}</div>',
+            *_changes(evaluation),
+            f"<h2>Left out</h2><ul>{left_out}</ul>{more}" if left_out else "",
+            "<h2>Figures</h2>",
+            *figures,
+            *(f"<p>{text(note)}</p>" for note in notes_of(evaluation)),
+            "<h2>Limits</h2><details><summary>What each precision may lose against fp32, and why</summary>",
+            html_table(["precision", "points of nDCG@10", "reason"], limits),
+            "</details>",
+            about(evaluation.about),
+        ],
+    )
+
+
+def _verdict(evaluation: Evaluation) -> tuple[Grade, str, str]:
+    """Which artifact keeps within its limit, in a sentence."""
+    name = list(evaluation.sets)[-1]  # all sets, or the only one
+    others = evaluation.artifacts[1:]
+    if not others:
+        return "none", "Nothing to compare", "with the baseline alone."
+    if not evaluation.judged:
+        least = min(others, key=lambda a: a.quality[name].spearman or 0)
+        agreement = (
+            f"{least.label} agrees least, with a rank correlation of {_shown(least.quality[name].spearman, '.4f')}"
+        )
+        return "none", "Not judged", f"The file says nothing of relevance. {agreement}."
+    told: dict[bool | None, list[str]] = {False: [], True: [], None: []}
+    for a in others:
+        limit, loss = evaluation.limit(a), a.quality[name].loss or 0.0
+        allowed = "" if limit is None else f" (limit {limit:g})"
+        change = f"{'gains' if loss < 0 else 'loses'} {abs(loss):.2f} points{allowed}"
+        told[None if limit is None else loss <= limit].append(f"{a.label} {change}")
+    sentence = f"Of nDCG@10, {name}: {', '.join([*told[False], *told[True]] or told[None])}."
+    if told[False]:
+        return "fail", "Over the limit", sentence
+    return ("pass", "Within limits", sentence) if told[True] else ("none", "No limit applies", sentence)
+
+
+def _overview(evaluation: Evaluation) -> str:
+    """A row for each artifact."""
+    name = list(evaluation.sets)[-1]
+    speeds, rows = _speeds(evaluation), []
+    for a in evaluation.artifacts:
+        q, limit = a.quality[name], evaluation.limit(a)
+        passes = q.loss is not None and limit is not None and q.loss <= limit
+        ranks = [_shown(q.ndcg, ".4f"), _shown(q.loss, ".2f"), _shown(limit, "g")] if evaluation.judged else []
+        grade = "baseline" if a is evaluation.baseline else "–" if limit is None else _GRADE[passes]
+        ranks += [_shown(q.spearman, ".4f"), _shown(q.same_first, ".1%")]
+        cost = [f"{a.num_bytes / 1e6:,.1f}", f"{speeds[a.label]:.2f}×" if a.label in speeds else "–"]
+        rows.append([text(a.label), grade, text(a.scheme), *ranks, *cost])
+    judged = ["nDCG@10", "loss, points", "limit"] if evaluation.judged else []
+    return html_table(
+        ["artifact", "verdict", "scheme", *judged, "Spearman", "same first", "MB", "speed"], rows, "figures"
+    )
+
+
+def charts(evaluation: Evaluation) -> list[str]:
+    """Ranking, size and speed, a row for each artifact in each; axes begin at zero."""
+    name = list(evaluation.sets)[-1]
+    others = evaluation.artifacts[1:]
+    parts = {a.label: {k: q for k, q in a.quality.items() if k != name} for a in others}
+    found = []
+    if others and evaluation.judged:
+        rows = [
+            plot.Bar(
+                a.label,
+                a.quality[name].loss,
+                _shown(a.quality[name].loss, ".2f")
+                + (f" (limit {limit:g})" if (limit := evaluation.limit(a)) is not None else ""),
+                limit,
+                {k: q.loss for k, q in parts[a.label].items() if q.loss is not None},
+            )
+            for a in others
+        ]
+        note = (
+            "Bar: "
+            + name
+            + (", rings: each set" if len(evaluation.sets) > 1 else "")
+            + ", dashed: limit. Below 0: gained."
+        )
+        found.append(("Ranking lost", plot.bars(rows, "points of nDCG@10 lost", least=1.0), note))
+    elif others:
+        rows = [plot.Bar(a.label, q.spearman, _shown(q.spearman, ".4f")) for a in others for q in [a.quality[name]]]
+        note = f"Rank correlation with {evaluation.baseline.label}: 1 is the same order."
+        found.append(("Agreement", plot.bars(rows, "Spearman", least=1.0), note))
+    unit, size = ("GB", 1e9) if max(a.num_bytes for a in evaluation.artifacts) >= 1e9 else ("MB", 1e6)
+    whole = [a for a in evaluation.artifacts if a.kv == "fp32"]
+    rows = [plot.Bar(a.label, a.num_bytes / size, f"{a.num_bytes / size:.2f} {unit}") for a in whole]
+    found.append(("Size", plot.bars(rows, f"{unit} on disk"), ""))
+    speeds = _speeds(evaluation)
+    rows = [plot.Bar(label, speed, f"{speed:.2f}×") for label, speed in speeds.items()]
+    axis = f"times as fast as {evaluation.baseline.label}"
+    note = "Geometric mean over the workloads." if len(evaluation.baseline.seconds) > 1 else ""
+    found += [("Speed", plot.bars(rows, axis), note)] if speeds else [("Speed", "", "Speed was not measured.")]
+    return [
+        f"<figure><h3>{text(title)}</h3>{drawn}<figcaption>{text(note)}</figcaption></figure>"
+        for title, drawn, note in found
+    ]
+
+
+def _speeds(evaluation: Evaluation) -> dict[str, float]:
+    """Of each artifact that was timed on all workloads, how many times as fast as the baseline it is."""
+    loads = set(evaluation.baseline.seconds)
+    return {
+        a.label: statistics.geometric_mean([r.ratio for r in a.seconds.values()])
+        for a in evaluation.artifacts
+        if loads and set(a.seconds) == loads
+    }
+
+
+def _changes(evaluation: Evaluation) -> Iterator[str]:
+    """The queries whose documents changed places most, of each artifact, with their documents."""
+    if len(evaluation.artifacts) > 1:
+        yield "<h2>Queries that changed most</h2>"
+    contents = Contents()
+    for a in evaluation.artifacts[1:]:
+        mine = [change for change in evaluation.changes if change.artifact == a.label]
+        yield f"<h3>{text(a.label)}</h3>{'' if mine else '<p>No documents changed places.</p>'}"
+        yield from (_change(change, contents, " open=''" if change is mine[0] else "") for change in mine)
+
+
+def _change(change: Change, contents: Contents, opened: str) -> str:
+    before, after = ({i: rank for rank, i in enumerate(best_first(side), 1)} for side in (change.before, change.after))
+    rows = []
+    for i in list(after)[:_MOST_DOCUMENTS]:
+        moved = before[i] - after[i]
+        arrow = f"{'▲' if moved > 0 else '▼'} {abs(moved)}" if moved else ""
+        relevance = [str(change.query.relevance[i])] if change.query.relevance else []
+        scores = [f"{change.before[i]:.4f}", f"{change.after[i]:.4f}"]
+        rows.append([str(after[i]), arrow, *relevance, *scores, contents.shown(change.query.documents[i])])
+    judged = ["relevance"] if change.query.relevance else []
+    heading = ["rank", "moved", *judged, "score before", "after", "document"]
+    what = f"Spearman {change.spearman:.3f}"
+    if change.ndcg:
+        what = f"nDCG@10 {change.ndcg[0]:.3f} → {change.ndcg[1]:.3f}"
+    rest = len(after) - len(rows)
+    more = f"<p><small>And {rest} documents below.</small></p>" if rest > 0 else ""
+    return (
+        f"<details{opened}><summary>{text(change.query.where)}: {what}</summary>"
+        f'<div class="query">{contents.shown(change.query.query)}</div>{html_table(heading, rows)}{more}</details>'
+    )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
