@@ -10,7 +10,7 @@ import m0kit
 from m0kit.artifact.manifest import FORMAT, FORMAT_VERSION
 from m0kit.artifact.ports import KV, GraphPorts, Port, decoder_name, expected_ports
 from m0kit.jobs import journal
-from m0kit.keeping import store
+from m0kit.keeping import tables
 from m0kit_parity.proof import golden
 from m0kit_parity.samples.checkpoints import model_config
 
@@ -20,7 +20,7 @@ GRAPHS = ("vision", "head", *map(decoder_name, KV))
 ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| `\[(.*)\]` \|", re.MULTILINE)
 
 
-def tables(name: str) -> GraphPorts:
+def told_of(name: str) -> GraphPorts:
     """The tables of the graph's section: what goes in, what comes out."""
     section = PAGE.partition(f"\n### `{name}`\n")[2].partition("\n##")[0]
     inputs, outputs = section.split("| output |") if "| output |" in section else (section, "")
@@ -43,9 +43,9 @@ def once(found: tuple[Port, ...]) -> list[Port]:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_port_stands_in_the_page_with_its_type_and_shape(name: str) -> None:
-    expected, told = expected_ports(model_config("full"), name), tables(name)
+    expected, told = expected_ports(model_config("full"), name), told_of(name)
     if name.startswith("decoder.kv"):  # the page says what is other than in "decoder"
-        whole = tables("decoder")
+        whole = told_of("decoder")
         told = GraphPorts(replaced(whole.inputs, told.inputs), replaced(whole.outputs, told.outputs))
     assert once(expected.inputs) == list(told.inputs)
     assert once(expected.outputs) == list(told.outputs)
@@ -83,7 +83,7 @@ def test_the_page_is_of_the_format_that_is_written() -> None:
     [
         ("package", m0kit.__version__),
         ("artifact format", FORMAT_VERSION),
-        ("index format", store.FORMAT_VERSION),
+        ("index format", tables.FORMAT_VERSION),
         ("journal format", journal.FORMAT),
         ("golden format", golden.VERSION),
     ],
