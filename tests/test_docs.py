@@ -350,6 +350,15 @@ def test_the_readme_is_short() -> None:
     assert len(README.text.splitlines()) <= 150
 
 
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Page) -> None:
+    roots = [ROOT, *(ROOT / name for name in ("runtime", "export", "quant", "parity"))]
+    named = re.findall(
+        r"`((?:[\w-]+/)+[\w-]+\.(?:py|toml|mjs|md|svg)|(?:runtime|export|quant|parity|tests)/(?:\w+/)*)`", page.text
+    )
+    assert not [name for name in named if name not in GENERATED and not any((root / name).exists() for root in roots)]
+
+
 def test_methods_that_the_pages_name_exist() -> None:
     (usage,) = (page for page in RUN if page.name == "docs/usage.md")
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| .*$", usage.text, re.MULTILINE)
