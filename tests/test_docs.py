@@ -320,6 +320,15 @@ def test_a_recipe_can_be_used(text: str, workplace: Path) -> None:
     assert 0 < good < 1
 
 
+def test_the_layers_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == ["m0kit"])
+    (page,) = (page for page in RUN if page.name == "docs/architecture.md")
+    (told,) = (text for kind, text in page.fenced if kind == "text")
+    checked = re.findall(r"\w+", " ".join(layer for layer in layers if layer != "__main__"))
+    assert re.findall(r"\w+", told) == checked
+
+
 def test_targets_and_extras_exist() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = {line.split()[1] for line in OTHERS if line.startswith("make ") and "=" not in line.split()[1]}
