@@ -60,7 +60,7 @@ class OpenArtifact:
         self.manifest, self.config = manifest, config
         self.low_memory, self.kv, self.store, self.device = low_memory, kv, store, device
         self.prompts = PromptBuilder(folder / TOKENIZER, config.prompt)
-        self._folder, self._open = folder, opener
+        self.folder, self._open = folder, opener
         vision, decoder, head = (
             sessions.Opened(partial(opener, folder, name)) for name in ("vision", decoder_name(kv), "head")
         )
@@ -263,7 +263,7 @@ class OpenArtifact:
     def begin(self) -> tuple[Preparer, Schedule]:
         """What one call goes through, or many whose pairs are to share their work. Raises M0kitError after `close`."""
         if self._opened[-1].is_closed:
-            raise M0kitError(f"{self._folder}: this reranker was closed. Load the artifact again.")
+            raise M0kitError(f"{self.folder}: this reranker was closed. Load the artifact again.")
         preparer = Preparer(self.config, self.prompts, self.engine.salt, self.store)
         return preparer, Schedule(self.engine, low_memory=self.low_memory)
 
@@ -279,7 +279,7 @@ class OpenArtifact:
         except InputError as error:
             raise error.of_pair(0) from error
         names = [f"layers.{i}" for i in range(self.config.decoder.num_layers)] if layers else []
-        decoder = self._open(self._folder, "decoder", also=names) if layers else None
+        decoder = self._open(self.folder, "decoder", also=names) if layers else None
         return self.engine.trace(ready, names, decoder)
 
 

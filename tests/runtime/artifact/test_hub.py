@@ -214,7 +214,7 @@ def test_scores_from_a_cache_are_those_of_the_folder(
         Reranker.load("org/name", threads=1, memory=memory, revision=COMMIT),
         Reranker.load(cached_artifact, threads=1, memory=memory, kv="int8"),
     ):
-        wanted = reranker if opened.kv == "fp32" else Reranker.load(reranker._folder, threads=1, kv="int8")
+        wanted = reranker if opened.kv == "fp32" else Reranker.load(reranker.folder, threads=1, kv="int8")
         assert opened.score(pairs, raw=True).tolist() == wanted.score(pairs, raw=True).tolist()
 
 
