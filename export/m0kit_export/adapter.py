@@ -1,6 +1,6 @@
-"""Which adapter is merged, and how much of it: `--adapter PATH[:WEIGHT]`, or a hub id in place of the path.
+"""Which adapter is merged, how much of it, and on what base: `--adapter PATH[:WEIGHT]`, or a hub id as PATH.
 
-Owns how that is read; the adapter itself is read and merged by `merge`.
+Owns how that is said, before PyTorch comes; the adapter itself is read by `lora`, and merged by `merge`.
 
     AdapterSpec.parse("./tuned:0.5")
 """
@@ -13,6 +13,16 @@ from pathlib import Path
 from m0kit.artifact.hub import is_id, resolve
 from m0kit.errors import AdapterError
 from m0kit.files import destination
+
+KEPT = ("score.2",)  # what 4-bit training by transformers 4 does not quantise (m0kit_export.qlora)
+
+
+@dataclass(frozen=True)
+class QLora:
+    """How the base of a QLoRA training was quantised."""
+
+    double_quant: bool
+    keep: tuple[str, ...] = KEPT  # modules that were not
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,7 @@ from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
 from m0kit.scoring import tokens
 from m0kit_export.builder import Graph, Weight
-from m0kit_quant import int8
 from m0kit_quant.recipe import EMBEDDING
-from m0kit_quant.schemes import Scheme
 from m0kit_quant.weights import Float32
 
 Int64 = NDArray[np.int64]
@@ -126,7 +124,7 @@ class _Stored:
             for weight in graph.weights
         }
         products = [weight for _, weight in self._places.values() if not weight.scheme.table]
-        rounding = any(w.scheme.name in ("int8", "int4") or (w.half and w.scheme.name == "fp16") for w in products)
+        rounding = any(w.half or w.scheme.shared_scale(w.shape[1]) for w in products if len(w.shape) == 2)
         self.ways = 2 if rounding else 1  # W
 
     def read(self, name: str) -> Float32:
@@ -143,14 +141,13 @@ class _Stored:
     def linear(self, name: str, x: Float32, *, bias: bool) -> Float32:
         """x (W, T, in) → (W, T, out)"""
         weight = self._places[f"{name}.weight"][1]
-        is_half = self.ways == 2 and weight.half and weight.scheme.name == "fp16"
-        if is_half:
+        if weight.half:
             x = np.stack([x[0], _half(x[1])])
         elif self.ways == 2:
-            x = np.stack([_rounded(x[0], weight.scheme), x[1]])
+            x = np.stack([weight.scheme.rounded(x[0]), x[1]])
         y = x @ self.read(f"{name}.weight").T
         y = np.asarray(y + self.read(f"{name}.bias") if bias else y, np.float32)
-        return np.stack([y[0], _half(y[1])]) if is_half else y
+        return np.stack([y[0], _half(y[1])]) if weight.half else y
 
     def _parts(self, name: str) -> dict[str, NDArray[Any]]:
         path, weight = self._places[name]
@@ -161,19 +158,6 @@ class _Stored:
 def _half(x: Float32) -> Float32:
     """What is left of float32 in float16."""
     return x.astype(np.float16).astype(np.float32)
-
-
-def _rounded(x: Float32, scheme: Scheme) -> Float32:
-    """x (T, K) as the scheme's product sees it."""
-    if scheme.name == "int8":
-        q, scale = int8.quantize_activation(x)
-        return (q.astype(np.float32) - int8.ZERO_POINT) * scale
-    if scheme.name == "int4":
-        assert scheme.block is not None
-        blocks = x.reshape(len(x), -1, scheme.block)
-        scale = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(int8.LEVELS)
-        return np.asarray(np.rint(blocks / np.where(scale > 0, scale, 1)) * scale, np.float32).reshape(x.shape)
-    return x
 
 
 # --- the model -------------------------------------------------------------------------------------

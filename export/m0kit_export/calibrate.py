@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m0kit.artifact.manifest import read_manifest, sha256_of
+from m0kit.artifact.manifest import read_manifest
 from m0kit.errors import InputError, RecipeError
-from m0kit.reading.inputs import group_from_file, unplaced
+from m0kit.files import sha256_of
+from m0kit.reading.inputs import group_from_file
 from m0kit.reading.lines import records
 from m0kit_export.graphs import build_graphs
 from m0kit_export.sources import stored_frequencies
@@ -95,21 +96,23 @@ def calibrate(
 
     def opener(folder: Path, name: str, /, *, also: Sequence[str] = ()) -> "Graph":
         del also
-        products = [port.name.removesuffix(".peak") for port in graphs[name].outputs if port.name.endswith(".peak")]
+        products = [
+            port.name.removesuffix(".peak") for port in graphs[name].ports.outputs if port.name.endswith(".peak")
+        ]
         model = graphs[name].model.SerializeToString()
         return _Observed(open_graph(folder, name, threads=threads, model=model), products, sums, kind)
 
     reranker = Reranker.load(folder, open_graph=opener, require_signature=require_signature)
     reranker.try_answers()
     sums.clear()  # of the known answers, which are no pairs to calibrate on
-    reranker.tile = 1  # rows that fill up a run would count like those of the pair
+    reranker.engine.tile = 1  # rows that fill up a run would count like those of the pair
     counts = dict.fromkeys(_KINDS, 0)
     for line, pair in tqdm(found, unit="pair", desc="calibrating", disable=None if progress else True):
         kind[0] = "image" if any(isinstance(part, dict) and "image" in part for part in pair) else "text"
         try:
             reranker.score([pair])
         except InputError as error:
-            errors[line] = f"line {line}: {unplaced(error)[1]}"
+            errors[line] = f"line {line}: {error.said}"
         else:
             counts[kind[0]] += 1
     if not any(counts.values()):

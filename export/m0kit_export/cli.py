@@ -79,9 +79,8 @@ def export(
 
     Everything written is read back and compared; OUTPUT appears only when it is whole.
     """
-    from m0kit_export.adapter import AdapterSpec
+    from m0kit_export.adapter import AdapterSpec, QLora
     from m0kit_export.export import export_artifact  # torch and transformers: not for `m0kit --help`
-    from m0kit_export.sources import QLora
 
     if qlora_keep and not qlora:
         raise click.UsageError("--qlora-keep goes with --qlora.")

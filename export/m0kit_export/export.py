@@ -27,32 +27,30 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 from tqdm import tqdm
 
-from m0kit.artifact import ports
 from m0kit.artifact.manifest import (
     MANIFEST,
     TOKENIZER,
     FileEntry,
     Manifest,
     read_manifest,
-    sha256_of,
     write_manifest,
 )
 from m0kit.errors import CheckpointError, OutputError, RecipeError
-from m0kit.files import destination, flush, named_errors, occupied, recover, replacing
+from m0kit.files import destination, flush, named_errors, occupied, recover, replacing, sha256_of
 from m0kit.terminal import say
-from m0kit_export.adapter import AdapterSpec
+from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.answers import known_answers, open_tokenizer
-from m0kit_export.builder import Graph, Port, Weight
+from m0kit_export.builder import Graph, Weight
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.folder import find_folder
 from m0kit_export.graphs import build_graphs, check_recipe, kept_decoders, schemes_of
-from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora, Source
+from m0kit_export.sources import ArtifactSource, CheckpointSource, Source
 from m0kit_quant import nf4
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
 from m0kit_quant.halves import Fit, fit_halves
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.scheme import Scheme
 from m0kit_quant.weights import Weights
 
 _SPARE_BYTES = 64 << 20  # for the tokenizer, graphs, manifest and the file system's own needs
@@ -184,7 +182,7 @@ def _write(
         manifest = Manifest(
             model=source.config,
             scheme=recipe.precision,
-            graphs={name: _ports(graph) for name, graph in (graphs | kept).items()},
+            graphs={name: graph.ports for name, graph in (graphs | kept).items()},
             files=files,
             provenance={
                 **source.provenance(),
@@ -336,13 +334,6 @@ def _check_weights(folder: Path, name: str, hashes: Mapping[str, str], bar: Any)
                 f"{folder / place.location}: {tensor.name} reads back differently from what was "
                 "written. The disk may be failing; export to another place."
             )
-
-
-def _ports(graph: Graph) -> ports.GraphPorts:
-    def described(found: Sequence[Port]) -> tuple[ports.Port, ...]:
-        return tuple(ports.Port(port.name, port.dtype.name, port.shape) for port in found)
-
-    return ports.GraphPorts(described(graph.inputs), described(graph.outputs))
 
 
 def _tools() -> dict[str, str]:

@@ -22,20 +22,28 @@ from functools import partial
 import numpy as np
 from onnx import TensorProto, helper
 
-from m0kit.artifact.ports import KV, decoder_name
+from m0kit.artifact.ports import (
+    IMAGE_COLUMNS,
+    KV,
+    PIECE_COLUMNS,
+    Kept,
+    decoder_name,
+    decoder_ports,
+    head_ports,
+    past_names,
+    present_names,
+    table_names,
+    vision_ports,
+)
 from m0kit.config import DecoderConfig, ModelConfig
-from m0kit_export.builder import CONTRIB, Builder, Graph, Port
+from m0kit_export.builder import Builder, Graph
 from m0kit_export.frequencies import Frequencies, powers
 from m0kit_export.names import expected_shapes
 from m0kit_quant.recipe import EMBEDDING, Recipe
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.scheme import CONTRIB, Scheme
 from m0kit_quant.weights import Float32
 
-F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
-
-# Columns of the tables that the planner of the runtime fills. All are row numbers, ends exclusive.
-IMAGE = ("first", "end")
-DECODER_PIECE = ("q0", "q1", "a0", "a1", "b0", "b1", "p0", "p1", "past")
+F32 = np.dtype(np.float32)
 
 # Rows that go through an MLP at once: enough for full speed, few enough to need little memory.
 CHUNK_ROWS = 1024
@@ -89,8 +97,7 @@ def schemes_of(graphs: Mapping[str, Graph]) -> dict[str, Scheme]:
 def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False, frequency: Float32 | None = None) -> Graph:
     """Patches of any number of images → one embedding per 2×2 patches.
 
-    patches (P, 1176) float32 in merge order · positions (P, 2) row and column · images (I, 2) int64: rows
-    first:end of the patches are an image → image_embeds (P/4, D) float32.
+    Its ports are `m0kit.artifact.ports.vision_ports`; patches come in merge order.
     The convolution's kernel equals its stride, so it is a product with the flattened kernel.
     """
     vision, width = config.vision, config.vision.width
@@ -119,35 +126,21 @@ def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False, fre
     h = b.op("Reshape", h, b.const([-1, merged]))
     h = b.op("Gelu", b.linear("visual.merger.mlp.0", h, (merged, merged), bias=True))
     b.linear("visual.merger.mlp.2", h, (config.decoder.hidden_size, merged), bias=True, out="image_embeds")
-    return b.finish(
-        [
-            Port("patches", F32, ("P", vision.patch_values)),
-            Port("positions", I64, ("P", 2)),
-            Port("images", I64, ("I", len(IMAGE))),
-        ],
-        [Port("image_embeds", F32, ("V", config.decoder.hidden_size))],
-    )
+    return b.finish(vision_ports(config))
 
 
 def decoder_graph(
     config: DecoderConfig,
     recipe: Recipe,
     observe: bool = False,
-    kv: str = "fp32",
+    kv: Kept = "fp32",
     frequency: Float32 | None = None,
 ) -> Graph:
     """Tokens of any number of pairs → hidden state of the last token of each, after the final norm.
 
-    token_ids (T,) · image_embeds (V, D), put in the place of rows image_token_index (V,) ·
-    positions (3, T) · pieces (N, 9): rows q0:q1 look at past rows p0:p1, which belong to past number `past`,
-    then rows a0:a1 (a prefix of this run), then rows b0:b1, the last of which is row q1 − 1; each sees what is not
-    after itself · last_index (B,) the rows wanted · last_pieces (B, 9) the same for them, where q counts in
-    last_index · past_key_values.{i}.key/.value (K, T_past, C), keys rotated → hidden (B, D),
-    present.{i}.key/.value (K, T, C): the new rows alone. `layers.{i}` names the residual stream after layer i.
-
-    `kv` is how pasts come: "fp32"; "fp16", and then presents come out so as well; "int8" with
-    past_key_values.{i}.key_table and .value_table (past, 3, K, C): scale and lowest value of each channel of a past,
-    and its first token as it was computed.
+    Its ports are `m0kit.artifact.ports.decoder_ports`; keys are rotated before they come out. `layers.{i}` names the
+    residual stream after layer i. `kv` is how pasts come: "fp32"; "fp16", and then presents come out so as well;
+    "int8" with tables.
     In the last layer only the wanted rows ask and go through the MLP.
     """
     D, F = config.hidden_size, config.intermediate_size
@@ -160,8 +153,6 @@ def decoder_graph(
     axis = np.repeat([0, 1, 2], config.mrope_section)
     cos, sin = _cos_sin(b, "positions", axis, frequency, position_axis=0)
     last_cos, last_sin = (b.op("Gather", table, "last_index", axis=1) for table in (cos, sin))
-    pasts: list[Port] = []
-    presents: list[Port] = []
     for i in range(config.num_layers):
         layer, last = f"model.layers.{i}", i == config.num_layers - 1
         h = _rms_norm(b, f"{layer}.input_layernorm", x, D, config.rms_norm_eps)
@@ -169,47 +160,25 @@ def decoder_graph(
         k = _rotary(b, k, cos, sin, K, K * C)
         v = b.linear(f"{layer}.self_attn.v_proj", h, (K * C, D), bias=True, half=True)
         k, v = (
-            _by_head(b, new, K, C, None if kv == "fp16" else f"present.{i}.{name}")
-            for name, new in (("key", k), ("value", v))
+            _by_head(b, new, K, C, None if kv == "fp16" else name)
+            for name, new in zip(present_names(i), (k, v), strict=True)
         )
         if kv == "fp16":
-            for name, new in (("key", k), ("value", v)):
-                b.op("Cast", new, to=TensorProto.FLOAT16, out=f"present.{i}.{name}")
-        stored = np.dtype({"fp32": np.float32, "fp16": np.float16, "int8": np.uint8}[kv])
-        past = [f"past_key_values.{i}.{name}" for name in ("key", "value")]
-        pasts += [Port(name, stored, (K, "T_past", C)) for name in past]
-        if kv == "int8":
-            pasts += [Port(f"{name}_table", F32, ("past", 3, K, C)) for name in past]
-        presents += [
-            Port(f"present.{i}.{name}", F32 if kv == "int8" else stored, (K, "T", C)) for name in ("key", "value")
-        ]
+            for name, new in zip(present_names(i), (k, v), strict=True):
+                b.cast(new, np.float16, name)
         if last:
             x, h = (b.op("Gather", rows, "last_index", axis=0) for rows in (x, h))
             cos, sin = last_cos, last_sin
         q = b.linear(f"{layer}.self_attn.q_proj", h, (H * C, D), bias=True, half=True)
         q = _rotary(b, q, cos, sin, H, H * C)
-        a = _decoder_attention(
-            b, q, k, v, _PASTS[kv](b, past[0], past[1], K), "last_pieces" if last else "pieces", config
-        )
+        a = _decoder_attention(b, q, k, v, _PASTS[kv](b, i, K), "last_pieces" if last else "pieces", config)
         o = b.linear(f"{layer}.self_attn.o_proj", a, (D, H * C), bias=False, half=True)
         x = b.op("Add", x, o)
         h = _rms_norm(b, f"{layer}.post_attention_layernorm", x, D, config.rms_norm_eps)
         h = _by_rows(b, h, D, partial(_gated_mlp, b, f"{layer}.mlp", D, F))
         x = b.op("Add", x, h, out=f"layers.{i}")
     _rms_norm(b, "model.norm", x, D, config.rms_norm_eps, out="hidden")
-    return b.finish(
-        [
-            Port("token_ids", I64, ("T",)),
-            Port("image_embeds", F32, ("V", D)),
-            Port("image_token_index", I64, ("V",)),
-            Port("positions", I64, (3, "T")),
-            Port("pieces", I64, ("N", len(DECODER_PIECE))),
-            Port("last_index", I64, ("B",)),
-            Port("last_pieces", I64, ("B", len(DECODER_PIECE))),
-            *pasts,
-        ],
-        [Port("hidden", F32, ("B", D)), *presents],
-    )
+    return b.finish(decoder_ports(config, kv))
 
 
 def head_graph(config: DecoderConfig, recipe: Recipe, observe: bool = False) -> Graph:
@@ -219,7 +188,7 @@ def head_graph(config: DecoderConfig, recipe: Recipe, observe: bool = False) -> 
     h = b.op("Relu", b.linear("score.0", "hidden", (D, D), bias=True))
     h = b.linear("score.2", h, (1, D), bias=True)
     b.op("Reshape", h, b.const([-1]), out="logit")
-    return b.finish([Port("hidden", F32, ("B", D))], [Port("logit", F32, ("B",))])
+    return b.finish(head_ports(config))
 
 
 def _gated_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
@@ -294,7 +263,7 @@ def _vision_attention(b: Builder, q: str, k: str, v: str, heads: int, width: int
     count = b.op("Squeeze", b.op("Shape", "images", end=1), zero)
 
     def image(index: str) -> str:
-        first, end = _table_row(b, "images", index, len(IMAGE))
+        first, end = _table_row(b, "images", index, len(IMAGE_COLUMNS))
         asking, *answering = (b.op("Slice", x, first, end, zero) for x in (q, k, v))
         keys, values = (b.op("Reshape", x, b.const([1, -1, width])) for x in answering)
         if b.contrib:
@@ -317,7 +286,7 @@ def _decoder_attention(b: Builder, q: str, k: str, v: str, past: "_Past", pieces
     count = b.op("Squeeze", b.op("Shape", pieces, end=1), zero)
 
     def piece(index: str) -> str:
-        q0, q1, a0, a1, b0, b1, p0, p1, number = _table_row(b, pieces, index, len(DECODER_PIECE))
+        q0, q1, a0, a1, b0, b1, p0, p1, number = _table_row(b, pieces, index, len(PIECE_COLUMNS))
         rows = b.op("Slice", q, q0, q1, zero)
         one = b.const([1])
         keys, values = (
@@ -340,33 +309,34 @@ def _decoder_attention(b: Builder, q: str, k: str, v: str, past: "_Past", pieces
 _Past = Callable[[str, str, str], tuple[str, str]]  # first and end row, number → keys and values (K, ·, C) float32
 
 
-def _past_fp32(b: Builder, key: str, value: str, _kv_heads: int) -> _Past:
-    one = b.const([1])
+def _past_fp32(b: Builder, layer: int, _kv_heads: int) -> _Past:
+    (key, value), one = past_names(layer), b.const([1])
     return lambda p0, p1, _number: (b.op("Slice", key, p0, p1, one), b.op("Slice", value, p0, p1, one))
 
 
-def _past_fp16(b: Builder, key: str, value: str, kv_heads: int) -> _Past:
+def _past_fp16(b: Builder, layer: int, kv_heads: int) -> _Past:
     """Widened piece by piece, where it stays in the processor's cache: a fifth faster than a layer at once."""
-    read = _past_fp32(b, key, value, kv_heads)
+    read = _past_fp32(b, layer, kv_heads)
     return lambda *place: tuple(b.cast(rows, F32) for rows in read(*place))
 
 
-def _past_int8(b: Builder, key: str, value: str, kv_heads: int) -> _Past:
+def _past_int8(b: Builder, layer: int, kv_heads: int) -> _Past:
     """Integers · scale + low, channel by channel; the first token of a past stands as it is in the table."""
 
-    def widen(stored: str, p0: str, p1: str, number: str) -> str:
+    def widen(stored: str, table: str, p0: str, p1: str, number: str) -> str:
         one = b.const([1])
-        rows = b.op("Gather", f"{stored}_table", number, axis=0)
+        rows = b.op("Gather", table, number, axis=0)
         scale, low, first = (b.op("Reshape", row, b.const([kv_heads, 1, -1])) for row in b.split(rows, [1] * 3, axis=1))
         there = b.op("Min", one, b.op("Sub", p1, p0))
         rest = b.cast(b.op("Slice", stored, b.op("Add", p0, there), p1, one), F32)
         rest = b.op("Add", b.op("Mul", rest, scale), low)
         return b.op("Concat", b.op("Slice", first, b.const([0]), there, one), rest, axis=1)
 
-    return lambda *place: (widen(key, *place), widen(value, *place))
+    (key, value), (key_table, value_table) = past_names(layer), table_names(layer)
+    return lambda *place: (widen(key, key_table, *place), widen(value, value_table, *place))
 
 
-_PASTS: dict[str, Callable[[Builder, str, str, int], _Past]] = {
+_PASTS: dict[Kept, Callable[[Builder, int, int], _Past]] = {
     "fp32": _past_fp32,
     "fp16": _past_fp16,
     "int8": _past_int8,

@@ -1,20 +1,19 @@
-"""What the tensors of jina-reranker-m0 are called, and their shapes. Knows no files and needs nothing.
+"""What the tensors of jina-reranker-m0 are called, then and now, and their shapes. Knows no files and needs nothing.
 
-    expected_shapes(config)["model.norm.weight"]
-    canonical_name("model.language_model.norm.weight")
-
-The first is (1536,) for the published model, the second "model.norm.weight".
+expected_shapes(config)["model.norm.weight"]           # (1536,) for the published model
+canonical_name("model.language_model.norm.weight")     # "model.norm.weight"
+spelled("model.norm.weight", nested=True)              # and back
 """
 
-from m0kit.config import ModelConfig
+from collections.abc import Iterable
 
-# transformers 4.52 moved both towers under `model.`; one published source names the head's layers by role.
-_RENAMED_PREFIXES = (
-    ("model.language_model.", "model."),
-    ("model.visual.", "visual."),
-    ("score.dense.", "score.0."),
-    ("score.out_proj.", "score.2."),
-)
+from m0kit.config import ModelConfig
+from m0kit_quant.recipe import EMBEDDING
+
+# transformers 4.52 moved both towers under `model.`: (since, before).
+_NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))
+# One published source names the head's layers by role.
+_ROLES = (("score.dense.", "score.0."), ("score.out_proj.", "score.2."))
 # What torch.compile, FSDP and activation checkpointing put into names; none of it is a part of the model's own.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -53,7 +52,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     linear("visual.merger.mlp.0", merged, merged)
     linear("visual.merger.mlp.2", size, merged)
 
-    shapes["model.embed_tokens.weight"] = (d.vocab_size, size)
+    shapes[EMBEDDING] = (d.vocab_size, size)
     for i in range(d.num_layers):
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (size,)
@@ -74,7 +73,27 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def canonical_name(name: str) -> str:
     """The published name of a tensor or module stored under either naming scheme, or inside a training wrapper."""
     name = unwrapped(name)
-    for old, new in _RENAMED_PREFIXES:
+    return _renamed(name, (*_NESTED, *_ROLES))
+
+
+def spelled(name: str, *, nested: bool) -> str:
+    """A canonical name as transformers spells it: `nested` since 4.52, and as it is before."""
+    return _renamed(name, [(before, since) for since, before in _NESTED]) if nested else name
+
+
+def is_nested(names: Iterable[str]) -> bool:
+    """Whether tensors or modules are named as since transformers 4.52; by majority, where somebody renamed a part."""
+    votes = 0
+    for name in names:
+        if name.startswith(tuple(since for since, _ in _NESTED)):
+            votes += 1
+        elif name.startswith(("model.layers.", EMBEDDING.removesuffix("weight"), "visual.")):
+            votes -= 1
+    return votes >= 0
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
         if name.startswith(old):
             return new + name[len(old) :]
     return name

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from m0kit.errors import CheckpointError
+from m0kit_export.tensors import DTYPES, Stored
 from m0kit_quant.nf4 import bitsandbytes_functional
 
 _PIECE = re.compile(
@@ -26,28 +27,9 @@ _PIECE = re.compile(
 )
 _STATE = "quant_state.bitsandbytes__"
 _STATE_BYTES = 4096  # bitsandbytes writes about 170
-_ITEM_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bnb_4bit_quant_storage
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_KINDS = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK_SIZE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file, as the file's header describes it."""
-
-    file: str
-    name: str  # in the file
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +112,10 @@ def _join(weight: Stored, pieces: Mapping[str, Stored], read: Callable[[Stored],
     size = math.prod(state["shape"])
     num_blocks = -(-size // state["blocksize"])
     nested = "nested_offset" in state
-    item = _ITEM_BYTES.get(weight.dtype, 1)
+    storage = weight.dtype if weight.dtype in DTYPES else "U8"  # bnb_4bit_quant_storage
+    item = DTYPES[storage].itemsize
     wanted: dict[str, tuple[tuple[int, ...], str]] = {
-        "weight": ((-(-size // 2) // item, 1), weight.dtype if weight.dtype in _ITEM_BYTES else "U8"),
+        "weight": ((-(-size // 2) // item, 1), storage),
         "absmax": ((num_blocks,), "U8" if nested else "F32"),
         "quant_map": ((16,), "F32"),
     }
@@ -212,7 +195,7 @@ def _read_state(piece: Stored, quant_type: str, read: Callable[[Stored], torch.T
 def _read_piece(piece: Stored, read: Callable[[Stored], torch.Tensor]) -> torch.Tensor:
     """Its own copy where it is numbers: a file may place them where the kernels' wide loads cannot reach."""
     tensor = read(piece)
-    if (tuple(tensor.shape), _KINDS.get(tensor.dtype)) != (piece.shape, piece.dtype):
+    if (tuple(tensor.shape), tensor.dtype) != (piece.shape, DTYPES.get(piece.dtype)):
         raise CheckpointError(
             f"{piece.file} changed while in use: {piece.name} was {piece.dtype} {list(piece.shape)}, now is "
             f"{tensor.dtype} {list(tensor.shape)}. Open the checkpoint again once nothing writes to it"

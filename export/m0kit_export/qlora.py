@@ -23,9 +23,11 @@ import numpy as np
 import torch
 
 from m0kit.errors import CheckpointError
+from m0kit_export.adapter import KEPT
 from m0kit_export.checkpoint import Checkpoint
-from m0kit_export.sources import KEPT
+from m0kit_export.names import spelled
 from m0kit_quant.nf4 import BLOCK_SIZE, NF4, bitsandbytes_functional, dequantize, quantize
+from m0kit_quant.recipe import EMBEDDING
 from m0kit_quant.weights import Float32
 
 
@@ -91,15 +93,12 @@ class QuantizedBase(Checkpoint):
 def _linear_weights(checkpoint: Checkpoint) -> list[str]:
     """Weights of every nn.Linear: the matrices, but for the embedding."""
     names = [name for name in checkpoint.names if name.endswith(".weight") and len(checkpoint.shape(name)) == 2]
-    return [name for name in names if name != "model.embed_tokens.weight"]
+    return [name for name in names if name != EMBEDDING]
 
 
 def _is_in(name: str, module: str) -> bool:
     """Whether a tensor belongs to a module, named in full or by its last parts, under either naming."""
-    nested = f"model.{name}" if name.startswith("visual.") else name
-    if name.startswith("model."):
-        nested = f"model.language_model.{name.removeprefix('model.')}"
-    return bool(module) and any(f".{module}." in f".{each}" for each in (name, nested))
+    return bool(module) and any(f".{module}." in f".{spelled(name, nested=nested)}" for nested in (False, True))
 
 
 def _round_scales(absmax: Float32) -> Float32:

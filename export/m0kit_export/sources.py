@@ -22,10 +22,10 @@ from m0kit.artifact.ports import GRAPHS
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactDamagedError, ArtifactError
 from m0kit.files import read_regular
-from m0kit_export.adapter import AdapterSpec
+from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.frequencies import Frequencies
 from m0kit_export.names import expected_shapes
-from m0kit_quant.schemes import FLOATS
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.weights import Float32
 
 if TYPE_CHECKING:  # PyTorch, transformers and PEFT, none of which an artifact needs
@@ -37,7 +37,6 @@ _FLOATS: Final = {
     onnx.TensorProto.FLOAT16: FLOATS["fp16"],
     onnx.TensorProto.BFLOAT16: FLOATS["bf16"],
 }
-KEPT = ("score.2",)  # what 4-bit training by transformers 4 does not quantise (m0kit_export.qlora)
 
 
 class Source(Protocol):
@@ -73,14 +72,6 @@ class Source(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class QLora:
-    """How the base of a QLoRA training was quantised."""
-
-    double_quant: bool
-    keep: tuple[str, ...] = KEPT  # modules that were not
 
 
 @dataclass(frozen=True)

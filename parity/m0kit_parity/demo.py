@@ -39,7 +39,7 @@ def main() -> None:
         _say("5. Read the pages once, ask again")
         _m0kit("index", "add", base, root / "library", *pages)
         _m0kit("index", "stats", root / "library")
-        _m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top", "3")
+        _m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top-n", "3")
         _say("6. Parity with the PyTorch reference, stage by stage")
         _m0kit(
             "parity",

@@ -41,9 +41,13 @@ from m0kit.reading.formats import MAX_IMAGE_BYTES
 from m0kit.terminal import bar
 from m0kit.trace import Trace
 from m0kit_export.answers import open_tokenizer
-from m0kit_export.checkpoint import Checkpoint, open_checkpoint, read_header, read_json_object, read_tensor
-from m0kit_export.merge import CONFIG, WEIGHTS, peft_at_work, peft_name, read_config
+from m0kit_export.checkpoint import Checkpoint, open_checkpoint
+from m0kit_export.folder import read_json_object
+from m0kit_export.lora import CONFIG, WEIGHTS, peft_name, read_config
+from m0kit_export.names import is_nested
 from m0kit_export.patterns import try_patterns
+from m0kit_export.skeleton import peft_at_work
+from m0kit_export.tensors import read_header, read_tensor
 
 PAD_ID = 0  # masked in every batch, so any token will do
 
@@ -354,9 +358,8 @@ def _as_peft_saves(path: Path, folder: Path) -> Path:
 
 def _apply_plain(core: Qwen2VLModel, score: nn.Module, path: Path, weight: float, merge: bool) -> nn.Module:
     keys = set(read_header(path / WEIGHTS))
-    bare = [key.removeprefix("base_model.model.") for key in keys]
-    new = any(key.startswith(("model.language_model.", "model.visual.")) for key in bare)
-    shell = (NewNames if new else PublishedNames)(core, score)
+    nested = is_nested(key.removeprefix("base_model.model.") for key in keys)
+    shell = (NewNames if nested else PublishedNames)(core, score)
     raw = read_config(path, path.name)
     try_patterns(raw, [name for name, _ in shell.named_modules()], f"{CONFIG} of {path.name}")
     with peft_at_work(path.name, raw):  # what it only warns of is an error below

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from m0kit.config import ModelConfig
 from m0kit_quant.equalize import ChannelGroup, channel_groups, equalizing_scale
 from m0kit_quant.int8 import LEVELS
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.scheme import Scheme
 from m0kit_quant.weights import Float32, Weights
 
 # How much of a channel's range the weights take (SmoothQuant's α), and the powers of a channel's size of AWQ
@@ -128,8 +128,7 @@ def predicted_error(weight: Float32, scheme: Scheme, peak: Float32, energy: Floa
     stored = scheme.decode(scheme.encode(weight, floored(energy)), weight.shape)
     energy = np.asarray(floored(energy), np.float64)
     errors = np.square(weight - stored, dtype=np.float64) @ energy
-    if scheme.name in ("int8", "int4"):
-        width = scheme.block or weight.shape[1]
+    if width := scheme.shared_scale(weight.shape[1]):
         steps = peak.astype(np.float64).reshape(-1, width).max(axis=1) / LEVELS
         squares = np.square(weight, dtype=np.float64).reshape(len(weight), -1, width).sum(axis=2)
         errors += squares @ (steps**2 / 12)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from m0kit.config import ModelConfig
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups, equalizing_scale, produced
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.int8 import by_rows
-from m0kit_quant.schemes import FLOATS, Scheme
+from m0kit_quant.scheme import Scheme
 from m0kit_quant.weights import Float32, Weights
 
 # What a row or a column may lose outside the normal range: root of the sum of squares of what changes, as part of that

@@ -1,6 +1,6 @@
 """int8: 7-bit signed weights with a scale per output, against activations with a scale per row.
 
-Owns the numbers; how a graph spells the product is `m0kit_export.builder`. The product that both must equal:
+The product that its numbers here and a graph's nodes must both equal:
 
     q = clip(round(x / a) + 128, 0, 255), a = max|x| / 127     each row of x by itself (uint8, zero point 128)
     y = ((q − 128) · v) · a · s                                 v int8 (K, N), sums in int32
@@ -10,13 +10,16 @@ CPUs without VNNI add two products u8·s8 in 16 bits (VPMADDUBSW, which saturate
 is the largest that fits there, so the integers are exact on every CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit.precision import SCHEMES
+from m0kit_quant.scheme import CONTRIB, Layout, Nodes, Parts, Scheme
 from m0kit_quant.weights import Float32
 
 LIMIT = 64  # largest |v|: twice 255 · 64 is below 2^15
@@ -27,6 +30,46 @@ SMALLEST = 1e-30  # a row of zeros, or of less than this, gets it as its max|x|:
 # Fractions of the largest |w| of an output that become LIMIT; the one with the smallest squared error wins.
 _FRACTIONS = np.linspace(0.6, 1.0, 9, dtype=np.float32)
 _BLOCK_VALUES = 1 << 20  # values that one thread works on at a time: some 10 MB with its temporaries
+
+
+class Int8Scheme(Scheme):
+    """Values and the scale of each output. A table's rows are as they lie, in all 8 bits."""
+
+    name = "int8"
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        values = (shape if self.table else shape[::-1], np.dtype(np.int8))
+        return {"int8": values, "scale": (shape[:1], np.dtype(np.float32))}
+
+    def encode(self, weight: Float32, importance: Float32 | None = None) -> Parts:
+        values, scale = quantize_rows(weight) if self.table else quantize(weight, importance)
+        return {"int8": values, "scale": scale}
+
+    def decode(self, parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Float32:
+        if self.table:
+            return np.asarray(parts["int8"].astype(np.float32) * parts["scale"][:, None])
+        return dequantize(parts["int8"], parts["scale"])
+
+    def product(self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], out: str | None) -> str:
+        integers, row_scale = b.once(x, lambda x: activation_nodes(b, x))
+        y = b.op(
+            *(str(SCHEMES[self.name].operator), integers, part["int8"], b.const(1, np.float32), part["scale"]),
+            b.const(ZERO_POINT, np.uint8),
+            domain=CONTRIB,
+        )
+        return b.op("Mul", y, row_scale, out=out)
+
+    def lookup(self, b: Nodes, ids: str, part: Mapping[str, str], shape: tuple[int, int]) -> str:
+        rows = b.cast(b.op("Gather", part["int8"], ids, axis=0), np.float32)
+        scale = b.op("Gather", part["scale"], ids, axis=0)
+        return b.op("Mul", rows, b.op("Reshape", scale, b.const([-1, 1])))
+
+    def shared_scale(self, num_inputs: int) -> int | None:
+        return num_inputs
+
+    def rounded(self, x: Float32) -> Float32:
+        q, scale = quantize_activation(x)
+        return (q.astype(np.float32) - ZERO_POINT) * scale
 
 
 def quantize(weight: Float32, importance: Float32 | None = None) -> tuple[NDArray[np.int8], Float32]:
@@ -72,6 +115,16 @@ def quantize_activation(x: Float32) -> tuple[NDArray[np.uint8], Float32]:
     """x (T, K) → q (T, K) uint8 around 128, a (T, 1): what the graph does, rounding half to even as ONNX has it."""
     a = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(SMALLEST)) * np.float32(1 / LEVELS)
     return np.clip(np.rint(x / a) + ZERO_POINT, 0, 255).astype(np.uint8), a
+
+
+def activation_nodes(b: Nodes, x: str) -> tuple[str, str]:
+    """The same in a graph: x (T, K) → its integers (T, K) and the scale of each row (T, 1)."""
+    peak = b.op("ReduceMax", b.op("Abs", x), b.const([1]), keepdims=1)
+    peak = b.op("Max", peak, b.const(SMALLEST, np.float32))
+    scale = b.op("Mul", peak, b.const(1 / LEVELS, np.float32))
+    flat = b.op("Reshape", scale, b.const([-1]))
+    zero = b.op("Expand", b.const(ZERO_POINT, np.uint8), b.op("Shape", flat))
+    return b.op("QuantizeLinear", x, flat, zero, axis=0), scale
 
 
 def product(x: Float32, values: NDArray[np.int8], scale: Float32) -> Float32:

@@ -16,6 +16,7 @@ half. A last byte half used holds level 7, which is 0, below.
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,7 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.errors import CheckpointError, DependencyError
+from m0kit.precision import SCHEMES
 from m0kit_quant.int8 import by_rows
+from m0kit_quant.scheme import CONTRIB, Layout, Nodes, Parts, Scheme
 from m0kit_quant.weights import Float32
 
 BLOCK_SIZE = 64
@@ -48,6 +51,31 @@ _SMALLEST = np.float32(1e-38)  # bitsandbytes' floor of what is divided by
 
 _WITHOUT = "QLoRA and checkpoints stored in 4 bits need bitsandbytes: pip install 'm0kit[nf4]'"
 _PIECE = 1 << 20  # values read back at once: a whole embedding has 233 million
+
+
+class Nf4Scheme(Scheme):
+    """Codes and the largest |value| of each block. No tables: blocks run on from row to row."""
+
+    name = "nf4"
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        if self.table:
+            raise ValueError(f"{self.name} cannot store a table")
+        num_bytes, num_blocks = stored_sizes((shape[0], shape[1]))
+        return {"nf4": ((num_bytes,), np.dtype(np.uint8)), "absmax": ((num_blocks,), np.dtype(np.float32))}
+
+    def encode(self, weight: Float32, importance: Float32 | None = None) -> Parts:
+        stored = quantize(weight)
+        return {"nf4": stored.packed, "absmax": stored.absmax}
+
+    def decode(self, parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Float32:
+        return dequantize(NF4((shape[0], shape[1]), parts["nf4"], parts["absmax"]))
+
+    def product(self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], out: str | None) -> str:
+        return b.op(
+            *(str(SCHEMES[self.name].operator), x, part["nf4"], part["absmax"]), out=out,
+            domain=CONTRIB, K=shape[1], N=shape[0], block_size=BLOCK_SIZE, quant_type=1,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)

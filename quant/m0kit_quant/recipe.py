@@ -27,10 +27,10 @@ from typing import Any, Final
 
 from m0kit.errors import RecipeError
 from m0kit.files import read_regular
-from m0kit.precision import SCHEMES, supported
+from m0kit.precision import supported
 from m0kit.schema import parse_toml
-from m0kit_quant.int4 import BLOCKS
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.scheme import Scheme
+from m0kit_quant.schemes import SCHEMES
 
 DEVICES: Final = ("cpu", "cuda")
 _FITS_ALL: Final = {"cpu": "int8", "cuda": "fp16"}  # the fewest bits that any matrix fits, a table too
@@ -47,7 +47,7 @@ class Rule:
 
     match: str
     scheme: str
-    block: tuple[int, ...] = ()  # int4: in the order of preference
+    block: tuple[int, ...] = ()  # in the order of preference, where the scheme has a choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,30 +140,27 @@ class Recipe:
         for rule in self.rules:
             if not fnmatch.fnmatchcase(name, rule.match):
                 continue
-            table = name == EMBEDDING
-            if rule.scheme != "int4":
-                return self._fitting(rule, Scheme(rule.scheme, table=table), name, shape)
+            kind = SCHEMES[rule.scheme]
             block = next((b for b in rule.block if shape[1] % b == 0), None)
-            if block is None:
-                smaller = next((b for b in BLOCKS[::-1] if shape[1] % b == 0), None)
+            if rule.block and block is None:
+                smaller = next((b for b in kind.blocks[::-1] if shape[1] % b == 0), None)
                 raise RecipeError(
                     f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. {_before(rule)}",
-                    *self._instead(name, smaller),
+                    *self._instead(name, rule.scheme, smaller),
                 )
-            return Scheme("int4", block, table)
+            scheme = kind(block, table=name == EMBEDDING)
+            try:
+                scheme.layout(shape)
+            except ValueError as error:
+                said = f"{name}: {error}. {_before(rule)}"
+                raise RecipeError(said, *self._instead(name, rule.scheme)) from None
+            return scheme
         raise RecipeError(f'the recipe says nothing about {name}. Add a last rule with match = "*".')
 
-    def _fitting(self, rule: Rule, scheme: Scheme, name: str, shape: tuple[int, ...]) -> Scheme:
-        try:
-            scheme.layout(shape)
-        except ValueError as error:
-            raise RecipeError(f"{name}: {error}. {_before(rule)}", *self._instead(name)) from None
-        return scheme
-
-    def _instead(self, name: str, block: int | None = None) -> list[str]:
+    def _instead(self, name: str, kind: str, block: int | None = None) -> list[str]:
         """A rule to put before the one that does not fit, as lines of TOML."""
         match = re.sub(r"\.\d+\.", ".*.", name)
-        scheme = ['scheme = "int4"', f"block = {block}"] if block else [f'scheme = "{_FITS_ALL[self.device]}"']
+        scheme = [f'scheme = "{kind}"', f"block = {block}"] if block else [f'scheme = "{_FITS_ALL[self.device]}"']
         return ["", "[[weights]]", f'match = "{match}"', *scheme]
 
     def check(self, names: Iterable[str]) -> None:
@@ -190,18 +187,18 @@ def _rule(entry: Any, where: str) -> Rule:
     match, scheme, block = entry.get("match"), entry.get("scheme"), entry.get("block")
     if not isinstance(match, str) or not 0 < len(match) <= _MAX_LETTERS:
         raise RecipeError(f"{where}: match must be a pattern of tensor names, got {match!r:.60}.")
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise RecipeError(
             f"{where}: scheme {scheme!r:.60} is not known{_near(str(scheme), SCHEMES)}. Known: {_list(SCHEMES)}."
         )
-    if scheme != "int4":
-        if block is not None:
-            raise RecipeError(f"{where}: block belongs to int4, {scheme} has none to choose.")
-        return Rule(match, str(scheme))
-    blocks = block if isinstance(block, list) else list(BLOCKS[::-1]) if block is None else [block]
-    if not blocks or any(type(b) is not int or b not in BLOCKS for b in blocks):
-        raise RecipeError(f"{where}: block must be of {_list(BLOCKS)}, got {block!r:.60}.")
-    return Rule(match, "int4", tuple(blocks))
+    known = SCHEMES[scheme].blocks
+    if not known and block is not None:
+        owners = _list(name for name, each in SCHEMES.items() if each.blocks)
+        raise RecipeError(f"{where}: block belongs to {owners}, {scheme} has none to choose.")
+    blocks = block if isinstance(block, list) else list(known[::-1]) if block is None else [block]
+    if (known and not blocks) or any(type(b) is not int or b not in known for b in blocks):
+        raise RecipeError(f"{where}: block must be of {_list(known)}, got {block!r:.60}.")
+    return Rule(match, scheme, tuple(blocks))
 
 
 def _only(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -8,7 +8,8 @@ scores = reranker.score([("slm markdown", Path("page.png")), ("slm markdown", "s
 
 from m0kit.errors import M0kitError
 from m0kit.quiet import silence
-from m0kit.reranker import Reranker, Result
+from m0kit.reranker import Reranker
+from m0kit.scoring.schedule import Result
 
 silence()
 

@@ -143,14 +143,13 @@ def connect(path: Path, *, writing: bool, wait_s: float) -> sqlite3.Connection:
     Raises ForeignDatabaseError; sqlite3.Error as SQLite does.
     """
     path = path.absolute()
-    require_own(path, writing=writing)
     uri = f"{path.as_uri()}?mode={'rwc' if writing else 'ro'}"
-    file = _files.open(path, writing)  # before SQLite opens it, so that nothing is closed while that has locks
+    file = require_own(path, writing=writing)  # open before SQLite opens it: nothing is closed while that has locks
     db = sqlite3.connect(
         uri, timeout=wait_s, isolation_level=None, check_same_thread=False, factory=_Connection, uri=True
     )
     try:
-        db.file, db.steps = file or _files.open(path, writing), _Steps(path)
+        db.file, db.steps = file, _Steps(path)
         db.set_progress_handler(db.steps.look, _LOOK_EVERY)
         for limit, value in _LIMITS.items():
             db.setlimit(limit, value)
@@ -158,7 +157,7 @@ def connect(path: Path, *, writing: bool, wait_s: float) -> sqlite3.Connection:
         for setting in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA", "fullfsync = ON"):
             db.execute(f"PRAGMA {setting}")
         # By now a killed writer's transaction has been rolled back, to what its journal says was there before.
-        require_own(path, writing=writing)
+        db.file = require_own(path, writing=writing)
     except BaseException:
         del file
         db.close()
@@ -171,12 +170,11 @@ def needs_rollback(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK
 
 
-def require_own(path: Path, *, writing: bool = False) -> None:
-    """Raises ForeignDatabaseError for a database, or a file beside it, by which SQLite would touch others."""
+def require_own(path: Path, *, writing: bool = False) -> _File | None:
+    """The database's open file, or None. Raises ForeignDatabaseError where SQLite would touch others by it."""
     for suffix in ("-wal", "-shm"):
         if os.path.lexists(beside := path.with_name(path.name + suffix)):
             raise ForeignDatabaseError(f"{beside}: belongs to a write-ahead log, which m0kit never uses")
-    _files.open(path, writing)
     journal = path.with_name(f"{path.name}-journal")
     try:
         _require_regular(journal, os.lstat(journal))
@@ -184,11 +182,12 @@ def require_own(path: Path, *, writing: bool = False) -> None:
             opened.seek(max(os.fstat(opened.fileno()).st_size - len(_JOURNAL_MAGIC), 0))
             end = opened.read(len(_JOURNAL_MAGIC))
     except FileNotFoundError:  # or gone meanwhile: a writer has finished
-        return
+        end = b""
     except OSError as error:
         raise ForeignDatabaseError(f"{journal}: cannot be read: {error.strerror}") from error
     if end == _JOURNAL_MAGIC:
         raise ForeignDatabaseError(f"{journal}: names another file, which SQLite would delete")
+    return _files.open(path, writing)
 
 
 def require_schema(db: sqlite3.Connection, sql: str) -> None:

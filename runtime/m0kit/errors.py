@@ -31,10 +31,12 @@ control characters, line ends among them, are escaped: see `m0kit.plain`.
 """
 
 import re
-from typing import Any, Final
+from typing import Any, Final, Literal, Self, get_args
 
 from m0kit.plain import plain
 
+Side = Literal["query", "document"]
+SIDES: Final[tuple[Side, ...]] = get_args(Side)
 _LONG: Final = re.compile(r"\S{400,}")  # longer than any path that people write
 
 
@@ -60,7 +62,40 @@ class M0kitError(Exception):
 
 
 class InputError(M0kitError, ValueError):
-    """A query, document or pair that cannot be scored."""
+    """A query, document or pair that cannot be scored.
+
+    Its text is composed: "pair 3: document: page.png: " and the reason, as far as the place is known.
+    """
+
+    def __init__(self, reason: object = "", *lines: str, where: str = "", pair: int | None = None) -> None:
+        """`where`: "query", "document", with a file behind it, or another place; `pair`: the position in a call."""
+        self.where, self.pair = _told(where), pair
+        super().__init__(reason, *lines)
+        self.reason = str(self)
+        self.args = (": ".join(part for part in (self._pair, self.where, self.reason) if part),)
+
+    @property
+    def _pair(self) -> str:
+        return "" if self.pair is None else f"pair {self.pair}"
+
+    @property
+    def side(self) -> Side | None:
+        """Which part of the pair it is."""
+        return next((side for side in SIDES if self.where.partition(": ")[0] == side), None)
+
+    @property
+    def said(self) -> str:
+        """The text without the position, which means nothing outside of the call."""
+        return f"{self.where}: {self.reason}" if self.where else self.reason
+
+    def of_pair(self, pair: int) -> Self:
+        """The same of the pair at that position."""
+        other = type(self)(*self.reason.split("\n"), where=self.where, pair=pair)
+        other.__cause__ = self.__cause__
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.reason, self.where, self.pair)
 
 
 class ImageError(InputError):
@@ -133,6 +168,11 @@ class DeviceError(M0kitError, RuntimeError):
 
 class DependencyError(M0kitError, ImportError):
     """A package is missing; the message names the extra that brings it."""
+
+
+def _again(kind: type[InputError], reason: str, where: str, pair: int | None) -> InputError:
+    """A pickled one."""
+    return kind(*reason.split("\n"), where=where, pair=pair)
 
 
 def is_panic(error: BaseException) -> bool:

@@ -1,8 +1,10 @@
-"""Files that are opened only where they are files, and folders that appear under their name when they are whole.
+"""Files that are opened only where they are files; files and folders that appear under their name when they are whole.
 
-Owns which files are read at all, the work place beside an output, who holds it, flushing and renaming. What may be
-replaced is the caller's business.
+Owns which files are read at all, hashing them, the work place beside an output, who holds it, flushing and renaming.
+What may be replaced is the caller's business.
 
+    with writing(Path("scores.jsonl")) as file:   # .scores.jsonl.unfinished/new
+        file.write(b"{}")
     with replacing(Path("m0-fp32")) as new:   # .m0-fp32.unfinished/new
         (new / "manifest.json").write_text("{}")
 
@@ -13,11 +15,13 @@ so what nobody locks is a dead process's, and the next one that writes the same 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -30,8 +34,10 @@ OWN: Final = sum(getattr(os, flag, 0) for flag in ("O_BINARY", "O_CLOEXEC", "O_N
 _LOCK: Final = "lock"
 _NEW: Final = "new"
 _OLD: Final = "old"
-# How a file system says that it has no locks, as some of those on a network do.
-_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+# How a file system says that it has no locks, or nothing to flush, as some of those on a network do.
+_CANNOT: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+_WAIT_S: Final = 10.0  # for another process that writes the same file, which takes it moments
+_LOOK_EVERY_S: Final = 0.01
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
@@ -64,6 +70,16 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     return data
 
 
+def sha256_of(path: str | os.PathLike[str], progress: Callable[[int], object] = lambda _: None) -> str:
+    """Hash a regular file in pieces, as hex; `progress` is told the bytes of each. Raises OSError."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
 def _must_be_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
@@ -87,27 +103,36 @@ def require_unoccupied(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def writing(path: Path, *, private: bool = False, ready: Callable[[], object] = lambda: None) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well, and vanishes when not.
 
-    `private` is for this user's eyes alone. Raises OutputError when another process writes that file, or the file
-    system refuses.
+    What lies there is replaced, of a link the link and not what it leads to; but no device gives way. Another process
+    that writes the same file is waited for before the block, which may so look at what is there. `private` is for this
+    user's eyes alone. `ready` is called when the bytes are durable and are about to take the name.
+
+    Raises OutputError when another process goes on writing that file, or the file system refuses.
     """
-    with named_errors(path):
-        place = path.absolute()
-        space = _work_place(place)
-        lock = _hold(space, path)
-        try:
-            _restore(space, place)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN
-            with open(os.open(space / _NEW, flags, 0o600 if private else 0o666), "wb") as file:
-                yield file
-                file.flush()
-                sync(file.fileno())
-            os.replace(space / _NEW, place)  # closed before: Windows renames nothing that is open
-            sync_path(place.parent)
-        finally:
-            _leave(space, place, lock)
+    place = path.absolute()
+    if _is_system(place):
+        raise OutputError(f"{path}: is a device, whose place no file can take. Name a file.")
+    with named_errors(path), _working(place, path, _WAIT_S) as space:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN
+        with open(os.open(space / _NEW, flags, 0o600 if private else 0o666), "wb") as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+        ready()
+        os.replace(space / _NEW, place)  # closed before: Windows renames nothing that is open
+        sync_path(place.parent)
+
+
+def _is_system(place: Path) -> bool:
+    """Whether it is a device, or leads to one or to a pipe, as /dev/stdout does."""
+    try:
+        mode = os.stat(place).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode) and (place.is_symlink() or not stat.S_ISFIFO(mode))
 
 
 @contextlib.contextmanager
@@ -128,20 +153,15 @@ def replacing(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"{output}: holds the folder you are in, so it is not replaced. Choose a folder inside it."
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        space = _work_place(place)
-        lock = _hold(space, output)
-    try:
+    with _working(place, output) as space:
+        new = space / _NEW
         with named_errors(output):
-            _restore(space, place)
-            new = space / _NEW
             new.mkdir()
         yield new
         with named_errors(output):
             flush(new)
             _put(new, place, overwrite)
             sync_path(place.parent)
-    finally:
-        _leave(space, place, lock)
 
 
 def recover(output: Path) -> None:
@@ -151,13 +171,9 @@ def recover(output: Path) -> None:
     """
     with named_errors(output):
         place = destination(output)
-        space = _work_place(place)
-        if space.is_dir():
-            lock = _hold(space, output)
-            try:
-                _restore(space, place)
-            finally:
-                _leave(space, place, lock)
+        if _work_place(place).is_dir():
+            with _working(place, output):
+                pass
 
 
 @contextlib.contextmanager
@@ -189,6 +205,9 @@ def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         sync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -198,9 +217,14 @@ def sync(descriptor: int) -> None:
     if sys.platform == "darwin":  # where fsync stops at the drive's cache
         import fcntl
 
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+        else:
+            return
+    os.fsync(descriptor)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -239,32 +263,59 @@ def _work_place(place: Path) -> Path:
     return place.with_name(f".{place.name}.unfinished")
 
 
-def _hold(space: Path, output: Path) -> int:
-    """Make the work place this process's own; returns the descriptor of its lock."""
+@contextlib.contextmanager
+def _working(place: Path, output: Path, wait_s: float = 0.0) -> Iterator[Path]:
+    """The work place for what goes to `place`, cleared, for this process alone; at the end it vanishes."""
+    space = _work_place(place)
+    with named_errors(output):
+        lock = _hold(space, output, wait_s)
+    try:
+        with named_errors(output):
+            _restore(space, place)
+        yield space
+    finally:
+        _leave(space, place, lock)
+
+
+def _hold(space: Path, output: Path, wait_s: float = 0.0) -> int:
+    """Make the work place this process's own, after waiting for another; returns the descriptor of its lock."""
+    end = time.monotonic() + wait_s
     while True:
-        made = not space.is_dir()
-        space.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            space.mkdir()
+            made = True
+        except FileExistsError:
+            made = False
+        try:
+            if not made and not stat.S_ISDIR(os.lstat(space).st_mode):
+                os.unlink(space)  # none of m0kit's, and a link is not followed
+                continue
+            descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_CREAT | OWN, 0o666)
         except FileNotFoundError:  # whoever had it has just left
             continue
+        except OSError:
+            with contextlib.suppress(OSError):
+                space.rmdir()
+            raise
         try:
             free = lock_file(descriptor)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _CANNOT:
                 os.close(descriptor)
                 raise
             free = made  # without locks nobody can tell a killed process's work place from a living one's
+        if free:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(space / _LOCK)):
+                    return descriptor
+        os.close(descriptor)  # of a work place that was removed meanwhile, or is another's
         if not free:
-            os.close(descriptor)
-            raise OutputError(
-                f"{output}: another process is writing it, in {space}. Wait until it has finished, or stop it; "
-                "if there is none, remove that folder."
-            )
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(space / _LOCK)):
-                return descriptor
-        os.close(descriptor)  # of a work place that was removed meanwhile
+            if time.monotonic() >= end:
+                raise OutputError(
+                    f"{output}: another process is writing it, in {space}. Wait until it has finished, or stop it; "
+                    "if there is none, remove that folder."
+                )
+            time.sleep(_LOOK_EVERY_S)
 
 
 def _restore(space: Path, place: Path) -> None:

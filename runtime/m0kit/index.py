@@ -9,26 +9,21 @@ Owns the way from documents to a store; what a document's state is belongs to `m
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m0kit.errors import InputError, StoreError
-from m0kit.keeping.store import Document as StoredDocument
-from m0kit.keeping.store import Store
+from m0kit.keeping.store import Store, StoredDocument
+from m0kit.opening import check_identity
 from m0kit.reading.inputs import Given, Known, Picture, Text, check_many, parse_content
-from m0kit.reranker import (
-    LOW_MEMORY_VISUAL_TOKENS,
-    Document,
-    Documents,
-    Reranker,
-    check_identity,
-    state_not_finite,
-)
+from m0kit.reranker import Reranker
+from m0kit.scoring.engine import not_finite
 from m0kit.scoring.image import to_png
-from m0kit.scoring.images import Images
 from m0kit.scoring.planner import TOKEN_BUDGET, pack
+from m0kit.scoring.prepare import Document
+from m0kit.scoring.schedule import LOW_MEMORY_VISUAL_TOKENS
 
 
 @dataclass(slots=True)
@@ -88,11 +83,12 @@ def add(
     return done
 
 
-def stored_form(name: str, content: Text | Picture, key: bytes, images: Images, source: str = "") -> StoredDocument:
+def stored_form(name: str, content: Text | Picture, document: Document, source: str = "") -> StoredDocument:
     """What a store keeps of a document itself: text, or the pixels that the model sees."""
     if isinstance(content, Text):
-        return StoredDocument(name, "text", content.text.encode(), key, source)
-    return StoredDocument(name, "image", to_png(images.pixels(content.key)), key, source)
+        return StoredDocument(name, "text", content.text.encode(), document.key, source)
+    (image,) = document.images
+    return StoredDocument(name, "image", to_png(image.pixels()), document.key, source)
 
 
 def _parsed(value: Any, name: str) -> Text | Picture:
@@ -104,29 +100,21 @@ def _parsed(value: Any, name: str) -> Text | Picture:
     return content
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Documents that are read together."""
-
-    images: Images
-    entries: Documents = field(default_factory=dict)  # as `Reranker.document` fills it
-    stored: list[tuple[Document, StoredDocument]] = field(default_factory=list)
-    tokens: int = 0
-
-
 def _batches(
     reranker: Reranker, store: Store, documents: Iterable[Given], done: Added, tick: Callable[[int], object]
-) -> Iterator[_Batch]:
+) -> Iterator[dict[Document, list[StoredDocument]]]:
     """As many documents as one run takes; in low memory as many as may be encoded before the decoder takes over."""
     budget = LOW_MEMORY_VISUAL_TOKENS if reranker.low_memory else TOKEN_BUDGET
-    batch = _Batch(reranker.open_images())
+    preparer, _ = reranker.begin()
+    batch: dict[Document, list[StoredDocument]] = {}
+    num_tokens = num_documents = 0
     given: dict[str, tuple[bytes, str]] = {}  # id → hash of its content, and where it came from
     for name, value, source in documents:
         where = name if source in ("", name) else f"{source}: {name}"
         try:
             content = _parsed(value, where)
-            entry, prompt = reranker.document(content, where, batch.entries, batch.images, keyed=True)
-            stored = stored_form(name, content, entry.key, batch.images, source)
+            document, begun = preparer.document(content, where)
+            stored = stored_form(name, content, document, source)
             digest = hashlib.sha256(stored.data).digest()
             is_new = _is_new(name, digest, where, source, given)
         except InputError as error:
@@ -138,14 +126,14 @@ def _batches(
             tick(1)
             continue
         done.replaced += store.content(name) not in (None, digest)
-        if prompt.truncated:
+        if begun.truncated:
             done.truncated.append(name)
-        batch.stored.append((entry, stored))
-        batch.tokens += entry.length
-        if batch.tokens >= budget or len(batch.stored) >= TOKEN_BUDGET:
+        batch.setdefault(document, []).append(stored)
+        num_tokens, num_documents = num_tokens + document.length, num_documents + 1
+        if num_tokens >= budget or num_documents >= TOKEN_BUDGET:
             yield batch
-            batch = _Batch(reranker.open_images())
-    if batch.stored:
+            batch, num_tokens, num_documents = {}, 0, 0
+    if batch:
         yield batch
 
 
@@ -159,29 +147,32 @@ def _is_new(name: str, digest: bytes, where: str, source: str, given: dict[str, 
 
 
 def _read(
-    reranker: Reranker, store: Store, batch: _Batch, done: Added, tick: Callable[[int], object], again: bool
+    reranker: Reranker,
+    store: Store,
+    owners: Mapping[Document, Sequence[StoredDocument]],
+    done: Added,
+    tick: Callable[[int], object],
+    again: bool,
 ) -> None:
-    owners: dict[Document, list[StoredDocument]] = {}
-    for entry, stored in batch.stored:
-        owners.setdefault(entry, []).append(stored)
-    there = set() if again else store.has([entry.key for entry in owners])
-    known = [stored for entry, some in owners.items() if entry.key in there for stored in some]
+    engine = reranker.engine
+    there = set() if again else store.has([document.key for document in owners])
+    known = [stored for document, some in owners.items() if document.key in there for stored in some]
     if known:
         done.dropped += store.add(known, {})
         done.known += len(known)
         tick(len(known))
-    new = [entry for entry in owners if entry.key not in there]
+    new = [document for document in owners if document.key not in there]
     if reranker.low_memory:
-        batch.images.embeds([key for entry in new for key in entry.images])
-    for run in pack(((entry, [entry.length]) for entry in new), [TOKEN_BUDGET]):
-        states = dict(zip(run, reranker.compute(run, batch.images), strict=True))
-        for entry in run:
-            if not states[entry].is_finite:
-                del states[entry]
-                done.failed += [(s.id, str(state_not_finite(s.id, reranker.kv))) for s in owners[entry]]
-        some = [stored for entry in states for stored in owners[entry]]
-        done.dropped += store.add(some, {entry.key: state.buffers for entry, state in states.items()})
+        engine.encode([image for document in new for image in document.images])
+    for run in pack(((document, [document.length]) for document in new), [TOKEN_BUDGET]):
+        states = dict(zip(run, engine.compute(run), strict=True))
+        for document in run:
+            if not states[document].is_finite:
+                del states[document]
+                done.failed += [(s.id, f"{s.id}: {not_finite(engine.kept)}") for s in owners[document]]
+        some = [stored for document in states for stored in owners[document]]
+        done.dropped += store.add(some, {document.key: state.buffers for document, state in states.items()})
         done.read += len(states)
         done.known += len(some) - len(states)  # given more than once
-        done.tokens += sum(entry.length for entry in states)
-        tick(sum(len(owners[entry]) for entry in run))
+        done.tokens += sum(document.length for document in states)
+        tick(sum(len(owners[document]) for document in run))

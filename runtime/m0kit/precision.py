@@ -5,16 +5,29 @@ so what a device cannot do is refused here, when an artifact is made for it and 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from m0kit.errors import DeviceError
 
-SCHEMES: Final = ("fp32", "fp16", "bf16", "int8", "int4", "nf4")
 
-# Kernels as of ONNX Runtime 1.32. fp32, fp16 and bf16 are standard operators, which any provider may be tried with.
-# int8 is MatMulIntegerToFloat, for which CUDA has none; int4 is MatMulNBits, nf4 is MatMulBnb4.
-_EVERYWHERE: Final = frozenset({"fp32", "fp16", "bf16"})
-_KERNELS: Final = {"cpu": frozenset(SCHEMES), "cuda": _EVERYWHERE | {"int4", "nf4"}}
+@dataclass(frozen=True, slots=True)
+class Products:
+    """What computes with weights that are stored in one way."""
+
+    operator: str | None = None  # of ONNX Runtime's own; None: standard ones, which any provider may be tried with
+    devices: tuple[str, ...] = ()  # those that have kernels for it, as of ONNX Runtime 1.32
+
+
+# `m0kit_quant.schemes` has the same names; this is what the runtime must know of them.
+SCHEMES: Final[dict[str, Products]] = {
+    "fp32": Products(),
+    "fp16": Products(),
+    "bf16": Products(),
+    "int8": Products("MatMulIntegerToFloat", ("cpu",)),
+    "int4": Products("MatMulNBits", ("cpu", "cuda")),
+    "nf4": Products("MatMulBnb4", ("cpu", "cuda")),
+}
 
 
 def provider_of(device: str) -> str:
@@ -26,8 +39,8 @@ def provider_of(device: str) -> str:
 
 def supported(device: str) -> tuple[str, ...]:
     """The schemes that the device has kernels for."""
-    kernels = _KERNELS.get(provider_of(device), _EVERYWHERE)
-    return tuple(scheme for scheme in SCHEMES if scheme in kernels)
+    provider = provider_of(device)
+    return tuple(name for name, each in SCHEMES.items() if each.operator is None or provider in each.devices)
 
 
 def check_device(device: str, schemes: Iterable[str], what: str) -> None:

@@ -25,15 +25,13 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, TextIO, TypeVar, overload
+from typing import Any, Final, TextIO
 
 import click
 from tqdm import tqdm
 
 from m0kit.errors import M0kitError
 from m0kit.plain import plain, to_json
-
-T = TypeVar("T")
 
 DEBUG: Final = "M0KIT_DEBUG"  # set: show where in the code an error came from
 # What brings a package; those that are not listed are asked for by their own names.
@@ -55,17 +53,19 @@ _UP: Final = re.compile(r"\n*(?:\x1b\[A)*")  # how tqdm moves between several ba
 def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; what it raises is told on stderr in one line.
 
-    Its result is the exit code where it is a whole number. Warnings, and what is logged for want of anybody who would
-    take it, are shown as notes without source lines. Results that cannot be written are an error, also where that shows
-    only when all is done.
+    Its result is the exit code where it is a whole number. Warnings, what m0kit logs, and what others log for want of
+    anybody who would take it, are shown as notes without source lines. Results that cannot be written are an error,
+    also where that shows only when all is done.
     """
     _open_streams()
-    before = sys.stdout, sys.stderr, logging.lastResort
-    sys.stdout, sys.stderr, logging.lastResort = _screen(sys.stdout), _screen(sys.stderr), _Notes(logging.WARNING)
+    ours, notes = logging.getLogger("m0kit"), _Notes(logging.WARNING)
+    before = sys.stdout, sys.stderr, logging.lastResort, ours.handlers, ours.propagate
+    sys.stdout, sys.stderr, logging.lastResort = _screen(sys.stdout), _screen(sys.stderr), notes
+    ours.handlers, ours.propagate = [notes], False  # others' handlers would say it again, and not as a note
     try:
         return _run(command)
     finally:
-        sys.stdout, sys.stderr, logging.lastResort = before
+        sys.stdout, sys.stderr, logging.lastResort, ours.handlers, ours.propagate = before
 
 
 def _run(command: Callable[[], object]) -> int:
@@ -92,6 +92,11 @@ def show(*lines: str) -> None:
     _write(sys.stdout, lines)
 
 
+def show_text(text: str) -> None:
+    """Print a text of several lines to stdout, such as a table; in none of its lines is anything but plain text."""
+    show(*text.split("\n"))
+
+
 def show_json(value: Any, indent: int | None = None) -> None:
     """Print a value as JSON to stdout. Raises OSError, ValueError."""
     if sys.stdout is not None:
@@ -105,10 +110,6 @@ def say(*lines: str) -> None:
         _write(sys.stderr, lines)
 
 
-@overload
-def bar(*, shown: bool = True, **options: Any) -> "tqdm[Any]": ...
-@overload
-def bar(items: Iterable[T], *, shown: bool = True, **options: Any) -> "tqdm[T]": ...
 def bar(items: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
     """A progress bar of tqdm on stderr, for a terminal only: in a file or a pipe it would be noise."""
     if "desc" in options:

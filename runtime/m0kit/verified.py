@@ -13,10 +13,11 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+from m0kit.files import writing
 
 # Verdicts are a line each; of more than so many the oldest are forgotten.
 _MOST_ANSWERS: Final = 1000
@@ -73,20 +74,13 @@ class Memory:
         """Write what is new beside what other processes have written meanwhile; files that are gone are left out."""
         if self.path is None or not (self._files_now or self._answers_now):
             return
-        files, answers = _read(self.path)
-        files = {path: stamp for path, stamp in (files | self._files_now).items() if os.path.exists(path)}
-        answers = list(dict.fromkeys([*answers, *self._answers_now]))[-_MOST_ANSWERS:]
-        aside = None
-        try:
+        with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=self.path.parent)
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({"files": files, "answers": answers}, file)
-            os.replace(aside, self.path)
-        except OSError:
-            if aside is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(aside)
+            with writing(self.path, private=True) as file:
+                files, answers = _read(self.path)
+                files = {path: stamp for path, stamp in (files | self._files_now).items() if os.path.exists(path)}
+                answers = list(dict.fromkeys([*answers, *self._answers_now]))[-_MOST_ANSWERS:]
+                file.write(json.dumps({"files": files, "answers": answers}).encode())
 
 
 def _read(path: Path | None) -> tuple[dict[str, list[Any]], list[str]]:

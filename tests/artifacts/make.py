@@ -79,8 +79,8 @@ def _decoded(artifact: Path) -> dict[str, NDArray[np.float32]]:
 
     from m0kit.artifact.manifest import read_manifest
     from m0kit.artifact.ports import GRAPHS
-    from m0kit_export.checkpoint import expected_shapes
     from m0kit_export.graphs import build_graphs
+    from m0kit_export.names import expected_shapes
     from m0kit_quant.recipe import Recipe
 
     manifest = read_manifest(artifact)

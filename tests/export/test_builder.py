@@ -11,11 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from m0kit.artifact.ports import GraphPorts, Port
 from m0kit.scoring.sessions import open_graph
-from m0kit_export.builder import ALIGNMENT, CONTRIB, IR_VERSION, OPSET, Builder, Graph, Port
+from m0kit_export.builder import ALIGNMENT, IR_VERSION, OPSET, Builder, Graph
 from m0kit_quant import int4, int8, nf4
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.recipe import EMBEDDING, Recipe
-from m0kit_quant.schemes import FLOATS, Parts, Scheme
+from m0kit_quant.scheme import CONTRIB, Parts
+from m0kit_quant.schemes import SCHEMES
 
 F32, F16, I64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
 RNG = np.random.default_rng(0)
@@ -61,7 +64,7 @@ def run(folder: Path, graph: Graph, values: dict[str, NDArray[Any]], **feeds: ND
 def linear_graph(stored: Recipe, shape: tuple[int, int] = (3, 5), **options: Any) -> Graph:
     b = Builder("one", stored)
     b.linear("layer", "x", shape, out="y", **options)
-    return b.finish([Port("x", F32, ("T", shape[1]))], [Port("y", F32, ("T", shape[0]))])
+    return b.finish(GraphPorts((Port("x", "float32", ("T", shape[1])),), (Port("y", "float32", ("T", shape[0])),)))
 
 
 def test_linear_keeps_the_checkpoints_layout(tmp_path: Path) -> None:
@@ -111,12 +114,12 @@ def test_weights_are_placed_one_after_another_at_memory_pages() -> None:
     b.vector("b", 4096, "fp16")
     b.lookup("c", "ids", (2, 1024))
     b.vector("d", 7)
-    weights = b.finish([], []).weights
+    weights = b.finish(GraphPorts((), ())).weights
     parts = [part for weight in weights for part in weight.parts]
     assert [w.name for w in weights] == [p.name for p in parts] == ["a.weight", "a.bias", "b", "c", "d"]
     assert [p.offset for p in parts] == [0, 4096, 8192, 16384, 20480]
     assert [w.num_bytes for w in weights] == [p.num_bytes for p in parts] == [30, 6, 8192, 4096, 28]
-    assert b.finish([], []).data_bytes == 20480 + 28
+    assert b.finish(GraphPorts((), ())).data_bytes == 20480 + 28
 
 
 PARTS = {
@@ -156,7 +159,7 @@ def test_a_weight_declared_twice_is_a_mistake_of_ours() -> None:
 
 
 def test_a_graph_without_weights_has_no_data() -> None:
-    assert Builder("empty", FP32).finish([], []).data_bytes == 0
+    assert Builder("empty", FP32).finish(GraphPorts((), ())).data_bytes == 0
 
 
 def test_equal_constants_are_shared_and_unequal_ones_are_not() -> None:
@@ -185,7 +188,15 @@ def test_split_and_cast(tmp_path: Path) -> None:
     first, second = b.split("x", [2, 3])
     b.op("Identity", second, out="right")
     b.op("Cast", b.cast(first, np.int64), to=TensorProto.FLOAT, out="left")
-    graph = b.finish([Port("x", F32, ("T", 5))], [Port("left", F32, ("T", 2)), Port("right", F32, ("T", 3))])
+    graph = b.finish(
+        GraphPorts(
+            (Port("x", "float32", ("T", 5)),),
+            (
+                Port("left", "float32", ("T", 2)),
+                Port("right", "float32", ("T", 3)),
+            ),
+        )
+    )
     left, right = run(tmp_path, graph, {}, x=X)
     assert np.array_equal(left, np.trunc(X[:, :2]))
     assert np.array_equal(right, X[:, 2:])
@@ -216,7 +227,15 @@ def test_loop_carries_one_tensor(tmp_path: Path, times: int) -> None:
     )
     body.node.append(helper.make_node("Identity", ["go"], ["go_on"]))
     b.loop("times", outer, body, out="y")
-    graph = b.finish([Port("x", F32, ("T",)), Port("times", np.dtype(np.int64), ())], [Port("y", F32, ("T",))])
+    graph = b.finish(
+        GraphPorts(
+            (
+                Port("x", "float32", ("T",)),
+                Port("times", "int64", ()),
+            ),
+            (Port("y", "float32", ("T",)),),
+        )
+    )
     x = np.array([1, 10], np.float32)
     (y,) = run(tmp_path, graph, {"step": np.ones(1, np.float32)}, x=x, times=np.array(times))
     assert np.array_equal(y, 2 * x * 2**times + 2**times - 1)
@@ -318,10 +337,18 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(
 
 def test_activations_are_rounded_as_the_numpy_model_rounds_them(tmp_path: Path) -> None:
     b = Builder("rows", FP32)
-    integers, scale = b._quantize_rows("x")
+    integers, scale = int8.activation_nodes(b, "x")
     b.op("Cast", integers, to=TensorProto.FLOAT, out="q")
     b.op("Identity", scale, out="a")
-    graph = b.finish([Port("x", F32, ("T", 64))], [Port("q", F32, ("T", 64)), Port("a", F32, ("T", 1))])
+    graph = b.finish(
+        GraphPorts(
+            (Port("x", "float32", ("T", 64)),),
+            (
+                Port("q", "float32", ("T", 64)),
+                Port("a", "float32", ("T", 1)),
+            ),
+        )
+    )
     x = varied(20, 64)
     x[3] = np.arange(64) / 2 + 63.5 - 31.5  # halves of a step: ties go to the even number
     x[3, 0] = 127
@@ -339,7 +366,7 @@ def test_activations_are_rounded_once_for_all_products_that_take_them(tmp_path: 
     b = Builder("shared", recipe("int8"))
     b.op("Add", b.linear("a", "x", (4, 8), bias=False), b.linear("b", "x", (4, 8), bias=False), out="y")
     b.linear("c", "y", (4, 4), bias=False, out="z")
-    graph = b.finish([Port("x", F32, ("T", 8))], [Port("z", F32, ("T", 4))])
+    graph = b.finish(GraphPorts((Port("x", "float32", ("T", 8)),), (Port("z", "float32", ("T", 4)),)))
     assert [node.op_type for node in graph.model.graph.node].count("QuantizeLinear") == 2  # of x and of y
 
 
@@ -362,7 +389,15 @@ def test_what_a_loop_rounded_inside_is_not_used_outside(tmp_path: Path) -> None:
     )
     looped = b.loop("times", "x", body)
     b.op("Add", looped, b.linear("outside", "x", (8, 8), bias=False), out="y")
-    graph = b.finish([Port("x", F32, ("T", 8)), Port("times", I64, ())], [Port("y", F32, ("T", 8))])
+    graph = b.finish(
+        GraphPorts(
+            (
+                Port("x", "float32", ("T", 8)),
+                Port("times", "int64", ()),
+            ),
+            (Port("y", "float32", ("T", 8)),),
+        )
+    )
     x = varied(5, 8)
     (y,) = run(tmp_path, graph, {"inside.weight": weight, "outside.weight": weight}, x=x, times=np.array(2))
     product = int8.product(x, *int8.quantize(weight))
@@ -383,9 +418,9 @@ def test_looked_up_rows_are_what_the_stored_parts_stand_for(
     table = np.random.default_rng(0).standard_normal((11, width), np.float32) + 0.3
     b = Builder("rows", recipe(scheme, block))
     b.op("Identity", b.lookup(EMBEDDING, "ids", table.shape), out="y")
-    graph = b.finish([Port("ids", I64, ("T",))], [Port("y", F32, ("T", width))])
+    graph = b.finish(GraphPorts((Port("ids", "int64", ("T",)),), (Port("y", "float32", ("T", width)),)))
     (weight,) = graph.weights
-    assert weight.scheme == Scheme(scheme, block, table=scheme not in FLOATS or weight.scheme.table)
+    assert weight.scheme == SCHEMES[scheme](block, table=True)
     parts = write(tmp_path, graph, {EMBEDDING: table})[EMBEDDING]
     ids = np.array([10, 0, 3, 3, 7])
     y = open_graph(tmp_path, "rows", threads=1).run({"ids": ids}, ["y"])["y"]
@@ -416,7 +451,7 @@ def test_the_domain_of_other_operators_is_named_when_one_is_there(
     rules = [{"match": name, "scheme": scheme} for name, scheme in zip((EMBEDDING, "*"), schemes, strict=True)]
     b = Builder("domains", Recipe.from_dict({"precision": "mixed", "weights": rules}, "test"))
     b.linear("layer", b.lookup(EMBEDDING, "ids", (9, 64)), (32, 64), bias=True, out="y")
-    graph = b.finish([Port("ids", I64, ("T",))], [Port("y", F32, ("T", 32))])
+    graph = b.finish(GraphPorts((Port("ids", "int64", ("T",)),), (Port("y", "float32", ("T", 32)),)))
     write(tmp_path, graph, {w.name: np.ones(w.shape, np.float32) for w in graph.weights})  # checks the graph, too
     model = graph.model
     assert [o.domain for o in model.opset_import] == ["", *([CONTRIB] if contrib else [])]
@@ -428,7 +463,7 @@ def test_the_domain_is_named_for_an_operator_inside_a_loop_alone() -> None:
     start = b.mark()
     b.linear("layer", "x", (4, 8), bias=False, out="z")
     b.subgraph("body", [], [], start)
-    assert CONTRIB in {o.domain for o in b.finish([], []).model.opset_import}
+    assert CONTRIB in {o.domain for o in b.finish(GraphPorts((), ())).model.opset_import}
 
 
 # --- observing -------------------------------------------------------------------------------------------------
@@ -438,8 +473,8 @@ def test_an_observed_product_tells_the_largest_and_the_squares_of_its_inputs(tmp
     b = Builder("watched", FP32, observe=True)
     h = b.linear("first", "x", (4, 8), bias=True)
     b.linear("second", h, (3, 4), bias=False, out="y")
-    graph = b.finish([Port("x", F32, ("T", 8))], [Port("y", F32, ("T", 3))])
-    names = [port.name for port in graph.outputs]
+    graph = b.finish(GraphPorts((Port("x", "float32", ("T", 8)),), (Port("y", "float32", ("T", 3)),)))
+    names = [port.name for port in graph.ports.outputs]
     assert names == ["y", *(f"{name}.{what}" for name in ("first", "second") for what in ("peak", "energy", "rows"))]
     values = {
         "first.weight": RNG.standard_normal((4, 8), np.float32),
@@ -454,4 +489,6 @@ def test_an_observed_product_tells_the_largest_and_the_squares_of_its_inputs(tmp
         assert np.allclose(seen[f"{name}.energy"], np.square(given).sum(axis=0), rtol=1e-5)
         assert seen[f"{name}.rows"].tolist() == [len(given)]
     assert np.array_equal(seen["first.peak"], np.abs(x).max(axis=0))
-    assert names[:1] == [port.name for port in linear_graph(FP32, bias=False).outputs]  # and nothing when not observed
+    assert names[:1] == [
+        port.name for port in linear_graph(FP32, bias=False).ports.outputs
+    ]  # and nothing when not observed

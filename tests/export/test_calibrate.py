@@ -151,9 +151,9 @@ def test_observing_changes_nothing_that_comes_out(tiny_artifact: Path, name: str
     manifest = read_manifest(tiny_artifact)
     plain, observed = (build_graphs(manifest.model, Recipe.default("fp32"), o)[name] for o in (False, True))
     assert plain.weights == observed.weights
-    assert observed.outputs[: len(plain.outputs)] == plain.outputs
+    assert observed.ports.outputs[: len(plain.ports.outputs)] == plain.ports.outputs
     products = [w.name.removesuffix(".weight") for w in plain.weights if len(w.shape) == 2 and "embed" not in w.name]
-    added = [port.name for port in observed.outputs[len(plain.outputs) :]]
+    added = [port.name for port in observed.ports.outputs[len(plain.ports.outputs) :]]
     products += ["visual.patch_embed.proj"] if name == "vision" else []
     assert sorted(added) == sorted(f"{product}.{what}" for product in products for what in ("peak", "energy", "rows"))
 

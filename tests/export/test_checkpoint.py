@@ -254,7 +254,7 @@ def test_the_longest_model_card_takes_no_time_to_speak_of(folder: Path, worst: s
     """In a process of its own: a pattern that looks everywhere from everywhere would take hours, and the kill comes."""
     for name in ("README.md", "LICENSE"):
         (folder / name).write_text(worst)
-    code = "import sys; from pathlib import Path; from m0kit_export.checkpoint import find_licence as f; "
+    code = "import sys; from pathlib import Path; from m0kit_export.folder import find_licence as f; "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(f(Path(sys.argv[1]), {}))", str(folder)],
         capture_output=True, text=True, timeout=300, check=True,

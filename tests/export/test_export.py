@@ -33,8 +33,8 @@ from m0kit_export import export
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import FLOATS
 
 FP16 = Recipe.default("fp16")
 WHOLE = {MANIFEST, TOKENIZER, *(f"{name}.onnx{end}" for name in GRAPHS for end in ("", ".data"))}

@@ -538,7 +538,7 @@ def test_kept_decoders_have_the_files_names_and_the_form_of_their_pasts(tiny: Pa
     graphs = kept_decoders(config, Recipe.default("fp32"))
     assert list(graphs) == ["decoder.kv-fp16", "decoder.kv-int8"] == [decoder_name(kv) for kv in KV[1:]]
     for kv in KV[1:]:
-        inputs = {port.name: port for port in graphs[decoder_name(kv)].inputs}
+        inputs = {port.name: port for port in graphs[decoder_name(kv)].ports.inputs}
         for name, feed in Pasts(config, kv).feeds([]).items():
             assert inputs.pop(name).dtype == feed.dtype
         assert not [name for name in inputs if name.startswith("past")]
@@ -572,7 +572,7 @@ PEAK = textwrap.dedent("""
     import sys
     from pathlib import Path
     import numpy as np
-    from m0kit import planner
+    from m0kit.scoring import planner
     from m0kit.artifact.manifest import read_manifest
     from m0kit.scoring.sessions import open_graph
     from m0kit.keeping.states import Pasts

@@ -17,10 +17,10 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from m0kit.errors import CheckpointError, DependencyError
-from m0kit_export.adapter import AdapterSpec
+from m0kit_export.adapter import KEPT, AdapterSpec
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.merge import AdapterStack
-from m0kit_export.qlora import KEPT, QuantizedBase
+from m0kit_export.qlora import QuantizedBase
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -11,16 +11,18 @@ import pytest
 from tests._sealed import edit_manifest, put_file
 
 from m0kit import Reranker
-from m0kit.artifact.manifest import TOKENIZER, FileEntry, read_manifest, sha256_of, write_manifest
+from m0kit.artifact.manifest import TOKENIZER, FileEntry, read_manifest, write_manifest
 from m0kit.errors import ArtifactDamagedError, ArtifactError, ArtifactNotFoundError
+from m0kit.files import sha256_of
+from m0kit_export.adapter import QLora
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.names import expected_shapes
-from m0kit_export.sources import ArtifactSource, CheckpointSource, QLora
+from m0kit_export.sources import ArtifactSource, CheckpointSource
 from m0kit_parity.samples.checkpoints import write_checkpoint
 from m0kit_quant import nf4
+from m0kit_quant.floats import FLOATS
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import FLOATS
 
 
 def mixed(precision: str, *rules: tuple[str, str]) -> Recipe:

@@ -243,13 +243,13 @@ class _Scorer:
         from m0kit.config import ImageConfig
         from m0kit.errors import InputError
         from m0kit.reading.inputs import Picture, parse_pair
-        from m0kit.reranker import Result
         from m0kit.scoring.image import resize
+        from m0kit.scoring.schedule import Result
 
         config = ImageConfig(4 * 28 * 28, 16 * 28 * 28, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 1 / 255, 14, 2, 2)
         for position, pair in enumerate(pairs):
             try:
-                found = parse_pair(pair, f"pair {position}")
+                found = parse_pair(pair)
                 for part in (found.query, found.document):
                     if isinstance(part, Picture):
                         resize(part, config, f"pair {position}")
@@ -263,7 +263,8 @@ def _scored(folder: Path, name: str, stop_after: int | None = None) -> object:
     import numpy as np
 
     from m0kit.errors import M0kitError
-    from m0kit.jobs.job import score_file, score_rows
+    from m0kit.jobs.engine import score_rows
+    from m0kit.jobs.job import score_file
 
     class StoppedError(M0kitError):
         pass
@@ -509,13 +510,15 @@ def index() -> Surface:
     """An index: its database, journals, segments and links, opened for reading and for writing."""
     from m0kit.cli.index import index as commands
     from m0kit.errors import RecordDamagedError
-    from m0kit.keeping.store import Document, Store
+    from m0kit.keeping.store import Store, StoredDocument
 
     def key(name: str) -> bytes:
         return hashlib.sha256(name.encode()).digest()
 
-    documents = [Document(n, "text", f"the text of {n}".encode() * 9, key(n), f"{n}.txt") for n in ("a", "b", "c")]
-    documents.append(Document("page", "image", _bytes(committed("image")["page.png"]), key("page"), "page.png"))
+    documents = [
+        StoredDocument(n, "text", f"the text of {n}".encode() * 9, key(n), f"{n}.txt") for n in ("a", "b", "c")
+    ]
+    documents.append(StoredDocument("page", "image", _bytes(committed("image")["page.png"]), key("page"), "page.png"))
     records = {d.key: bytes([i + 1]) * (5000 + i) for i, d in enumerate(documents)}
     with tempfile.TemporaryDirectory() as made, always():
         folder = Path(made) / "index"
@@ -559,7 +562,7 @@ def index() -> Surface:
         if zlib.crc32((folder / "index.sqlite").read_bytes()) % 4 == 0:
             said.append(command(commands, "verify", folder) + command(commands, "stats", folder))
         with Store.open(folder, writable=True) as store:
-            store.add([Document("new", "text", b"new", key("new"), "")], {key("new"): [b"n" * 100]})
+            store.add([StoredDocument("new", "text", b"new", key("new"), "")], {key("new"): [b"n" * 100]})
             read(store)
             store.compact()
             store.prune(max_bytes=6 << 20)

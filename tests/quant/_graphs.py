@@ -8,13 +8,13 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from m0kit_export.builder import CONTRIB, IR_VERSION, OPSET, Builder, Graph, Port
+from m0kit.artifact.ports import GraphPorts, Port
+from m0kit_export.builder import IR_VERSION, OPSET, Builder, Graph
 from m0kit_quant.int4 import Int4
 from m0kit_quant.recipe import EMBEDDING, Recipe
-from m0kit_quant.schemes import Parts, Scheme
+from m0kit_quant.scheme import CONTRIB, Parts, Scheme
 
 Float32 = NDArray[np.float32]
-_F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
 
 
 def recipe_of(scheme: Scheme) -> Recipe:
@@ -27,7 +27,9 @@ def linear(scheme: Scheme, parts: Parts, shape: tuple[int, int], x: Float32, als
     """x (T, K) by the matrix (N, K) → [y (T, N), further results of `also`, by the type of their node]."""
     builder = Builder("one", recipe_of(scheme))
     builder.linear("layer", "x", shape, bias=False, out="y")
-    graph = builder.finish([Port("x", _F32, ("T", shape[1]))], [Port("y", _F32, ("T", shape[0]))])
+    graph = builder.finish(
+        GraphPorts((Port("x", "float32", ("T", shape[1])),), (Port("y", "float32", ("T", shape[0])),))
+    )
     return run(graph, parts, {"x": x}, also)
 
 
@@ -36,7 +38,7 @@ def lookup(scheme: Scheme, parts: Parts, shape: tuple[int, int], ids: NDArray[np
     builder = Builder("one", recipe_of(scheme))
     rows = builder.lookup(EMBEDDING, "ids", shape)
     builder.op("Identity", rows, out="y")
-    graph = builder.finish([Port("ids", _I64, ("T",))], [Port("y", _F32, ("T", shape[1]))])
+    graph = builder.finish(GraphPorts((Port("ids", "int64", ("T",)),), (Port("y", "float32", ("T", shape[1])),)))
     y: Float32 = run(graph, parts, {"ids": ids})[0]
     return y
 

@@ -14,12 +14,16 @@ from m0kit_parity.samples.outliers import inject, outlier_scales
 from m0kit_quant import int4, int8, nf4
 from m0kit_quant.calibration import Calibration, channel_scales, predicted_error
 from m0kit_quant.equalize import Rescaled, channel_groups, equalizing_scale
+from m0kit_quant.floats import Bf16Scheme
+from m0kit_quant.int4 import Int4Scheme
+from m0kit_quant.int8 import Int8Scheme
+from m0kit_quant.nf4 import Nf4Scheme
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import Parts, Scheme
+from m0kit_quant.scheme import Parts, Scheme
 from m0kit_quant.weights import Weights
 
 Float32 = NDArray[np.float32]
-SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 64), Scheme("nf4"), Scheme("bf16")]
+SCHEMES = [Int8Scheme(), Int4Scheme(32), Int4Scheme(64), Nf4Scheme(), Bf16Scheme()]
 # int4 in blocks that divide the widths of this model; what is in floats is a group nobody need scale.
 RECIPE = Recipe.from_dict(
     {
@@ -125,7 +129,7 @@ def test_the_prediction_is_of_the_worst_rows_where_rows_differ(scheme: Scheme) -
     assert 0.9 < predicted / real < 4
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", [Int8Scheme(), Int4Scheme(32)], ids=lambda s: s.name)
 def test_the_scale_that_is_predicted_best_is_among_the_best(scheme: Scheme) -> None:
     """Of normal inputs an outlier's peak is three deviations where a row has one: it is feared too much."""
     rng = np.random.default_rng(6)
@@ -152,7 +156,7 @@ def test_inputs_that_were_never_seen_are_predicted_by_the_weights_alone() -> Non
         expected = (np.square(weight - stored).sum(axis=1) / np.square(weight).sum(axis=1)).mean()
         assert predicted_error(weight, scheme, nothing, nothing) == pytest.approx(expected, rel=1e-3)
         assert predicted_error(weight, scheme, nothing, little) == pytest.approx(expected, rel=1e-3)
-    assert predicted_error(np.zeros_like(weight), Scheme("int8"), nothing, nothing) == 0
+    assert predicted_error(np.zeros_like(weight), Int8Scheme(), nothing, nothing) == 0
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}{s.block or ''}")

@@ -25,9 +25,10 @@ from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_parity.samples.checkpoints import model_config
 from m0kit_parity.samples.outliers import write_injected
 from m0kit_quant.equalize import Rescaled, channel_groups
+from m0kit_quant.floats import Bf16Scheme, Fp16Scheme
 from m0kit_quant.halves import MAX_LOSS, fit_halves, loss_of, losses
+from m0kit_quant.int8 import Int8Scheme
 from m0kit_quant.recipe import Recipe
-from m0kit_quant.schemes import Scheme
 
 Float32 = NDArray[np.float32]
 FP16 = Recipe.default("fp16")
@@ -122,7 +123,7 @@ def test_what_is_kept_in_float16_is_near_in_every_row_and_column(seed: int, top:
     weight = (rng.standard_normal((rows, columns)) * sizes).astype(np.float32)
     if loss_of(weight) > MAX_LOSS:
         return
-    error = np.square(Scheme("fp16").decode(Scheme("fp16").encode(weight), weight.shape).astype(np.float64) - weight)
+    error = np.square(Fp16Scheme().decode(Fp16Scheme().encode(weight), weight.shape).astype(np.float64) - weight)
     for axis in (0, 1):
         whole = np.square(weight, dtype=np.float64).sum(axis)
         # 2^-11 at most of each value in the normal range, and MAX_LOSS of the sum outside it
@@ -172,7 +173,7 @@ def test_bf16_is_taken_where_it_holds_every_value(dtype: str, scheme: str) -> No
 def test_only_matrices_stored_in_float16_are_looked_at() -> None:
     weights = random_weights(CONFIG)
     weights.tensors[UP] *= np.float32(2.0**-24)
-    schemes = {**SCHEMES, UP: Scheme("int8"), DOWN: Scheme("bf16")}
+    schemes = {**SCHEMES, UP: Int8Scheme(), DOWN: Bf16Scheme()}
     seen: list[str] = []
     fit = fit_halves(weights, CONFIG, schemes, HALF, equalize=True, done=seen.append)
     assert (fit.scales, fit.wider) == ({}, {})

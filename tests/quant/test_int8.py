@@ -16,11 +16,10 @@ from tests.quant import _graphs
 from tests.quant.conftest import Made
 
 from m0kit_quant import int8
-from m0kit_quant.int8 import LEVELS, LIMIT, SMALLEST, ZERO_POINT, dequantize, quantize, quantize_activation
-from m0kit_quant.schemes import Scheme
+from m0kit_quant.int8 import LEVELS, LIMIT, SMALLEST, ZERO_POINT, Int8Scheme, dequantize, quantize, quantize_activation
 
 Float32 = NDArray[np.float32]
-INT8 = Scheme("int8")
+INT8 = Int8Scheme()
 MOST = float(np.finfo(np.float32).max)
 # Errors are compared as float32 sums: of two that are closer than this either may win.
 SUMS = 1e-4

@@ -15,8 +15,11 @@ from m0kit.precision import SCHEMES, supported
 from m0kit_export.graphs import build_graphs, check_recipe
 from m0kit_export.names import expected_shapes
 from m0kit_parity.samples.checkpoints import model_config
+from m0kit_quant.floats import Fp16Scheme, Fp32Scheme
+from m0kit_quant.int4 import Int4Scheme
+from m0kit_quant.int8 import Int8Scheme
+from m0kit_quant.nf4 import Nf4Scheme
 from m0kit_quant.recipe import DEVICES, EMBEDDING, Recipe, Rule
-from m0kit_quant.schemes import Scheme
 
 DEFAULTS = [(precision, device) for device in DEVICES for precision in supported(device)]
 
@@ -150,10 +153,10 @@ def test_the_first_rule_that_matches_decides() -> None:
         {"match": "*", "scheme": "nf4"},
     )
     name = "model.layers.{}.{}.weight"
-    assert found.scheme(name.format(0, "mlp.up_proj"), (4, 64)) == Scheme("fp32")
-    assert found.scheme(name.format(1, "mlp.up_proj"), (4, 64)) == Scheme("int8")
-    assert found.scheme(name.format(12, "mlp.up_proj"), (4, 64)) == Scheme("nf4")
-    assert found.scheme(name.format(1, "self_attn.q_proj"), (4, 64)) == Scheme("nf4")
+    assert found.scheme(name.format(0, "mlp.up_proj"), (4, 64)) == Fp32Scheme()
+    assert found.scheme(name.format(1, "mlp.up_proj"), (4, 64)) == Int8Scheme()
+    assert found.scheme(name.format(12, "mlp.up_proj"), (4, 64)) == Nf4Scheme()
+    assert found.scheme(name.format(1, "self_attn.q_proj"), (4, 64)) == Nf4Scheme()
     assert found.schemes == ("fp32", "int8", "nf4")
 
 
@@ -164,8 +167,8 @@ def test_patterns_know_upper_and_lower_case() -> None:
 
 def test_the_embedding_is_a_table() -> None:
     found = recipe({"match": "*", "scheme": "int8"})
-    assert found.scheme(EMBEDDING, (10, 64)) == Scheme("int8", table=True)
-    assert recipe({"match": "*", "scheme": "int4"}).scheme(EMBEDDING, (10, 64)) == Scheme("int4", 64, table=True)
+    assert found.scheme(EMBEDDING, (10, 64)) == Int8Scheme(table=True)
+    assert recipe({"match": "*", "scheme": "int4"}).scheme(EMBEDDING, (10, 64)) == Int4Scheme(64, table=True)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_the_embedding_is_a_table() -> None:
 )
 def test_the_first_block_that_divides_is_taken(blocks: Any, inputs: int, chosen: int) -> None:
     rule = {"match": "*", "scheme": "int4"} | ({} if blocks is None else {"block": blocks})
-    assert recipe(rule).scheme("a", (5, inputs)) == Scheme("int4", chosen)
+    assert recipe(rule).scheme("a", (5, inputs)) == Int4Scheme(chosen)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -199,7 +202,7 @@ def test_inputs_that_no_block_divides_are_refused_with_rules_that_work(blocks: A
     instead = tomllib.loads(said[said.index("[[weights]]") :])["weights"]
     assert instead[0]["match"] == "visual.blocks.*.mlp.fc2.weight"  # of all layers at once
     stored = recipe(*instead, rule, device=device).scheme(name, shape)
-    assert stored == (Scheme("int4", 32) if inputs == 96 else Scheme({"cpu": "int8", "cuda": "fp16"}[device]))
+    assert stored == (Int4Scheme(32) if inputs == 96 else {"cpu": Int8Scheme(), "cuda": Fp16Scheme()}[device])
 
 
 @pytest.mark.parametrize("shape", ["tiny", "wide", "full"])
@@ -354,7 +357,7 @@ anything = st.recursive(
     max_leaves=6,
 )
 entries = st.fixed_dictionaries(
-    {}, optional={"match": anything, "scheme": st.sampled_from(SCHEMES) | anything, "block": anything, "x": anything}
+    {}, optional={"match": anything, "scheme": st.sampled_from([*SCHEMES]) | anything, "block": anything, "x": anything}
 )
 
 

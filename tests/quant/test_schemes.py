@@ -10,18 +10,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.quant import _graphs
 
-from m0kit.precision import SCHEMES
+from m0kit import precision
 from m0kit_quant import int4, int8, nf4
-from m0kit_quant.schemes import FLOATS, Scheme
+from m0kit_quant.floats import FLOATS, Bf16Scheme, Fp16Scheme, Fp32Scheme
+from m0kit_quant.int4 import Int4Scheme
+from m0kit_quant.int8 import Int8Scheme
+from m0kit_quant.nf4 import Nf4Scheme
+from m0kit_quant.scheme import Scheme
+from m0kit_quant.schemes import SCHEMES
 
 Float32 = NDArray[np.float32]
 MATRICES = [
-    *(Scheme(name) for name in SCHEMES if name != "int4"),
-    *(Scheme("int4", block) for block in int4.BLOCKS),
+    *(SCHEMES[name]() for name in SCHEMES if name != "int4"),
+    *(Int4Scheme(block) for block in int4.BLOCKS),
 ]
 TABLES = [
-    *(Scheme(name, table=True) for name in SCHEMES if name not in ("int4", "nf4")),
-    *(Scheme("int4", block, table=True) for block in int4.BLOCKS),
+    *(SCHEMES[name](table=True) for name in SCHEMES if name not in ("int4", "nf4")),
+    *(Int4Scheme(block, table=True) for block in int4.BLOCKS),
 ]
 
 
@@ -35,7 +40,11 @@ def random(*shape: int, seed: int = 0, scale: float = 0.1) -> Float32:
 
 def test_every_known_scheme_is_tried_here() -> None:
     assert {scheme.name for scheme in MATRICES} == set(SCHEMES)
-    assert {name for name in SCHEMES if Scheme(name).is_float} == set(FLOATS) == {"fp32", "fp16", "bf16"}
+    assert {name for name, scheme in SCHEMES.items() if scheme.is_float} == set(FLOATS) == {"fp32", "fp16", "bf16"}
+
+
+def test_the_runtime_knows_the_same_schemes_in_the_same_order() -> None:
+    assert list(precision.SCHEMES) == list(SCHEMES)
 
 
 # --- what is stored --------------------------------------------------------------------------------
@@ -126,22 +135,22 @@ def test_zeros_stay_zeros(scheme: Scheme) -> None:
 def test_the_numbers_are_those_of_the_schemes_modules() -> None:
     weight, importance = random(9, 128), random(1, 128, seed=1)[0] ** 2
     values, scale = int8.quantize(weight, importance)
-    parts = Scheme("int8").encode(weight, importance)
+    parts = Int8Scheme().encode(weight, importance)
     assert np.array_equal(parts["int8"], values)
     assert np.array_equal(parts["scale"], scale)
-    assert np.array_equal(Scheme("int8").decode(parts, weight.shape), int8.dequantize(values, scale))
+    assert np.array_equal(Int8Scheme().decode(parts, weight.shape), int8.dequantize(values, scale))
     four = int4.quantize(weight, 64, importance)
-    parts = Scheme("int4", 64).encode(weight, importance)
+    parts = Int4Scheme(64).encode(weight, importance)
     for part, expected in zip(("int4", "scale", "zero_point"), four, strict=True):
         assert np.array_equal(parts[part], expected)
-    assert np.array_equal(Scheme("int4", 64).decode(parts, weight.shape), int4.dequantize(four))
+    assert np.array_equal(Int4Scheme(64).decode(parts, weight.shape), int4.dequantize(four))
     levels = nf4.quantize(weight)
-    parts = Scheme("nf4").encode(weight, importance)
+    parts = Nf4Scheme().encode(weight, importance)
     assert np.array_equal(parts["nf4"], levels.packed)
     assert np.array_equal(parts["absmax"], levels.absmax)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 64)], ids=spelled)
+@pytest.mark.parametrize("scheme", [Int8Scheme(), Int4Scheme(64)], ids=spelled)
 def test_importance_reaches_the_search(scheme: Scheme) -> None:
     weight, importance = random(30, 128), np.exp(3 * random(1, 128, seed=1, scale=1)[0])
     plain, weighed = scheme.encode(weight), scheme.encode(weight, importance)
@@ -154,21 +163,21 @@ def test_importance_reaches_the_search(scheme: Scheme) -> None:
 @pytest.mark.parametrize("name", FLOATS)
 def test_values_of_a_float_type_are_stored_exactly(name: str) -> None:
     weight = (random(20, 33, scale=1) * np.exp2(np.arange(33) - 20)).astype(FLOATS[name]).astype(np.float32)
-    parts = Scheme(name).encode(weight)
-    assert np.array_equal(Scheme(name).decode(parts, weight.shape), weight)
+    parts = SCHEMES[name]().encode(weight)
+    assert np.array_equal(SCHEMES[name]().decode(parts, weight.shape), weight)
 
 
 @given(st.integers(0, 2**16 - 1))
 def test_every_finite_bfloat16_is_exact(bits: int) -> None:
     value = np.array([[bits]], np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
     if np.isfinite(value).all():
-        stored = Scheme("bf16").encode(value)[""]
+        stored = Bf16Scheme().encode(value)[""]
         assert stored.view(np.uint16).item() == bits
 
 
 def test_float32_is_not_copied() -> None:
     weight = random(3, 4)
-    assert Scheme("fp32").encode(weight)[""] is weight
+    assert Fp32Scheme().encode(weight)[""] is weight
 
 
 @pytest.mark.parametrize(
@@ -186,12 +195,12 @@ def test_a_value_out_of_range_is_named(name: str, value: float, shown: str) -> N
     weight = random(3, 4)
     weight[1, 2] = value
     with pytest.raises(ValueError, match=f"^holds {shown}, which {name} cannot$"):
-        Scheme(name).encode(weight)
+        SCHEMES[name]().encode(weight)
 
 
 def test_the_largest_value_of_float16_is_in_range() -> None:
     weight = np.full((1, 1), 65519.0, np.float32)  # rounds to 65504
-    assert Scheme("fp16").encode(weight)[""].item() == 65504
+    assert Fp16Scheme().encode(weight)[""].item() == 65504
 
 
 # --- what does not fit -----------------------------------------------------------------------------
@@ -200,16 +209,19 @@ def test_the_largest_value_of_float16_is_in_range() -> None:
 @pytest.mark.parametrize(
     ("scheme", "shape", "said"),
     [
-        (Scheme("nf4", table=True), (4, 64), "cannot store a table"),
-        (Scheme("int4"), (4, 64), "cannot store a matrix"),
-        (Scheme("int3"), (4, 64), "'int3'.*cannot store a matrix"),
-        (Scheme("int4", 128), (4, 192), "block 128 does not divide 192 inputs"),
-        (Scheme("int4", 16), (4, 64), "block 16 is not one of 32, 64, 128"),
+        (Nf4Scheme(table=True), (4, 64), "cannot store a table"),
+        (Int4Scheme(128), (4, 192), "block 128 does not divide 192 inputs"),
     ],
 )
 def test_a_scheme_that_does_not_fit_says_so(scheme: Scheme, shape: tuple[int, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         scheme.layout(shape)
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_a_block_that_a_scheme_does_not_have_is_refused(block: int | None) -> None:
+    with pytest.raises(ValueError, match=f"block {block} is not one of 32, 64, 128"):
+        Int4Scheme(block)
 
 
 # --- tables ----------------------------------------------------------------------------------------

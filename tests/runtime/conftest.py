@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests._alone import ALONE
-from tests._sealed import edit_manifest
 
 from m0kit import Reranker
-from m0kit.artifact.manifest import FileEntry, read_manifest, sha256_of, write_manifest
+from m0kit.artifact.manifest import read_manifest, write_manifest
 from m0kit.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -72,22 +71,4 @@ def unasked(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unasked") / "artifact"
     shutil.copytree(artifact, folder)
     write_manifest(folder, replace(read_manifest(folder), known_answers=None))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def old_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny artifact with the graphs and the manifest of the first version of the exporter."""
-    folder = tmp_path_factory.mktemp("old") / "artifact"
-    shutil.copytree(artifact, folder)
-    for file in folder.iterdir():
-        if file.suffix == ".onnx":
-            file.unlink()
-    for file in (Path(__file__).parent / "first_format").iterdir():
-        if file.suffix != ".md":
-            shutil.copy(file, folder)
-    edit_manifest(folder, lambda _: None)  # it had no hash of its own
-    manifest = read_manifest(folder)
-    files = {name: FileEntry((folder / name).stat().st_size, sha256_of(folder / name)) for name in manifest.files}
-    write_manifest(folder, replace(manifest, files=files, known_answers=None))
     return folder

@@ -20,7 +20,7 @@ from PIL import Image
 from tests._sealed import edit_manifest
 
 from m0kit import M0kitError, Reranker
-from m0kit.artifact.manifest import MANIFEST, FileEntry, read_manifest, sha256_of, write_manifest
+from m0kit.artifact.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
 from m0kit.errors import (
     ArtifactDamagedError,
     ArtifactError,
@@ -30,6 +30,7 @@ from m0kit.errors import (
     ImageError,
     InputError,
 )
+from m0kit.files import sha256_of
 from m0kit.scoring import sessions
 
 Make = Callable[..., Image.Image]
@@ -54,8 +55,8 @@ def whole_png() -> bytes:
 
 # The pair, the class of its error, and what its message must say: which input, what it was, what to do.
 PAIRS: dict[str, tuple[Any, type[InputError], list[str]]] = {
-    "empty query": (("", "d"), InputError, ["query is empty", "Give some text, or leave the pair out"]),
-    "empty document": (("q", {"text": ""}), InputError, ["document is empty", "Give some text"]),
+    "empty query": (("", "d"), InputError, ["query: is empty", "Give some text, or leave the pair out"]),
+    "empty document": (("q", {"text": ""}), InputError, ["document: is empty", "Give some text"]),
     "half a character": (("q", "\udc80"), InputError, ["document", "surrogate", "Decode the text again"]),
     "not an image": (("q", b"hello"), ImageError, ["document", "5 bytes", "Accepted: PNG, JPEG"]),
     "empty file": (("q", b""), ImageError, ["document", "0 bytes", "Accepted"]),

@@ -10,12 +10,11 @@ to threads by rows or by columns, whichever are more, and with the share goes th
 depth of its blocks to the columns of a share). Then FLOAT is what remains.
 """
 
-import copy
 import io
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +123,7 @@ def kept(request: pytest.FixtureRequest, in_precision: Callable[[str], Path]) ->
 
 def limited(reranker: Reranker, limits: tuple[int, int]) -> Reranker:
     """The same under other limits."""
-    other = copy.copy(reranker)
-    prompt = replace(reranker.config.prompt, max_length=limits[0], max_query_length=limits[1])
-    other.config = replace(reranker.config, prompt=prompt)
-    other._prompts = reranker._prompts.with_limits(prompt)
-    return other
+    return reranker.with_limits(max_length=limits[0], max_query_length=limits[1])
 
 
 def scores(reranker: Reranker, pairs: Iterable[Any], cache: Cache | None) -> list[Any]:

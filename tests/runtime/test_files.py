@@ -1,11 +1,15 @@
 """A folder appears whole or not at all, a dead process's leftovers go, a living one's stay, on every system."""
 
+import contextlib
 import errno
+import hashlib
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +20,7 @@ import pytest
 
 from m0kit import files
 from m0kit.errors import OutputError
-from m0kit.files import destination, exchange, flush, lock_file, occupied, read_regular, replacing
+from m0kit.files import destination, exchange, flush, lock_file, occupied, read_regular, replacing, sha256_of, writing
 
 
 @pytest.fixture
@@ -134,6 +138,199 @@ def test_occupied_is_what_is_no_empty_folder(tmp_path: Path) -> None:
     assert {name: occupied(tmp_path / name) for name in ("file", "empty", "dangling", "to-file", ".")} == {
         "file": True, "empty": False, "dangling": False, "to-file": True, ".": True,
     }  # fmt: skip
+
+
+# --- one file ----------------------------------------------------------------------------------------------
+
+
+def put(path: Path, data: bytes = b"new", **options: Any) -> None:
+    with writing(path, **options) as file:
+        file.write(data)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_alone(out: Path) -> None:
+    with writing(out) as file:
+        file.write(b"1")
+        assert names(out.parent) == [".out.unfinished"]
+    assert out.read_bytes() == b"1"
+    with writing(out) as file:
+        file.write(b"2")
+        assert out.read_bytes() == b"1"
+    assert out.read_bytes() == b"2"
+    assert names(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OutputError])
+def test_a_file_whose_writing_fails_leaves_the_old_one(out: Path, error: type[BaseException]) -> None:
+    for before in (None, b"old"):
+        if before:
+            out.write_bytes(before)
+        with pytest.raises(error), writing(out):
+            raise error
+        assert names(out.parent) == (["out"] if before else [])
+    assert out.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("failing", ["open", "fsync", "replace", "ready", "write"])
+def test_what_the_system_refuses_is_said_and_leaves_the_old_one(
+    out: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    out.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        if failing in ("open", "fsync", "replace"):
+            patch.setattr(os, failing, full)
+        options = {"ready": full} if failing == "ready" else {}
+        with pytest.raises(OutputError, match=r"out: cannot be written \(No space"), writing(out, **options):
+            full() if failing == "write" else None
+    assert out.read_bytes() == b"old"
+    assert names(out.parent) == ["out"]
+
+
+def test_a_file_is_durable_before_it_is_ready_and_ready_before_it_has_its_name(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("flush"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), replace(*names))[1])
+    put(out, ready=lambda: done.append("ready"))
+    assert done == ["flush", "ready", "rename", "flush"]  # its bytes, and at last its name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+@pytest.mark.parametrize(("private", "mode"), [(False, 0o640), (True, 0o600)])
+def test_a_private_file_is_for_its_user_alone(out: Path, private: bool, mode: int) -> None:
+    before = os.umask(0o027)
+    try:
+        put(out, private=private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+@pytest.mark.parametrize("planted", ["out", ".out.unfinished", ".out.unfinished/new", ".out.unfinished/other"])
+@pytest.mark.parametrize("kind", ["link", "link to a folder", "circle", "hard link", "pipe", "file"])
+def test_nothing_is_written_through_what_lies_in_the_way(tmp_path: Path, planted: str, kind: str) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "victims").mkdir()
+    (tmp_path / "victims" / "victim").write_text("precious")
+    place = tmp_path / planted
+    place.parent.mkdir(exist_ok=True)
+    {
+        "link": lambda: place.symlink_to(tmp_path / "victim"),
+        "link to a folder": lambda: place.symlink_to(tmp_path / "victims"),
+        "circle": lambda: place.symlink_to(place),
+        "hard link": lambda: place.hardlink_to(tmp_path / "victim"),
+        "pipe": lambda: os.mkfifo(place),
+        "file": place.touch,
+    }[kind]()
+    put(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"new"
+    assert not (tmp_path / "out").is_symlink()
+    assert names(tmp_path) == ["out", "victim", "victims"]
+    assert (tmp_path / "victim").read_text() == (tmp_path / "victims" / "victim").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links, pipes and devices")
+def test_what_the_system_gives_a_name_to_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in {"null": "/dev/null", "stdout": tmp_path / "pipe"}.items():  # links, so that none is lost
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(OutputError, match=f"{name}: is a device, whose place no file can take. Name a file."):
+            put(tmp_path / name)
+    assert names(tmp_path) == ["null", "pipe", "stdout"]
+
+
+def test_a_folder_is_not_replaced_by_a_file(out: Path) -> None:
+    (out / "inner").mkdir(parents=True)
+    with pytest.raises(OutputError, match="out: cannot be written"):
+        put(out)
+    assert names(out.parent) == ["out"]
+    assert names(out) == ["inner"]
+
+
+def test_a_file_without_a_folder_is_said(out: Path) -> None:
+    with pytest.raises(OutputError, match=r"file: cannot be written \(No such file"):
+        put(out / "file")
+
+
+@pytest.mark.usefixtures("_unhurried")
+def test_who_writes_the_same_file_waits_and_sees_what_was_written(out: Path) -> None:
+    def other() -> None:
+        with writing(out) as file:
+            file.write(out.read_bytes() + b" second")
+
+    second = threading.Thread(target=other)
+    with writing(out) as file:
+        second.start()
+        file.write(b"first")
+    second.join()
+    assert out.read_bytes() == b"first second"
+    assert names(out.parent) == ["out"]
+
+
+@pytest.fixture
+def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, whoever waits goes on waiting."""
+    monkeypatch.setattr(files.time, "monotonic", lambda: 0.0)
+
+
+def test_a_file_that_another_process_goes_on_writing_is_said(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    with writing(out) as file:
+        with pytest.raises(OutputError, match=r"out: another process is writing it, in .*\.out\.unfinished"):
+            put(out, b"second")
+        file.write(b"first")
+    assert 5 < next(clock) < 20
+    assert out.read_bytes() == b"first"
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from m0kit.files import writing
+
+count, limit = 0, int(sys.argv[2])
+
+def watch(event, _):
+    global count
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        count += 1
+        if count == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+with writing(Path(sys.argv[1])) as file:
+    file.write(b"new")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_kill_before_any_operation_leaves_the_old_file_or_the_new_one(out: Path) -> None:
+    """A later writer finds no more than a free work place, and clears it away."""
+    found = []
+    for limit in range(1, 100):
+        out.write_bytes(b"old")
+        done = subprocess.run([sys.executable, "-c", _KILLED, str(out), str(limit)], check=False)
+        found.append(out.read_bytes())
+        put(out)
+        assert names(out.parent) == ["out"]
+        if done.returncode == 0:
+            break
+    assert found == sorted(found, reverse=True)
+    assert {b"old", b"new"} == set(found)
+    assert len(found) > 7
 
 
 # --- processes ---------------------------------------------------------------------------------------------
@@ -279,6 +476,106 @@ def test_windows_says_busy_with_another_number(monkeypatch: pytest.MonkeyPatch) 
     assert not lock_file(3)
 
 
+def test_windows_closes_a_file_before_it_renames_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    replace = os.replace
+
+    def replacing_closed(*names: Path) -> None:
+        if not opened[0].closed:
+            raise PermissionError(errno.EACCES, "is used by another process")
+        replace(*names)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None))
+    monkeypatch.setattr(os, "replace", replacing_closed)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with writing(out) as file:
+        opened.append(file)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert names(out.parent) == ["out"]
+
+
+def test_a_file_that_is_read_on_windows_is_left_as_it_is(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "is used by another process")
+
+    out.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(OutputError, match="out: no permission to write there"):
+        put(out)
+    assert out.read_bytes() == b"old"
+    assert names(out.parent) == ["out"]
+
+
+def test_without_locks_a_file_is_written_but_not_where_another_may_be_writing(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(files, "lock_file", _no_locks)
+    put(out)
+    assert names(out.parent) == ["out"]
+    out.with_name(".out.unfinished").mkdir()
+    with pytest.raises(OutputError, match="if there is none, remove that folder"):
+        put(out)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_flushed_is_no_error_but_a_broken_disk_is(
+    out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def refused(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OutputError) if number == errno.EIO else contextlib.nullcontext():
+        put(out)
+    assert out.read_bytes() == b"new"
+    assert names(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EIO])
+def test_a_drive_of_a_mac_that_cannot_empty_its_cache_is_flushed_as_far_as_it_goes(
+    out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refused(*_: object) -> None:
+        raise OSError(number, "")
+
+    done: list[int] = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    monkeypatch.setattr(os, "fsync", done.append)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(OutputError) if number == errno.EIO else contextlib.nullcontext():
+        put(out)
+    assert len(done) == (0 if number == errno.EIO else 2)
+
+
+_WITHOUT_FLAGS = """
+import os, sys
+from pathlib import Path
+for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"):
+    if hasattr(os, name):
+        delattr(os, name)
+from m0kit import files
+assert files.OWN == 0
+with files.writing(Path(sys.argv[1])) as file:
+    file.write(b"new")
+assert files.read_regular(sys.argv[1], 3) == b"new"
+"""
+
+
+def test_files_are_written_where_the_system_has_no_flags_for_links_and_waiting(out: Path) -> None:
+    subprocess.run([sys.executable, "-c", _WITHOUT_FLAGS, str(out)], check=True)
+    assert names(out.parent) == ["out"]
+
+
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 def test_files_and_folders_are_flushed_as_the_system_wants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
@@ -314,6 +611,14 @@ def test_what_is_read_takes_no_more_memory_than_there_is_of_it(tmp_path: Path) -
     assert read_regular(tmp_path / "file", 3_000_000) == b"a" * 3_000_000
     with pytest.raises(OSError, match="has more than the 2999999 bytes"):
         read_regular(tmp_path / "file", 2_999_999)
+
+
+def test_a_hash_is_that_of_the_whole_file_and_progress_is_told(tmp_path: Path) -> None:
+    raw = bytes(range(250)) * 10_000
+    (tmp_path / "file").write_bytes(raw)
+    told: list[int] = []
+    assert sha256_of(tmp_path / "file", told.append) == hashlib.sha256(raw).hexdigest()
+    assert told == [1 << 20, 1 << 20, len(raw) - (2 << 20)]
 
 
 def test_no_path_is_followed_by_what_breaks_off_in_a_circle_of_links(tmp_path: Path) -> None:

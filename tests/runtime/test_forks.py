@@ -239,7 +239,7 @@ def test_a_closed_reranker_lets_everything_go_and_says_so(artifact: Path, librar
     with Reranker.load(artifact, open_graph=opening, index=library, cache_bytes=1 << 20) as reranker:
         reranker.score([("q", {"id": "d1"}), ("q", Image.new("RGB", (60, 60)))])
         assert len(alive) == 3
-        stream = reranker.stream([("q", "d"), *[("another", "of many words " * 300)] * 8])
+        stream = reranker.stream([("q", "d"), *[("of many words " * 300, "another")] * 8])
         next(stream)
     assert [ref() for ref in alive] == [None] * 3
     assert reranker.store is not None

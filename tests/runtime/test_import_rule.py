@@ -34,8 +34,8 @@ def test_every_runtime_module_imports_with_the_heavy_packages_blocked() -> None:
         [sys.executable, "-c", _SCRIPT.format(blocked=BLOCKED)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    files = [p for p in Path(m0kit.__file__).parent.rglob("*.py") if p.name != "__init__.py"]
-    assert int(done.stdout) == len(files) > 8
+    files = list(Path(m0kit.__file__).parent.rglob("*.py"))  # a folder is a module as well, and m0kit itself no other
+    assert int(done.stdout) == len(files) - 1 > 8
 
 
 def test_the_block_would_be_noticed() -> None:

@@ -6,7 +6,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +20,7 @@ from PIL import Image
 from m0kit import Reranker
 from m0kit.cli.commands import cli
 from m0kit.cli.documents import Given
-from m0kit.errors import ArtifactError, InputError, StoreBusyError, StoreError
+from m0kit.errors import InputError, StoreBusyError, StoreError
 from m0kit.index import add, open_index
 from m0kit.keeping.store import Store
 from m0kit.scoring import sessions
@@ -91,8 +90,8 @@ def test_nothing_of_a_kept_document_is_computed_again(
     library: Path, artifact: Path, documents: list[Given], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Reranker.load(artifact, threads=1, index=library)
-    monkeypatch.setattr(opened, "compute", lambda new, _images: pytest.fail("computed") if new else [])
-    monkeypatch.setattr(opened._vision, "run", lambda *_: pytest.fail("the image encoder ran"))
+    monkeypatch.setattr(opened.engine, "compute", lambda new: pytest.fail("computed") if new else [])
+    monkeypatch.setattr(opened.engine.graphs.vision, "run", lambda *_: pytest.fail("the image encoder ran"))
     texts = [("what is it?", {"id": name}) for name, _, _ in documents]
     assert np.isfinite(opened.score(texts)).all()
 
@@ -100,7 +99,7 @@ def test_nothing_of_a_kept_document_is_computed_again(
 def test_adding_again_computes_nothing(
     library: Path, reranker_fp16: Reranker, documents: list[Given], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reranker_fp16, "compute", lambda new, _images: pytest.fail("computed") if new else [])
+    monkeypatch.setattr(reranker_fp16.engine, "compute", lambda new: pytest.fail("computed") if new else [])
     with open_index(library, reranker_fp16) as store:
         done = add(reranker_fp16, store, documents)
     assert (done.read, done.known) == (0, 5)
@@ -159,18 +158,6 @@ def test_an_index_of_something_else_is_refused(
         open_index(library, other)
 
 
-def test_an_artifact_from_before_scores_as_ever(old_artifact: Path, reranker: Reranker) -> None:
-    pairs = [("what", "some text"), ("\n\nwhat", "some text"), ("q", page(3)), (page(4), "long " * 300)]
-    scores = Reranker.load(old_artifact, threads=1).score(pairs, raw=True)
-    np.testing.assert_allclose(scores, reranker.score(pairs, raw=True), rtol=0, atol=1e-5)  # other attention kernels
-
-
-def test_an_artifact_from_before_is_refused_with_the_way_out(old_artifact: Path, library: Path) -> None:
-    for options in ({"index": library}, {"cache_bytes": 1 << 20}, {"kv": "fp16"}):
-        with pytest.raises(ArtifactError, match="Export it again"):
-            Reranker.load(old_artifact, threads=1, **options)  # type: ignore[arg-type]
-
-
 def test_unknown_ids_and_ids_without_an_index(library: Path, artifact: Path, reranker: Reranker) -> None:
     opened = Reranker.load(artifact, threads=1, index=library)
     results = opened.evaluate([("q", {"id": "nope"}), ("q", {"id": "text"}), ("q", {"id": 7})])
@@ -193,7 +180,10 @@ def damage_states(library: Path, names: list[str]) -> None:
     """Change the middle of these documents' records."""
     with Store.open(library) as store:
         keys = [document.key for name in names if (document := store.document(name))]
-        places = [store._rows("SELECT segment, start, size FROM pieces WHERE content = 0 AND key = ?", k) for k in keys]
+        places = [
+            store.catalogue.rows("SELECT segment, start, size FROM pieces WHERE content = 0 AND key = ?", k)
+            for k in keys
+        ]
     for ((number, start, size),) in places:
         with open(library / "segments" / f"{number:06d}.kv", "r+b") as file:
             file.seek(start + size // 2)
@@ -214,16 +204,19 @@ def test_a_document_whose_row_is_lost_is_missed_until_the_index_is_compacted(lib
 
 
 def test_a_damaged_state_is_found_computed_and_reported(
-    library: Path, artifact: Path, reranker_fp16: Reranker, documents: list[Given]
+    library: Path,
+    artifact: Path,
+    reranker_fp16: Reranker,
+    documents: list[Given],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = reranker_fp16.score(pairs_of(documents, by_id=False))
     damage_states(library, ["page", "tail"])
     opened = Reranker.load(artifact, threads=1, index=library)
-    with pytest.warns(UserWarning, match="computed anew") as found:
-        scores = opened.score(pairs_of(documents, by_id=True))
+    scores = opened.score(pairs_of(documents, by_id=True))
     np.testing.assert_array_equal(scores, expected)
     for name in ("'page'", "'tail'"):
-        assert any(name in str(warning.message) for warning in found)
+        assert any(name in said and "computed anew" in said for said in caplog.messages)
 
     result = run("index", "verify", library)
     assert result.exit_code == 1
@@ -231,11 +224,11 @@ def test_a_damaged_state_is_found_computed_and_reported(
     result = run("index", "add", artifact, library, "--threads", 1)  # without documents: what has no sound state
     assert (result.exit_code, "2 read" in result.output) == (0, True)
     assert run("index", "verify", library).exit_code == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        np.testing.assert_array_equal(
-            Reranker.load(artifact, threads=1, index=library).score(pairs_of(documents, by_id=True)), expected
-        )
+    caplog.clear()
+    np.testing.assert_array_equal(
+        Reranker.load(artifact, threads=1, index=library).score(pairs_of(documents, by_id=True)), expected
+    )
+    assert caplog.messages == []
 
 
 def test_a_document_that_is_itself_damaged_is_an_error_of_that_pair(library: Path, artifact: Path) -> None:
@@ -247,7 +240,7 @@ def test_a_document_that_is_itself_damaged_is_an_error_of_that_pair(library: Pat
 
 def test_what_cannot_be_read_again_is_said_and_costs_the_others_nothing(library: Path, artifact: Path) -> None:
     with Store.open(library) as store:
-        ((number, start),) = store._rows(
+        ((number, start),) = store.catalogue.rows(
             "SELECT p.segment, p.start FROM pieces p JOIN documents d ON p.content = 1 AND p.key = d.content "
             "WHERE d.id = 'page'"
         )
@@ -322,7 +315,7 @@ def test_the_way_from_files_to_a_ranking(tmp_path: Path, artifact: Path, monkeyp
     assert scores["c2"] == scores["page.png"]
     Path("ids.txt").write_text("c1\n\nnope\npage.png\n", "utf-8")
     some = run(
-        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top", 2, "--json"
+        "rerank", artifact, "--index", "library", "--query", "what", "--candidates", "ids.txt", "--top-n", 2, "--json"
     )
     assert some.exit_code == 3
     assert "'nope'" in some.stderr
@@ -666,7 +659,9 @@ def test_an_endless_index_is_refused_by_every_command(
         assert "its tables are not those that m0kit makes" in str(result.exception)
 
 
-def test_a_state_that_no_m0kit_wrote_is_computed_anew(library: Path, artifact: Path) -> None:
+def test_a_state_that_no_m0kit_wrote_is_computed_anew(
+    library: Path, artifact: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whole by its checksum: somebody meant it so."""
     with Store.open(library, writable=True) as store:
         page = store.document("page")
@@ -676,11 +671,9 @@ def test_a_state_that_no_m0kit_wrote_is_computed_anew(library: Path, artifact: P
             key = bytes([n]) * 32
             store.add([replace(page, id=f"odd {n}", key=key)], {key: [state]})
     opened = Reranker.load(artifact, threads=1, index=library)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        scores = opened.score([("what", {"id": name}) for name in ("odd 0", "odd 1", "odd 2", "odd 3", "page")])
+    scores = opened.score([("what", {"id": name}) for name in ("odd 0", "odd 1", "odd 2", "odd 3", "page")])
     assert scores.tolist() == [scores[-1]] * 5
-    assert len([one for one in told if "a document's state cannot be its own" in str(one.message)]) == 4
+    assert len([said for said in caplog.messages if "a document's state cannot be its own" in said]) == 4
 
 
 def state_bytes(store: Store, key: bytes) -> int:

@@ -97,7 +97,7 @@ def test_int8_on_cuda_is_refused_before_anything_is_opened_or_hashed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = stored_as(artifact, tmp_path / "m0", *schemes)
-    monkeypatch.setattr("m0kit.reranker.verify_files", lambda *_: pytest.fail("gigabytes were read first"))
+    monkeypatch.setattr("m0kit.opening.verify_files", lambda *_: pytest.fail("gigabytes were read first"))
     with pytest.raises(DeviceError) as caught:
         Reranker.load(folder, device=device)
     assert str(caught.value).startswith(f"{folder}: device {device!r} has no kernels for int8 in ONNX Runtime")

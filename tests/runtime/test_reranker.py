@@ -30,8 +30,10 @@ from m0kit import Reranker, Result
 from m0kit.artifact.ports import KV
 from m0kit.errors import DependencyError, ImageError, InputError, M0kitError, ScoreError
 from m0kit.keeping.cache import Cache
-from m0kit.reranker import best_first, sigmoid
+from m0kit.reranker import best_first
 from m0kit.scoring import sessions
+from m0kit.scoring.engine import GraphEngine, sigmoid
+from m0kit.scoring.prepare import Document
 
 if TYPE_CHECKING:
     from m0kit_parity.reference import Reference
@@ -280,9 +282,9 @@ def test_an_image_is_encoded_once_per_call(counting: tuple[Reranker, Counting], 
     reranker.score([(f"query number {i}", image) for i in range(30)])
     assert graphs.rows("vision", "patches") == 4 * 6
     graphs.runs.clear()
-    # One object, one file: apart in memory, the file is one picture however often it is read.
+    # An object and files, read again and again: the same pixels are one picture.
     reranker.score([("a", raw), (image, "text " * 400), ("b", bytes(bytearray(raw))), (other, image), (image, image)])
-    assert graphs.rows("vision", "patches") == 2 * 4 * 6 + 4 * 4
+    assert graphs.rows("vision", "patches") == 4 * 6 + 4 * 4
     graphs.runs.clear()
     reranker.score([("a", image)])
     assert graphs.rows("vision", "patches") == 4 * 6  # nothing is kept between calls
@@ -373,13 +375,13 @@ def test_low_memory_fetches_a_kept_state_once(artifact: Path, monkeypatch: pytes
     pairs = [(f"query {i}", f"document {i % 3}") for i in range(6)]
     expected = reranker.score(pairs)
     fetched: Counter[bytes] = Counter()
-    state = Reranker.state
+    find = GraphEngine.find
 
-    def counted(self: Reranker, key: bytes, length: int) -> Any:
-        fetched[key] += 1
-        return state(self, key, length)
+    def counted(self: GraphEngine, document: Document) -> Any:
+        fetched[document.key] += 1
+        return find(self, document)
 
-    monkeypatch.setattr(Reranker, "state", counted)
+    monkeypatch.setattr(GraphEngine, "find", counted)
     np.testing.assert_array_equal(reranker.score(pairs), expected)
     assert sorted(fetched.values()) == [1, 1, 1]
 
@@ -441,7 +443,7 @@ def test_a_bad_pair_is_marked_and_costs_the_others_nothing(
 
 def test_a_bad_pair_raises_before_anything_is_run(counting: tuple[Reranker, Counting], pairs: list[Any]) -> None:
     reranker, graphs = counting
-    with pytest.raises(InputError, match=r"^pair 3: query is empty"):
+    with pytest.raises(InputError, match=r"^pair 3: query: is empty"):
         reranker.evaluate([*pairs[5:8], ("", "d")], on_error="raise")
     for call in (reranker.score, reranker.predict, reranker.compute_score):
         with pytest.raises(InputError, match=r"^pair 1: "):
@@ -450,7 +452,7 @@ def test_a_bad_pair_raises_before_anything_is_run(counting: tuple[Reranker, Coun
 
 
 def test_score_marks_with_nan_and_warns(reranker: Reranker, alone: list[float], pairs: list[Any]) -> None:
-    with pytest.warns(UserWarning, match=r"^not scored: pair 1: document is empty") as caught:
+    with pytest.warns(UserWarning, match=r"^not scored: pair 1: document: is empty") as caught:
         scores = reranker.score([pairs[0], ("q", "")], on_error="mark")
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -974,7 +976,7 @@ def test_a_trace_has_the_documents_image_first(reranker: Reranker, picture: Make
 
 
 def test_a_trace_of_a_bad_pair_raises(reranker: Reranker) -> None:
-    with pytest.raises(InputError, match=r"^pair 0: query is empty"):
+    with pytest.raises(InputError, match=r"^pair 0: query: is empty"):
         reranker.trace(("", "d"))
 
 

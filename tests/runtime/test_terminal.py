@@ -298,6 +298,26 @@ def test_what_pillow_warns_of_is_an_error_of_ours_or_one_plain_line(artifact: Pa
     assert "12000×12000" in error
 
 
+def test_what_m0kit_logs_is_a_note_once_whoever_else_listens(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("m0kit.jobs.job")
+
+    def command() -> None:
+        log.warning("%s: its rows\nare scored again", "a\x1b[2Jb")
+        log.info("nobody asked")
+
+    caplog.set_level(logging.INFO)
+    before = logging.getLogger("m0kit").handlers, logging.getLogger("m0kit").propagate
+    assert terminal.run(lambda: terminal.run(command)) == 0
+    assert capfd.readouterr().err == "note: a\\x1b[2Jb: its rows are scored again\n"
+    assert caplog.messages == []
+    assert (logging.getLogger("m0kit").handlers, logging.getLogger("m0kit").propagate) == before
+    command()
+    assert capfd.readouterr().err == ""
+    assert len(caplog.messages) == 2, "outside of a command it is for whom a program chose"
+
+
 def test_a_bar_is_for_a_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> Iterator[int]:
         with terminal.bar(total=3, unit="pair") as bar:
@@ -330,6 +350,11 @@ def test_a_line_is_one_line_whatever_stands_in_it(capfd: pytest.CaptureFixture[s
     out, err = capfd.readouterr()
     assert out == f"name: {PLAIN}\\nfiles: all checked\n\ngröße 漢字\n"
     assert err == f"note: {PLAIN}\\n\n"
+
+
+def test_a_text_is_shown_line_by_line(capfd: pytest.CaptureFixture[str]) -> None:
+    terminal.show_text(f"name  score\n{NASTY}  1\n")
+    assert capfd.readouterr().out == f"name  score\n{PLAIN}  1\n\n"
 
 
 def test_json_is_the_same_value_in_harmless_characters(capfd: pytest.CaptureFixture[str]) -> None:

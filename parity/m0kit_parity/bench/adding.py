@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 
-from m0kit.keeping.store import MIN_LIMIT, Store
+from m0kit.keeping.store import Store
+from m0kit.keeping.tables import MIN_LIMIT
 from m0kit.terminal import show, show_json
 from m0kit_parity.bench.commands import bench, table
 

@@ -38,10 +38,11 @@ from m0kit.keeping.cache import Cache
 from m0kit.keeping.states import Pasts, State
 from m0kit.keeping.store import Store
 from m0kit.reading.inputs import Content, Picture, parse_content
-from m0kit.reranker import PAST_BYTES, Document, Reranker
-from m0kit.scoring.images import Images
+from m0kit.reranker import Reranker
 from m0kit.scoring.planner import pack
+from m0kit.scoring.prepare import Document
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
+from m0kit.scoring.schedule import PAST_BYTES
 from m0kit.terminal import bar, say, show, show_json
 from m0kit_parity.bench.commands import (
     _JSON,
@@ -192,23 +193,22 @@ def stretched(state: State, length: int) -> State:
     return State(state.kv[:, :, :, rows], state.table.copy())
 
 
-def _entry(reranker: Reranker, document: Any) -> tuple[Content, Document, Images]:
-    content, images = parse_content(document, "document"), reranker.open_images()
-    entry, _ = reranker.document(content, "document", {}, images, keyed=True)
-    return content, entry, images
+def _entry(reranker: Reranker, value: Any) -> tuple[Content, Document]:
+    content, (preparer, _) = parse_content(value, "document"), reranker.begin()
+    return content, preparer.document(content, "document")[0]
 
 
 def read_one(reranker: Reranker, content: Any) -> State:
     """The state of a document, really computed; it goes into the cache."""
-    _, entry, images = _entry(reranker, content)
-    return reranker.compute([entry], images)[0]
+    _, document = _entry(reranker, content)
+    return reranker.engine.compute([document])[0]
 
 
 def keep(reranker: Reranker, contents: Sequence[Any], state: State) -> None:
     """Put copies of a state into the cache, stretched, as those of documents that are not there yet."""
     assert reranker.cache is not None
     for content in contents:
-        _, entry, _ = _entry(reranker, content)
+        _, entry = _entry(reranker, content)
         copied = stretched(state, entry.length)
         reranker.cache.put(entry.key, copied, num_bytes=copied.num_bytes, cost=entry.length)
 
@@ -338,11 +338,11 @@ def _build(
     keys = []
     with open_index(folder, reader) as store:
         for name, raw in bar(pages.items(), unit="page", desc="index"):
-            picture, entry, images = _entry(reader, raw)
+            picture, entry = _entry(reader, raw)
             assert isinstance(picture, Picture)
-            page = stored_form(name, picture, entry.key, images)
+            page = stored_form(name, picture, entry)
             if state is None:
-                state = reader.compute([entry], images)[0]
+                state = reader.engine.compute([entry])[0]
                 _check_space(folder, len(pages) * (state.num_bytes + len(page.data)))
             store.add([page], {entry.key: state.buffers})
             keys.append(entry.key)

@@ -20,8 +20,8 @@ import numpy as np
 from m0kit.artifact.manifest import TOKENIZER, Manifest, read_manifest
 from m0kit.artifact.ports import Kept
 from m0kit.errors import ArtifactError, InputError, M0kitError, ScoreError
-from m0kit.reading.inputs import unplaced
-from m0kit.reranker import Reranker, sigmoid
+from m0kit.reranker import Reranker
+from m0kit.scoring.engine import sigmoid
 from m0kit.terminal import bar
 from m0kit_parity.bench import commands as bench
 from m0kit_parity.bench.measure import Memory, Pair, measure_memory, measure_seconds
@@ -191,7 +191,7 @@ def _score(
             for i, result in enumerate(results):
                 where = f"{query.where}, document {i + 1}"
                 if result.error:
-                    message = unplaced(result.error)[1]
+                    message = result.error.said
                     if isinstance(result.error, ScoreError):
                         message = f"{artifact}: {message}"
                     errors.setdefault((name, number), f"{where}: {message}")

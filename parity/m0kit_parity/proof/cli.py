@@ -28,12 +28,12 @@ from typing import Any, Final, Literal, TypeVar
 import click
 
 from m0kit.artifact.hub import resolve
-from m0kit.artifact.manifest import Manifest, read_manifest, sha256_of
+from m0kit.artifact.manifest import Manifest, read_manifest
 from m0kit.cli.options import ARTIFACT, PARTLY, REVISION_HELP, require_place, tell
 from m0kit.cli.page import Contents
 from m0kit.cli.page import write as write_page
 from m0kit.errors import CheckpointError, M0kitError
-from m0kit.files import named_errors, replacing, require_unoccupied
+from m0kit.files import named_errors, replacing, require_unoccupied, sha256_of
 from m0kit.terminal import say, show, show_json
 from m0kit_parity.child import Child
 from m0kit_parity.proof.cases import Case, builtin_cases, pairs_file, published_groups

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.terminal import bar
-from m0kit_export.names import expected_shapes
+from m0kit_export.names import expected_shapes, spelled
 from m0kit_parity.samples.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
 
 Shape = Literal["tiny", "wide", "full"]
@@ -29,7 +29,6 @@ ConfigForm = Literal["published", "defaults_left_out", "nested"]
 
 FULL_PARAMETERS = 2_444_721_665  # with lm_head, the published total
 USED_PARAMETERS = 2_211_347_969
-_SPELLED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the files' headers
 # Bias of the head's last layer that brings the middle of the logits of seed 0 to 2.65, the middle of the
 # scores to one half. Measured: deep random networks give all prompts a common direction.
 _HEAD_BIAS = {"tiny": 4.3, "wide": 1.4, "full": -4.5}
@@ -106,7 +105,16 @@ def _write_weights(
     """Shards as transformers cuts them: a new file when the next tensor would pass the limit, and an index."""
     import torch
 
+    from m0kit_parity.samples.safetensors import write
+
     torch_type: torch.dtype = getattr(torch, dtype)
+
+    def drawn(shard: Mapping[str, tuple[int, ...]], written: Any) -> Iterator[torch.Tensor]:
+        for name, shape in shard.items():
+            for values in draw(name, shape, seed, head_bias):
+                yield torch.from_numpy(values).to(torch_type)
+                written.update(values.size * torch_type.itemsize)
+
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = max_shard_bytes
     for name, shape in shapes.items():
@@ -121,26 +129,9 @@ def _write_weights(
     with bar(total=total, unit="B", unit_scale=True, desc="writing", shown=progress) as written:
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name, shape in shard.items():
-                start, end = end, end + math.prod(shape) * torch_type.itemsize
-                header[_spell(name, naming)] = {
-                    "dtype": _SPELLED[dtype],
-                    "shape": list(shape),
-                    "data_offsets": [start, end],
-                }
-                places[_spell(name, naming)] = file
-            # The format: length of the header in 8 bytes, the header padded to 8, then the values.
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            with open(folder / file, "wb") as out:
-                out.write(len(text).to_bytes(8, "little") + text)
-                for name, shape in shard.items():
-                    for values in draw(name, shape, seed, head_bias):
-                        raw = torch.from_numpy(values).to(torch_type).view(torch.uint8).numpy()
-                        out.write(raw.data)
-                        written.update(raw.nbytes)
+            header = {spelled(name, nested=naming == "new"): (torch_type, shape) for name, shape in shard.items()}
+            places |= dict.fromkeys(header, file)
+            write(folder / file, header, drawn(shard, written))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
@@ -176,14 +167,6 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     gains = {"q_proj": 1.6, "k_proj": 1.6, "qkv": 1.3, "o_proj": 0.7, "attn.proj": 0.7, "down_proj": 0.8, "fc2": 0.7}
     gain = next((g for key, g in gains.items() if key in name), 4.0 if name == "score.2.weight" else 1.2)
     return 0.0, gain / math.sqrt(fan_in)
-
-
-def _spell(name: str, naming: Naming) -> str:
-    if naming == "new" and name.startswith("visual."):
-        return f"model.{name}"
-    if naming == "new" and name.startswith("model."):
-        return f"model.language_model.{name.removeprefix('model.')}"
-    return name
 
 
 def _config_json(config: ModelConfig, dtype: DType, form: ConfigForm) -> dict[str, Any]:

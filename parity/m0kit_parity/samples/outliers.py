@@ -21,23 +21,17 @@ import torch
 from m0kit.config import ModelConfig
 from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.terminal import bar
-from m0kit_export.checkpoint import (
-    INDEX,
-    WEIGHTS,
-    Checkpoint,
-    open_checkpoint,
-    read_header,
-    read_json_object,
-    read_tensor,
-)
+from m0kit_export.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from m0kit_export.folder import read_json_object
 from m0kit_export.names import canonical_name
+from m0kit_export.tensors import read_header, read_tensor
+from m0kit_parity.samples.safetensors import write
 from m0kit_quant.equalize import Rescaled, channel_groups
 from m0kit_quant.weights import Float32, Weights
 
 MAX_STRENGTH: Final = 1 << 16  # float16 cannot tell a usual weight divided by more than that from zero
 FRACTION: Final = 0.01  # of a group's channels, at least one; trained models have fewer
 
-_DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPIED: Final = ("*.json", "*.txt", "LICENSE*")
 
 
@@ -136,21 +130,11 @@ def _write_weights(source: Path, folder: Path, tensors: _Injected, progress: boo
     for file in files:
         names = list(read_header(source / file))
         # The header comes first and says each tensor's format, which only its values can tell: read twice.
-        shown = bar(total=2 * len(names), unit="tensor", desc=file, shown=progress)
-        with shown, open(folder / file, "wb") as out:
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name, tensor in _each(source / file, names, tensors, shown):
-                start, end = end, end + tensor.nbytes
-                spelled = next(key for key, dtype in _DTYPES.items() if dtype == tensor.dtype)
-                header[name] = {"dtype": spelled, "shape": list(tensor.shape), "data_offsets": [start, end]}
-            # The format: length of the header in 8 bytes, the header padded to 8, then the values.
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            out.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in _each(source / file, names, tensors, shown):
-                out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        total += end
+        with bar(total=2 * len(names), unit="tensor", desc=file, shown=progress) as shown:
+            each = _each(source / file, names, tensors, shown)
+            header = {name: (tensor.dtype, tensor.shape) for name, tensor in each}
+            again = _each(source / file, names, tensors, shown)
+            total += write(folder / file, header, (tensor for _, tensor in again))
     if sharded:
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
         (folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")

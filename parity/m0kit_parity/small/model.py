@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from m0kit.files import read_regular
 from m0kit.reading.decoding import open_image
 from m0kit.reading.formats import MAX_IMAGE_BYTES
+from m0kit_export.names import canonical_name
 
 SCORE_TOKEN: Final = 100
 LOGIT_BIAS: Final = 2.65
@@ -204,17 +205,10 @@ def build(tokenizer: Tokenizer) -> Ranker:
     return Ranker(config_dict(tokenizer), tokenizer)
 
 
-def published_name(name: str) -> str:
-    """Name in the file (before transformers 4.52) of a tensor of `Ranker`."""
-    if name.startswith("model.visual."):
-        return name.removeprefix("model.")
-    return name.replace("model.language_model.", "model.")
-
-
 def save(model: Ranker, folder: Path) -> None:
     """model.safetensors in half precision with the published names, config.json, preprocessor_config.json."""
     tensors = {
-        published_name(name): value.detach().clamp(-FP16_MAX, FP16_MAX).to(torch.float16).contiguous()
+        canonical_name(name): value.detach().clamp(-FP16_MAX, FP16_MAX).to(torch.float16).contiguous()
         for name, value in model.state_dict().items()
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +225,7 @@ def load(folder: Path) -> Ranker:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = Ranker(json.loads((folder / "config.json").read_text(encoding="utf-8")), tokenizer)
     stored = load_file(str(folder / "model.safetensors"))
-    names = {published_name(name): name for name in model.state_dict()}
+    names = {canonical_name(name): name for name in model.state_dict()}
     model.load_state_dict({names[name]: value.float() for name, value in stored.items()}, strict=True)
     return model.eval()
 

@@ -4,7 +4,7 @@ Owns when they are scored and what a wrong one means. A kernel that is wrong on 
 versions gives scores like any other; this is where it is found. What came out right is remembered for the artifact,
 ONNX Runtime's version, CPU, device and form of the weights, so that it costs once (`m0kit.verified`).
 
-    Trial(folder, manifest, Engine("cpu", "fast"), "fp32").check("text", evaluate)
+    Trial(folder, manifest, Setting("1.32.0", "cpu", "fast"), "fp32").check("text", evaluate)
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -36,8 +36,8 @@ _CPU_FIELDS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """What computes. `version` is None for an engine that is not ours, whose verdicts are not remembered."""
+class Setting:
+    """What computes, and where. `version` is None for an engine that is not ours, whose verdicts are not remembered."""
 
     version: str | None  # of ONNX Runtime
     device: str
@@ -73,8 +73,8 @@ def summary(answers: Sequence[Answer]) -> str:
 class Trial:
     """The known answers of an opened artifact. Thread-safe; each kind is tried once."""
 
-    def __init__(self, folder: Path, manifest: Manifest, engine: Engine, kv: str) -> None:
-        self._folder, self._manifest, self._engine, self._kv = folder, manifest, engine, kv
+    def __init__(self, folder: Path, manifest: Manifest, setting: Setting, kv: str) -> None:
+        self._folder, self._manifest, self._setting, self._kv = folder, manifest, setting, kv
         self._lock = threading.Lock()
         self._passed: set[Kind] = set()
         forks.watch(self)
@@ -111,15 +111,17 @@ class Trial:
 
     def _key(self, kind: Kind) -> str | None:
         """What a verdict holds for."""
-        engine = self._engine
+        engine = self._setting
         if engine.version is None:
             return None
-        facts = [kind, self._manifest.fingerprint, engine.version, engine.device, engine.memory, self._kv]
+        known = self._manifest.known_answers
+        facts: list[Any] = [kind, self._manifest.fingerprint, asdict(known) if known else None]
+        facts += [engine.version, engine.device, engine.memory, self._kv]
         facts += [_processor()[1], "" if engine.device == "cpu" else _gpus()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _told(self, worst: Answer, wrong: int, total: int) -> str:
-        known, engine = worst.known, self._engine
+        known, engine = worst.known, self._setting
         document = "an image" if known.is_image else repr(known.document)
         what = f"ONNX Runtime {engine.version}" if engine.version else "this engine"
         if engine.version:

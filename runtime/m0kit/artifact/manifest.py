@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -34,20 +34,19 @@ from m0kit.errors import (
     ArtifactNotFoundError,
     ArtifactVersionError,
 )
-from m0kit.files import open_regular, read_regular, sync
+from m0kit.files import read_regular, sha256_of, writing
 from m0kit.precision import SCHEMES
 from m0kit.schema import exactly, fitting, parse
 from m0kit.verified import Memory
 
 FORMAT = "m0kit-artifact"
-FORMAT_VERSION = 1  # raised when an older m0kit could no longer read the folder rightly
+FORMAT_VERSION = 2  # raised when an older m0kit could no longer read the folder rightly
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MANIFEST_BYTES: Final = 8 << 20  # one of the full model has 60 KB
 TOKENIZER_BYTES: Final = 64 << 20  # 7 to 11 MB; tokenizers takes some ten times as much to open it
 GRAPH_BYTES: Final = 4 << 20  # 0.4 MB: weights are beside it; ONNX Runtime takes half a minute to open so much
 _MOST_FILES: Final = 1000  # 9
-_CHUNK = 1 << 20
 # What a file may be called on every system: no separators, drives, streams, device names, nothing hidden.
 _PLAIN: Final = re.compile(
     r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[A-Za-z0-9_](?:[A-Za-z0-9_.+-]{0,198}[A-Za-z0-9_+-])?"
@@ -149,7 +148,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]  # base, adapters with hashes, licence, tool versions
     recipe: Mapping[str, Any]  # which scheme stores which matrix: {"precision", "device", "equalize", "weights": […]}
-    known_answers: KnownAnswers | None = None  # None: exported before there were any
+    known_answers: KnownAnswers | None = None  # None: nothing to check an engine by
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -169,10 +168,13 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 over all that a score depends on, files and settings: what a cached value may be keyed by.
 
-        Where the weights came from is not in it: the same weights from elsewhere are the same.
+        That is the whole manifest, with the version of its format, but for two entries that no score depends on and
+        that differ between exports of the same weights. `provenance`: the same weights from elsewhere, or by other
+        versions of tools, are the same. `known_answers`: the files whose answers they are have hashes here, and their
+        last digits are sums of floats, which another CPU's export rounds otherwise.
         """
-        scoring = {name: value for name, value in _content(self).items() if name != "provenance"}
-        return _sha256_of_json(scoring)
+        scoring = {"format_version": FORMAT_VERSION, **_content(self)}
+        return _sha256_of_json({k: v for k, v in scoring.items() if k not in ("provenance", "known_answers")})
 
 
 def read_manifest(
@@ -186,6 +188,13 @@ def read_manifest(
     Raises ArtifactNotFoundError, ArtifactVersionError, ArtifactDamagedError, SignatureError; ArtifactError for another
     kind of file or one that may not be read; DependencyError where signatures cannot be checked.
     """
+    return read_signed(folder, require_signature=require_signature)[0]
+
+
+def read_signed(
+    folder: Path, *, require_signature: str | os.PathLike[str] | Literal[False] | None = None
+) -> tuple[Manifest, str | None]:
+    """`read_manifest`, and who signed it; None where no signature was required."""
     path = folder / MANIFEST
     if not os.path.isdir(folder):  # unlike Path.is_dir it also takes a name too long for the file system
         raise ArtifactNotFoundError(f"{folder}: no such folder. Give the folder that `m0kit export` wrote.")
@@ -198,8 +207,8 @@ def read_manifest(
         ) from None
     except OSError as error:
         raise ArtifactError(_unreadable(path, error)) from error
-    if require_signature is not False and (signers := required(require_signature)) is not None:
-        signer(folder, data, signers)
+    signers = None if require_signature is False else required(require_signature)
+    signed_by = None if signers is None else signer(folder, data, signers)
     try:
         raw = parse(data)
     except ValueError as error:
@@ -213,12 +222,16 @@ def read_manifest(
         raise ArtifactDamagedError(f"{path}: format_version is {version!r:.100}, expected a whole number from 1.")
     if version > FORMAT_VERSION:
         raise ArtifactVersionError(
-            f"{path}: format version {version}; this m0kit reads up to {FORMAT_VERSION}. Update m0kit."
+            f"{path}: format version {version}; this m0kit reads {FORMAT_VERSION}. Update m0kit."
+        )
+    if version < FORMAT_VERSION:
+        raise ArtifactVersionError(
+            f"{path}: format version {version}; this m0kit reads {FORMAT_VERSION}. Export the artifact again."
         )
     told = raw.pop("sha256", None)
     if told is None:
         raise ArtifactDamagedError(
-            f"{path}: has no sha256 of its own: it was changed, or written before manifests had one. Export again."
+            f"{path}: has no sha256 of its own, so it was changed. Copy the artifact again, or export again."
         )
     if told != _sha256_of_json(raw):
         raise ArtifactDamagedError(
@@ -226,17 +239,14 @@ def read_manifest(
             "limits can be changed when it is loaded."
         )
     try:
-        return _manifest(raw)
+        return _manifest(raw), signed_by
     except ValueError as error:
         raise ArtifactDamagedError(f"{path}: {error}. Export again.") from error
 
 
 def _manifest(raw: dict[str, Any]) -> Manifest:
     """Raises ValueError that names the field which is not as it must be."""
-    plain = {"recipe": {"precision": raw.get("scheme"), "weights": [{"match": "*", "scheme": raw.get("scheme")}]}}
-    # Before there were recipes one scheme stored everything; before there were known answers there were none.
-    content = {"known_answers": None, **plain, **raw}
-    del content["format"], content["format_version"]
+    content = {name: value for name, value in raw.items() if name not in ("format", "format_version")}
     manifest = exactly(content, Manifest)
     for scheme in (rule["scheme"] for rule in exactly(manifest.recipe, _Recipe)["weights"]):
         if scheme not in SCHEMES:
@@ -271,27 +281,14 @@ def _check_names(files: Mapping[str, FileEntry]) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` and flush it to disk. The caller renames the folder into place.
+    """Write `folder/manifest.json`, whole and durable. The caller renames the folder into place.
 
     It holds a hash of its own content, by which `read_manifest` finds it changed.
     """
     raw = {"format": FORMAT, "format_version": FORMAT_VERSION, **_content(manifest)}
     raw["sha256"] = _sha256_of_json(raw)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(raw, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        sync(file.fileno())
-
-
-def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
-    """Hash a regular file in pieces; `progress` is told the bytes of each. Raises OSError."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
+    with writing(folder / MANIFEST) as file:
+        file.write(json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
@@ -328,12 +325,12 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         key = os.path.realpath(path)
         if memory.knows_file(key, stamp):
             continue
-        try:
-            digest = sha256_of(path)
+        try:  # a graph is read once, so that what is looked at is what was hashed
             content = read_regular(path, entry.size) if graph else b""
+            digest = hashlib.sha256(content).hexdigest() if graph else sha256_of(path)
         except OSError as error:
             raise ArtifactError(_unreadable(path, error)) from error
-        if digest != entry.sha256 or (graph and hashlib.sha256(content).hexdigest() != digest):
+        if digest != entry.sha256:
             raise ArtifactDamagedError(
                 f"{path}: its content has changed since the export (sha256 differs). Copy or export again."
             )
@@ -376,15 +373,15 @@ def _stays_inside(link: Path) -> bool:
 def _content(manifest: Manifest) -> dict[str, Any]:
     """The manifest as it stands in its file, but for format and hash."""
     known = manifest.known_answers
-    content = {
+    return {
         "scheme": manifest.scheme,
         "recipe": manifest.recipe,
         "model": manifest.model.to_dict(),
         "graphs": {name: asdict(ports) for name, ports in manifest.graphs.items()},
         "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(manifest.files.items())},
         "provenance": manifest.provenance,
+        "known_answers": None if known is None else asdict(known),
     }
-    return content | ({} if known is None else {"known_answers": asdict(known)})
 
 
 def _sha256_of_json(value: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from m0kit.errors import DependencyError, OutputError, SignatureError
-from m0kit.files import named_errors, open_regular, read_regular, sync, sync_path
+from m0kit.files import open_regular, read_regular, writing
 
 SIGNATURE: Final = "manifest.json.sig"
 NAMESPACE: Final = "m0kit-artifact"  # so that what was signed for another purpose is no signature of an artifact
@@ -68,21 +68,10 @@ def sign(folder: Path, key: Path, tell: Callable[[str], object]) -> None:
             "or a public one whose private key the agent holds."
         )
     place = folder / SIGNATURE
-    with named_errors(place):
-        if place.is_dir():
-            raise OutputError(f"{place}: is a folder, and a signature goes there. Remove it.")
-        handle, aside = tempfile.mkstemp(dir=folder, prefix=f".{SIGNATURE}.")
-        try:
-            with open(handle, "wb") as file:
-                file.write(signature)
-                file.flush()
-                os.chmod(aside, 0o644)  # whoever reads the manifest reads its signature
-                sync(file.fileno())
-            os.replace(aside, place)
-        except BaseException:
-            os.unlink(aside)
-            raise
-        sync_path(folder)
+    if place.is_dir():
+        raise OutputError(f"{place}: is a folder, and a signature goes there. Remove it.")
+    with writing(place) as file:
+        file.write(signature)
 
 
 def signer(folder: Path, manifest: bytes, signers: Path) -> str:

@@ -19,36 +19,33 @@ from typing import Any, BinaryIO, Literal, cast
 import click
 
 from m0kit.artifact.answers import summary
-from m0kit.artifact.manifest import MANIFEST, MANIFEST_BYTES, read_manifest, verify_files
-from m0kit.artifact.signature import REQUIRE, SIGNATURE, required, signer
+from m0kit.artifact.manifest import read_manifest, read_signed, verify_files
+from m0kit.artifact.signature import REQUIRE, SIGNATURE
 from m0kit.artifact.signature import sign as sign_manifest
+from m0kit.cli.doctor import answers_here, doctor
 from m0kit.cli.documents import STDIN, find, read
 from m0kit.cli.index import index, read_ids
 from m0kit.cli.options import (
     ARTIFACT,
-    DEVICE,
     DOCUMENTS,
     JSON,
-    MEMORY,
-    PIXELS,
     SIZE,
-    THREADS,
     exit_code,
+    loading,
+    open_reranker,
     require_pixels,
     require_place,
     tell,
 )
-from m0kit.cli.options import load as load_reranker
 from m0kit.cli.page import write as write_page
 from m0kit.cli.ranking import made_by, ranking_page
 from m0kit.errors import InputError
-from m0kit.files import read_regular
 from m0kit.jobs.rows import is_parquet, read_lines
-from m0kit.machine.advice import answers_here, doctor
 from m0kit.plain import plain
 from m0kit.reading.formats import read as read_file
-from m0kit.reading.inputs import parse_content, unplaced
-from m0kit.reranker import Reranker, Result, best_first
+from m0kit.reading.inputs import parse_content
+from m0kit.reranker import Reranker, best_first
+from m0kit.scoring.schedule import Result
 from m0kit.terminal import DEBUG, run, say, show, show_json
 
 
@@ -108,17 +105,14 @@ _STRICT = click.option("--strict", is_flag=True, help="Stop at the first input t
 @DOCUMENTS
 @click.option("--query", help="The query as text.")
 @click.option("--query-image", type=click.Path(path_type=Path), help="The query as an image file.")
-@click.option("--top-n", "--top", type=click.IntRange(1), help="Print the best N only.")
+@click.option("--top-n", type=click.IntRange(1), help="Print the best N only.")
 @_INDEX
 @click.option("--candidates", type=click.File("rb"), help="Ids of documents of the index, one per line.")
 @_RAW
 @_STRICT
 @JSON
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ranking as one page.")
-@DEVICE
-@THREADS
-@MEMORY
-@PIXELS
+@loading
 @click.pass_context
 def rerank(
     ctx: click.Context,
@@ -133,10 +127,7 @@ def rerank(
     strict: bool,
     as_json: bool,
     html: Path | None,
-    device: str,
-    threads: int | None,
-    memory: Literal["fast", "low"],
-    max_pixels: int | None,
+    load: dict[str, Any],
 ) -> None:
     """Order DOCUMENTS by their relevance to a query, best first.
 
@@ -165,7 +156,7 @@ def rerank(
         given += [(name, error or {"id": name}, name) for name, error in read_ids(candidates)]
     elif documents and not given:
         raise InputError("none of the documents is text or an image.")
-    reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder)
+    reranker = open_reranker(artifact, load, index=index_folder)
     if reranker.store is not None and candidates is None and not documents:
         given = [(name, {"id": name}, name) for name in reranker.store.ids()]
     names = [plain(click.format_filename(name)) for name, _, _ in given]
@@ -183,8 +174,7 @@ def rerank(
         else:
             show(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
     if html is not None:
-        settings = {"device": device, "threads": threads, "memory": memory, "max_pixels": max_pixels}
-        settings["index"] = str(index_folder) if index_folder else None
+        settings = {**load, "index": str(index_folder) if index_folder else None}
         contents = [(name, content) for name, (_, content, _) in zip(names, given, strict=True)]
         write_page(html, ranking_page(asked, contents, results, order, made_by(artifact, settings)))
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
@@ -207,10 +197,7 @@ def rerank(
 @click.option("--cache", "cache_bytes", type=SIZE, default=0, help="Memory to keep documents in that come again: 2G.")
 @_RAW
 @_STRICT
-@DEVICE
-@THREADS
-@MEMORY
-@PIXELS
+@loading
 @click.pass_context
 def score(
     ctx: click.Context,
@@ -224,10 +211,7 @@ def score(
     cache_bytes: int,
     raw: bool,
     strict: bool,
-    device: str,
-    threads: int | None,
-    memory: Literal["fast", "low"],
-    max_pixels: int | None,
+    load: dict[str, Any],
 ) -> None:
     """Score PAIRS, JSON lines from a file or stdin; prints one JSON line for each.
 
@@ -244,9 +228,9 @@ def score(
             raise click.UsageError("--raw is for output on the terminal; a file of scores has the logits too.")
         if workers is not None and engine != "ray":
             raise click.UsageError("--workers is an option of --engine ray.")
-        load = {"device": device, "threads": threads, "memory": memory, "max_pixels": max_pixels}
         load |= {"index": str(index_folder) if index_folder else None, "cache_bytes": cache_bytes}
-        ctx.exit(_score_file(artifact, pairs, output, load, engine, workers or 1, overwrite, strict))
+        actors = (workers or 1) if engine == "ray" else 0
+        ctx.exit(_score_file(artifact, pairs, output, load, actors, overwrite=overwrite, strict=strict))
     if overwrite or engine != "local" or workers is not None:
         raise click.UsageError("--overwrite, --engine and --workers need -o.")
     is_file = pairs != STDIN
@@ -256,7 +240,7 @@ def score(
     with click.open_file(pairs, "rb") as file:  # which may be a pipe
         rows = list(read_lines(cast(BinaryIO, file), folder, pairs if is_file else "<stdin>"))
     values = [InputError(f"{place}{row.error}") if row.error else row.pair for row in rows]
-    reranker = load_reranker(artifact, device, threads, memory, max_pixels, index=index_folder, cache_bytes=cache_bytes)
+    reranker = open_reranker(artifact, load, index=index_folder, cache_bytes=cache_bytes)
     results = _evaluate(reranker, values, [plain(f"{place}{row.place}") for row in rows], strict)
     for row, result in zip(rows, results, strict=True):
         line = {} if row.id is None else {"id": json.loads(row.id)}
@@ -265,18 +249,10 @@ def score(
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
-def _score_file(
-    artifact: Path,
-    pairs: str,
-    output: Path,
-    load: dict[str, Any],
-    engine: Literal["local", "ray"],
-    workers: int,
-    overwrite: bool,
-    strict: bool,
-) -> int:
-    """The exit code of `score -o`."""
-    from m0kit.jobs.job import local_engine, score_file
+def _score_file(artifact: Path, pairs: str, output: Path, load: dict[str, Any], actors: int, **options: bool) -> int:
+    """The exit code of `score -o`, with so many actors of Ray, or in this process."""
+    from m0kit.jobs.engine import local_engine
+    from m0kit.jobs.job import score_file
     from m0kit.jobs.ray_engine import ray_engine
 
     if pairs == STDIN:
@@ -288,10 +264,8 @@ def _score_file(
 
     before = signal.signal(signal.SIGTERM, stop)  # so that what is done is committed
     try:
-        chosen = ray_engine(workers) if engine == "ray" else local_engine
-        done = score_file(
-            artifact, pairs, output, load=load, engine=chosen, overwrite=overwrite, strict=strict, progress=True
-        )
+        engine = ray_engine(actors) if actors else local_engine
+        done = score_file(artifact, pairs, output, load=load, engine=engine, progress=True, **options)
     except (KeyboardInterrupt, SystemExit):
         say(f"{output}: not finished; the same command goes on with it")
         raise
@@ -314,7 +288,7 @@ cli.add_command(index)
 @JSON
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     """Show what an artifact is, what it was made from, and under which licence its weights stand."""
-    manifest = read_manifest(artifact)
+    manifest, signed_by = read_signed(artifact)
     if verify:
         verify_files(artifact, manifest)
         answers = answers_here(artifact, manifest)
@@ -342,17 +316,14 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         ("base", manifest.provenance.get("base")),
         ("adapters", adapters),
         ("licence", manifest.licence),
-        (
-            "decoder",
-            f"{decoder.num_layers} layers of width {decoder.hidden_size}, {decoder.vocab_size} tokens",
-        ),
+        ("decoder", f"{decoder.num_layers} layers of width {decoder.hidden_size}, {decoder.vocab_size} tokens"),
         ("vision", f"{vision.depth} blocks of width {vision.width}"),
         ("images", f"{image.min_pixels}–{image.max_pixels} pixels"),
         ("prompt", f"up to {manifest.model.prompt.max_length} tokens"),
         ("fingerprint", manifest.fingerprint),
     ]
-    if signers := required():
-        rows.append(("signed by", signer(artifact, read_regular(artifact / MANIFEST, MANIFEST_BYTES), signers)))
+    if signed_by is not None:
+        rows.append(("signed by", signed_by))
     if verify:
         rows.append(("files", f"{len(manifest.files)} checked, all as exported"))
         rows.append(("answers", summary(answers)))
@@ -399,8 +370,7 @@ def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: b
             [pairs[i] for i in readable], on_error="raise" if strict else "mark", progress=sys.stderr.isatty()
         )
     except InputError as error:
-        position, _ = unplaced(error)
-        raise error if position is None else _placed(places[readable[position]], error) from None
+        raise error if error.pair is None else _placed(places[readable[error.pair]], error) from None
     for i, result in zip(readable, scored, strict=True):
         results[i] = replace(result, error=_placed(places[i], result.error)) if result.error else result
     told = list(zip(places, results, strict=True))
@@ -412,6 +382,5 @@ def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: b
 
 def _placed(place: str, error: InputError) -> InputError:
     """The error with a place that the user knows, once, for a position in a call."""
-    _, reason = unplaced(error)
-    own = reason.removeprefix("document: ")
-    return type(error)(own if own.startswith(f"{place}: ") else f"{place}: {reason}")
+    own = error.said.removeprefix("document: ")
+    return type(error)(own if own.startswith(f"{place}: ") else f"{place}: {error.said}")

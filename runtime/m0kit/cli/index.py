@@ -3,32 +3,20 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import click
 
 from m0kit.artifact.ports import KV, Kept
 from m0kit.cli.documents import count, find, read
-from m0kit.cli.options import (
-    ARTIFACT,
-    DEVICE,
-    DOCUMENTS,
-    JSON,
-    MEMORY,
-    PIXELS,
-    SIZE,
-    THREADS,
-    exit_code,
-    load,
-    tell,
-)
+from m0kit.cli.options import ARTIFACT, DOCUMENTS, JSON, SIZE, exit_code, loading, open_reranker, tell
 from m0kit.errors import InputError, RecordDamagedError, StoreError
 from m0kit.index import add, open_index
 from m0kit.keeping.store import Store
 from m0kit.plain import plain
 from m0kit.reading.inputs import Given
 from m0kit.reading.lines import strings
-from m0kit.reranker import content_of
+from m0kit.scoring.prepare import content_of
 from m0kit.terminal import bar, say, show, show_json
 
 _INDEX = click.argument("index_folder", metavar="INDEX", type=click.Path(path_type=Path))
@@ -49,11 +37,8 @@ def index() -> None:
     help="How states are kept, for a new index: 56, 28 or 14 KiB a token of the published model.  [default: fp16]",
 )
 @click.option("--max-bytes", type=SIZE, help="Limit of a new index on disk: 20G, 500M. None by default.")
-@DEVICE
-@THREADS
-@MEMORY
-@PIXELS
 @JSON
+@loading
 @click.pass_context
 def add_command(
     ctx: click.Context,
@@ -62,10 +47,7 @@ def add_command(
     documents: tuple[str, ...],
     kv: Kept | None,
     max_bytes: int | None,
-    device: str,
-    threads: int | None,
-    memory: Literal["fast", "low"],
-    max_pixels: int | None,
+    load: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Read DOCUMENTS with ARTIFACT and keep them in INDEX, which is made where there is none.
@@ -84,7 +66,7 @@ def add_command(
         kv = there
     elif not documents:
         raise click.UsageError(f"{index_folder} does not exist yet: give documents.")
-    reranker = load(artifact, device, threads, memory, max_pixels, kv=kv or "fp16")
+    reranker = open_reranker(artifact, load, kv=kv or "fp16")
     with open_index(index_folder, reranker, max_bytes) as store:
         files, passed = find(documents), list[tuple[str, str]]()
         these = _named(read(files, passed)) if documents else _pending(store)

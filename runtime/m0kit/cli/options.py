@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,26 +52,6 @@ def artifact_argument(required: bool = True) -> Callable[[Callable[..., Any]], C
 
 
 ARTIFACT = artifact_argument()
-DEVICE = click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="cpu, cuda, cuda:1, or the name of an execution provider.",
-)
-# More than the largest machines have cores; an engine would be busy with its threads alone.
-THREADS = click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores by default.")
-MEMORY = click.option(
-    "--memory",
-    type=click.Choice(["fast", "low"]),
-    default="fast",
-    show_default=True,
-    help="low: vision encoder and decoder never in memory together, int8 weights left in their files.",
-)
-PIXELS = click.option(
-    "--max-pixels",
-    type=click.IntRange(1),
-    help="Shrink images above this size; the checkpoint's own limit by default.",
-)
 DOCUMENTS = click.argument("documents", nargs=-1, type=click.Path())  # for `m0kit.cli.documents`
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -102,17 +82,47 @@ class _Size(_IntType):
 SIZE = _Size()
 
 
-def load(
-    artifact: Path,
-    device: str,
-    threads: int | None,
-    memory: Literal["fast", "low"],
-    max_pixels: int | None,
-    **options: Any,
-) -> Reranker:
+_LOADING = (
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        help="cpu, cuda, cuda:1, or the name of an execution provider.",
+    ),
+    # More than the largest machines have cores; an engine would be busy with its threads alone.
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores by default."),
+    click.option(
+        "--memory",
+        type=click.Choice(["fast", "low"]),
+        default="fast",
+        show_default=True,
+        help="low: vision encoder and decoder never in memory together, int8 weights left in their files.",
+    ),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(1),
+        help="Shrink images above this size; the checkpoint's own limit by default.",
+    ),
+)
+
+
+def loading(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--device, --threads, --memory and --max-pixels, which a command gets as `load`, options of `Reranker.load`."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **options: Any) -> Any:
+        names = ("device", "threads", "memory", "max_pixels")
+        return function(*args, load={name: options.pop(name) for name in names}, **options)
+
+    for option in reversed(_LOADING):
+        command = option(command)
+    return command
+
+
+def open_reranker(artifact: Path, load: Mapping[str, Any], **options: Any) -> Reranker:
     """`Reranker.load` with the options of a command. Raises click.UsageError for limits the model cannot have."""
-    require_pixels(artifact, max_pixels)
-    return Reranker.load(artifact, device=device, threads=threads, memory=memory, max_pixels=max_pixels, **options)
+    require_pixels(artifact, load.get("max_pixels"))
+    return Reranker.load(artifact, **load, **options)
 
 
 def require_pixels(artifact: Path, max_pixels: int | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from m0kit import __version__
 from m0kit.artifact.manifest import read_manifest
 from m0kit.cli.page import Contents, about, page, text, verdict
-from m0kit.reranker import Result
+from m0kit.scoring.schedule import Result
 
 MAX_ROWS: Final = 200  # documents in the list, and in that of those without a score
 

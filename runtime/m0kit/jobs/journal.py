@@ -21,7 +21,6 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -29,11 +28,12 @@ from typing import Any, Final
 from m0kit.database import ForeignDatabaseError, connect, require_schema
 from m0kit.errors import OutputError
 from m0kit.jobs.keys import key_file, own_key
+from m0kit.jobs.rows import Scored
 
 Ranges = list[tuple[int, int]]  # half-open, ascending
 
 FORMAT: Final = "3"
-_COMMIT_S = 1.0
+COMMIT_S = 1.0
 _KEY_FACT: Final = "the key of its rows"
 _ROWS: Final = (
     "CREATE TABLE rows (row INTEGER PRIMARY KEY, id TEXT, score REAL, logit REAL, truncated TEXT, error TEXT, "
@@ -49,19 +49,6 @@ _MOST_FACTS: Final = 100
 PARTS: Final = 16
 # So many processes that end with it alone in hand are a row's own doing.
 MOST_ENDS: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What became of one row: score and logit, or an error."""
-
-    number: int
-    id: str | None
-    score: float | None
-    logit: float | None
-    truncated: str | None  # "document", "query", "document,query"
-    error: str | None
-    files: str | None = None  # JSON: {path of an image: what told it from another one before it was read}
 
 
 def file_stamp(path: Path | str) -> str:
@@ -231,7 +218,7 @@ class Journal:
         for kept in (self._suspects, self._ends):
             kept.pop(result.number, None)
         self._in_hand.discard(result.number)
-        if time.monotonic() - self._committed >= _COMMIT_S:
+        if time.monotonic() - self._committed >= COMMIT_S:
             self.commit()
         return added
 

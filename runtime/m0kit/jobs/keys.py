@@ -4,15 +4,13 @@ It lies beside what was verified, in the user's cache folder (`journal.key`), fo
 once. It never leaves the machine; whoever has it can write scores that are taken for m0kit's.
 """
 
-import contextlib
 import os
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 from typing import Final
 
-from m0kit.files import OWN
+from m0kit.files import OWN, writing
 from m0kit.verified import cache_folder
 
 _NAME: Final = "journal.key"
@@ -54,16 +52,6 @@ def _read(path: Path) -> bytes | None:
 
 def _made(path: Path) -> bytes | None:
     """A new one, or that of a process which was faster."""
-    handle, aside = tempfile.mkstemp(dir=path.parent)  # readable by this user alone
-    try:
-        with open(handle, "wb") as file:
-            file.write(secrets.token_bytes(_BYTES))
-        try:
-            os.link(aside, path)  # fails where something lies there
-        except (OSError, NotImplementedError):
-            if _read(path) is None:  # that is none, or the file system has no hard links
-                os.replace(aside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
+    with writing(path, private=True) as file:
+        file.write(_read(path) or secrets.token_bytes(_BYTES))
     return _read(path)

@@ -1,4 +1,4 @@
-"""Scoring a job's rows on a Ray cluster, with Ray Data. Owns the cluster's side; the job is `m0kit.jobs.job`'.
+"""Scoring a job's rows on a Ray cluster, with Ray Data. Owns the cluster's side; the job is `m0kit.jobs.job`'s.
 
     score_file("m0-int8", "candidates.parquet", "scores.parquet", engine=ray_engine(workers=4))
 
@@ -11,6 +11,7 @@ than the driver scores nothing. Connects to RAY_ADDRESS, else starts Ray here fo
 this machine, and keeps its logs in the folder for temporary files (`ray/`) and the password of its clusters in ~/.ray.
 """
 
+import logging
 import os
 import pickle
 import platform
@@ -23,14 +24,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from m0kit.errors import DependencyError, DeviceError, InputError, M0kitError
-from m0kit.jobs.job import Engine, Work, dependencies, ended, score_rows
-from m0kit.jobs.journal import MOST_ENDS, PARTS, Scored
-from m0kit.jobs.rows import Row
+from m0kit.jobs.engine import Engine, dependencies, ended, score_rows
+from m0kit.jobs.journal import MOST_ENDS, PARTS
+from m0kit.jobs.rows import Row, Scored
+from m0kit.jobs.windows import Work
 from m0kit.reranker import Reranker
 
 # A block is what one actor gets at a time, and what is scored again if it dies: some runs of the decoder.
-_BLOCK_ROWS = 128
-_BLOCK_BYTES = 32 << 20
+BLOCK_ROWS = 128
+BLOCK_BYTES = 32 << 20
 
 
 def ray_engine(workers: int = 1) -> Engine:
@@ -62,7 +64,9 @@ class RayEngine:
     elsewhere: ClassVar[bool] = True  # rows that end a process are looked for among the actors
 
     def __call__(self, artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
-        """See `m0kit.jobs.job.Engine`."""
+        """See `m0kit.jobs.engine.Engine`."""
+        import ray
+
         options, workers = dict(load), self.workers
         on_gpu = str(options.get("device", "cpu")).split(":")[0] == "cuda"
         if on_gpu:
@@ -70,24 +74,20 @@ class RayEngine:
         elif options.get("threads") is None:
             options["threads"] = max(1, (os.cpu_count() or 1) // workers)
         cores = int(options.get("threads") or 1)
-        is_ours = _connect(cores * workers)
+        is_ours = connect(cores * workers)
         try:
-            if is_ours and on_gpu and not _cluster_gpus():
+            if is_ours and on_gpu and not ray.cluster_resources().get("GPU"):
                 raise DeviceError("device cuda: Ray finds no GPU on this machine. Use --device cpu.")
-            for block in _results(artifact, options, work, workers, cores, 1 if on_gpu else 0):
+            for block in scored_blocks(artifact, options, work, workers, cores, 1 if on_gpu else 0):
                 yield from block
                 yield None
         finally:
             if is_ours:
-                import ray
-
                 ray.shutdown()
 
 
-def _connect(cores: int) -> bool:
+def connect(cores: int) -> bool:
     """Join a cluster, or start one with at least so many cores; returns whether it was started here."""
-    import logging
-
     import ray
 
     if ray.is_initialized():
@@ -111,18 +111,10 @@ def _connect(cores: int) -> bool:
     return is_ours
 
 
-def _cluster_gpus() -> float:
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0))
-
-
-def _results(
+def scored_blocks(
     artifact: Path, load: Mapping[str, Any], work: Work, workers: int, cores: int, gpus: int
 ) -> Iterator[list[Scored]]:
     """The results of a block at a time, as they come."""
-    import logging
-
     import ray
 
     expected = dependencies(artifact, load)
@@ -244,7 +236,7 @@ def blocks(window: Sequence[Row]) -> Iterator[list[Row]]:
     for row in window:
         sizes = {id(value): len(value) for value in _values(row) if isinstance(value, str | bytes)}
         cost = sum(size for key, size in sizes.items() if key not in seen)
-        if block and (len(block) == _BLOCK_ROWS or num_bytes + cost > _BLOCK_BYTES):
+        if block and (len(block) == BLOCK_ROWS or num_bytes + cost > BLOCK_BYTES):
             yield block
             block, seen, num_bytes = [], set(), 0
         block.append(row)

@@ -1,4 +1,5 @@
-"""Rows of a file of candidates, JSON lines or Parquet: what they hold, in the forms of `m0kit.reading.inputs`.
+"""Rows of a file of candidates, JSON lines or Parquet: what they hold, in the forms of `m0kit.reading.inputs`, and what
+became of them.
 
 A row that cannot be read is an error of that row alone. Parquet needs the extra m0kit[parquet].
 
@@ -24,7 +25,7 @@ _READ_ROWS = 256  # of Parquet at a time: they may hold images
 # … and of values that many rows share so many bytes, unless they are read once for all of them: that takes longer, and
 # is for dictionaries larger than those that pyarrow writes by itself.
 _BATCH_BYTES: Final = 64 << 20
-_SHARED_BYTES: Final = 2 << 20
+SHARED_BYTES: Final = 2 << 20
 # What a Parquet file may become. Compressed text is some 5 to 20 times as long, and a document may stand in many rows.
 _EXPANSION: Final = 256
 _FREE_BYTES: Final = 1 << 30
@@ -60,6 +61,31 @@ class Row:
     id: str | None  # as JSON
     pair: Mapping[str, Any]  # for Reranker.stream
     error: str | None = None  # why the row cannot be read
+
+    def images(self) -> Iterator[Path]:
+        """Those that are named by their files."""
+        for content in self.pair.values():
+            image = content.get("image") if isinstance(content, Mapping) else None
+            if isinstance(image, Path):
+                yield image
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What became of one row: score and logit, or an error."""
+
+    number: int
+    id: str | None
+    score: float | None
+    logit: float | None
+    truncated: str | None  # "document", "query", "document,query"
+    error: str | None
+    files: str | None = None  # JSON: {path of an image: what told it from another one before it was read}
+
+    @classmethod
+    def failed(cls, row: Row, error: str, files: str | None = None) -> "Scored":
+        """A row without a score."""
+        return cls(row.number, row.id, None, None, None, writable(error), files)
 
 
 def read(path: Path, first: int) -> Iterator[Row]:
@@ -177,7 +203,7 @@ class Table:
     def batches(self, group: int) -> Iterator[Any]:
         """Record batches of a row group. Raises what Arrow raises, and _TooLargeError."""
         plain, other = self.longest[group]
-        source = self.shared if plain > _SHARED_BYTES else self.file
+        source = self.shared if plain > SHARED_BYTES else self.file
         size = max(1, min(_READ_ROWS, _BATCH_BYTES // max(1, other)))
         for batch in source.iter_batches(size, row_groups=[group], columns=self.columns, use_threads=False):
             self.left += _ROW_BYTES * batch.num_rows - _num_bytes(batch)
@@ -353,6 +379,11 @@ def _id(value: Any) -> str | None:
     if len(text) > _MAX_ID:
         raise InputError(f"its id has {len(text)} letters, and may have {_MAX_ID}. Give a shorter one.")
     return text
+
+
+def writable(text: str) -> str:
+    """Text that UTF-8 can write."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def count(path: Path) -> int:

@@ -17,15 +17,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from m0kit.artifact.ports import STORED, past_names, present_names, table_names
 from m0kit.config import DecoderConfig
 
 Array = NDArray[Any]
 
-DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "int8": np.dtype(np.uint8),
-}
+DTYPES: Final[dict[str, np.dtype[Any]]] = {kv: np.dtype(name) for kv, name in STORED.items()}
 _LEVELS: Final = 255
 
 
@@ -56,14 +53,14 @@ class State:
 
     @classmethod
     def from_presents(cls, out: Mapping[str, Array], rows: slice, config: DecoderConfig, kv: str) -> "State":
-        """Rows of a run's outputs present.{i}.key/.value (K, T, C), copied."""
+        """Rows of a run's outputs `present_names` (K, T, C), copied."""
         layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
         kept = np.empty((layers, 2, heads, rows.stop - rows.start, width), DTYPES[kv])
         table = np.empty((layers if kv == "int8" else 0, 2, 3, heads, width), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # `is_finite` tells
             for layer in range(layers):
-                for i, name in enumerate(("key", "value")):
-                    values = out[f"present.{layer}.{name}"][:, rows]
+                for i, name in enumerate(present_names(layer)):
+                    values = out[name][:, rows]
                     if kv == "int8":
                         kept[layer, i], table[layer, i] = _rounded(values)
                     else:
@@ -119,15 +116,11 @@ class Pasts:
             for state in states:
                 kv[:, :, :, start : start + state.length] = state.kv
                 start += state.length
-        feeds = {
-            f"past_key_values.{layer}.{name}": kv[layer, i]
-            for layer in range(layers)
-            for i, name in enumerate(("key", "value"))
-        }
+        feeds = {name: kv[layer, i] for layer in range(layers) for i, name in enumerate(past_names(layer))}
         if self._kv == "int8":
             # Without a past an empty table for the pieces that name past 0 all the same.
             tables = [s.table for s in states] or [np.zeros((layers, 2, 3, heads, width), np.float32)]
             for layer in range(layers):
-                for i, name in enumerate(("key", "value")):
-                    feeds[f"past_key_values.{layer}.{name}_table"] = np.stack([table[layer, i] for table in tables])
+                for i, name in enumerate(table_names(layer)):
+                    feeds[name] = np.stack([table[layer, i] for table in tables])
         return feeds

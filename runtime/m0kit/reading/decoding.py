@@ -54,33 +54,35 @@ _MAX_OVERLAP: Final = 8  # how often the parts of a TIFF may read one byte: blan
 def open_image(raw: bytes, where: str) -> Image.Image:
     """An image file, of which only what stands before the pixels was read. Raises ImageError naming `where`."""
     if (why := _refused_unopened(raw)) is not None:
-        raise ImageError(f"{where}: the image of {len(raw)} bytes {why}. Save it again, as PNG for one.")
+        raise ImageError(f"the image of {len(raw)} bytes {why}. Save it again, as PNG for one.", where=where)
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning where it is made an error
         raise ImageError(
-            f"{where}: the image has more than the limit of {MAX_DECODED_PIXELS} pixels. Shrink it."
+            f"the image has more than the limit of {MAX_DECODED_PIXELS} pixels. Shrink it.", where=where
         ) from None
     except MemoryError:  # nothing of a file's size is had here but the file
         raise
     except Exception as error:
         raise ImageError(
-            f"{where}: not an image that can be read ({len(raw)} bytes).{described(raw)} "
-            f"Accepted: {', '.join(FORMATS)}."
+            f"not an image that can be read ({len(raw)} bytes).{described(raw)} Accepted: {', '.join(FORMATS)}.",
+            where=where,
         ) from error
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"{where}: the image has no pixels ({width}×{height}).")
+        raise ImageError(f"the image has no pixels ({width}×{height}).", where=where)
     if width * height > MAX_DECODED_PIXELS:
         raise ImageError(
-            f"{where}: an image of {width}×{height} pixels is over the limit of {MAX_DECODED_PIXELS}. Shrink it."
+            f"an image of {width}×{height} pixels is over the limit of {MAX_DECODED_PIXELS}. Shrink it.", where=where
         )
     try:
         why = _refused(raw, image)
     except Exception as error:  # what Pillow makes of tags of a TIFF when they are asked for
-        raise ImageError(_damaged(image, where)) from error
+        raise ImageError(_damaged(image), where=where) from error
     if why is not None:
-        raise ImageError(f"{where}: the {image.format} file ({width}×{height}) {why}. Save it again, as PNG for one.")
+        raise ImageError(
+            f"the {image.format} file ({width}×{height}) {why}. Save it again, as PNG for one.", where=where
+        )
     return image
 
 
@@ -90,9 +92,9 @@ def load(image: Image.Image, where: str) -> None:
         image.load()
     except MemoryError:
         require_room(image.size)
-        raise ImageError(_damaged(image, where)) from None
+        raise ImageError(_damaged(image), where=where) from None
     except Exception as error:  # Pillow raises what it likes
-        raise ImageError(_damaged(image, where)) from error
+        raise ImageError(_damaged(image), where=where) from error
 
 
 def require_room(size: tuple[int, int]) -> None:
@@ -100,9 +102,9 @@ def require_room(size: tuple[int, int]) -> None:
     Image.new("RGB", size)
 
 
-def _damaged(image: Image.Image, where: str) -> str:
+def _damaged(image: Image.Image) -> str:
     width, height = image.size
-    return f"{where}: the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
+    return f"the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
 
 
 def _refused_unopened(raw: bytes) -> str | None:

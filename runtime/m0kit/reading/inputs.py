@@ -1,6 +1,6 @@
 """What a caller may pass as query, document and pair, and what it means. Owns the forms, not the decoding.
 
-    parse_pair(("slm markdown", Path("page.png")), "pair 0")
+    parse_pair(("slm markdown", Path("page.png")))
 
 A str is always text: never sniffed as a path or URL. An image is a PIL image, a path, bytes, or
 {"image": one of these, a base64 data URI, or an image's bytes in base64}; {"text": str} is text said explicitly;
@@ -28,7 +28,6 @@ from m0kit.reading.formats import MAX_IMAGE_BYTES, image_format
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_PATH: Final = 4096  # characters; Linux's limit, and more than others have
-_PLACE: Final = re.compile(r"pair (\d+): ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +91,22 @@ def as_list(value: Any, what: str, expected: str) -> list[Any]:
     return list(value)
 
 
-def parse_pair(value: Any, where: str) -> Pair:
-    """(query, document) or {"query": …, "document": …}. Raises InputError naming `where`."""
+def parse_pair(value: Any) -> Pair:
+    """(query, document) or {"query": …, "document": …}. Raises InputError, which tells the side."""
     if isinstance(value, Mapping):
-        _check_keys(value, {"query", "document"}, where)
+        _check_keys(value, {"query", "document"}, "")
         if len(value) < 2:
-            raise InputError(f'{where}: expected both "query" and "document", got only {_names(value)}.')
+            raise InputError(f'expected both "query" and "document", got only {_names(value)}.')
         query, document = value["query"], value["document"]
     elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
         if len(value) != 2:
-            raise InputError(f"{where}: expected (query, document), got {len(value)} items.")
+            raise InputError(f"expected (query, document), got {len(value)} items.")
         query, document = value.tolist() if isinstance(value, np.ndarray) else value  # a row of a table
     else:
         raise InputError(
-            f"{where}: expected (query, document), got {type(value).__name__}. "
-            "To score one pair, pass a list that holds it."
+            f"expected (query, document), got {type(value).__name__}. To score one pair, pass a list that holds it."
         )
-    return Pair(parse_content(query, f"{where}: query"), parse_content(document, f"{where}: document"))
+    return Pair(parse_content(query, "query"), parse_content(document, "document"))
 
 
 def from_file(value: Any, folder: Path) -> Any:
@@ -166,16 +164,10 @@ def group_from_file(record: Mapping[str, Any], folder: Path) -> tuple[Any, list[
         try:
             contents.append(from_file(value, folder))
         except ImageError as error:
-            raise ImageError(f"{where}: {error}") from None
+            raise ImageError(error.reason, where=where) from None
         if isinstance(parse_content(contents[-1], where), Known):
-            raise InputError(f"{where}: names a document of an index, and there is none here. Give the document.")
+            raise InputError("names a document of an index, and there is none here. Give the document.", where=where)
     return contents[0], contents[1:]
-
-
-def unplaced(error: InputError) -> tuple[int | None, str]:
-    """The position that a message of `Reranker` begins with, which means nothing outside the call, and the rest."""
-    match = _PLACE.match(str(error))
-    return (int(match[1]), str(error)[match.end() :]) if match else (None, str(error))
 
 
 def shown(value: Any) -> str:
@@ -193,16 +185,17 @@ def parse_content(value: Any, where: str) -> Content:
         _check_keys(value, {"text", "image", "id"}, where)
         if len(value) != 1:
             raise InputError(
-                f'{where}: expected {{"text": …}}, {{"image": …}} or {{"id": …}}, got {_names(value)}. '
-                "The model was trained on one of them per document."
+                f'expected {{"text": …}}, {{"image": …}} or {{"id": …}}, got {_names(value)}. '
+                "The model was trained on one of them per document.",
+                where=where,
             )
         if "id" in value:
             if not isinstance(value["id"], str):
-                raise InputError(f'{where}: "id" must be a string, got {type(value["id"]).__name__}.')
+                raise InputError(f'"id" must be a string, got {type(value["id"]).__name__}.', where=where)
             return Known(value["id"])
         if "text" in value:
             if not isinstance(value["text"], str):
-                raise InputError(f'{where}: "text" must be a string, got {type(value["text"]).__name__}.')
+                raise InputError(f'"text" must be a string, got {type(value["text"]).__name__}.', where=where)
             return _text(value["text"], where)
         if isinstance(value["image"], str):
             return _file(_image_string(value["image"], where))
@@ -212,13 +205,14 @@ def parse_content(value: Any, where: str) -> Content:
 
 def _text(text: str, where: str) -> Text:
     if not text:
-        raise InputError(f"{where} is empty. Give some text, or leave the pair out.")
+        raise InputError("is empty. Give some text, or leave the pair out.", where=where)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: character {error.start} is half of a surrogate pair, not valid Unicode. "
-            "Decode the text again from its bytes, or replace it."
+            f"character {error.start} is half of a surrogate pair, not valid Unicode. "
+            "Decode the text again from its bytes, or replace it.",
+            where=where,
         ) from None
     return Text(text)
 
@@ -233,12 +227,13 @@ def _picture(value: Any, where: str) -> Picture:
         try:
             return replace(_file(read_regular(path, MAX_IMAGE_BYTES)), path=path)
         except OSError as error:
-            raise ImageError(f"{at(where, path)}: {error.strerror}.") from None
+            raise ImageError(f"{error.strerror}.", where=at(where, path)) from None
         except ValueError:  # a null character, or half of a surrogate pair
-            raise ImageError(f"{where}: {str(path)!r} cannot be the name of a file.") from None
+            raise ImageError(f"{str(path)!r} cannot be the name of a file.", where=where) from None
     raise InputError(
-        f"{where}: expected text (str), an image (PIL image, Path, bytes), "
-        f'{{"text": …}} or {{"image": …}}; got {type(value).__name__}.'
+        f"expected text (str), an image (PIL image, Path, bytes), "
+        f'{{"text": …}} or {{"image": …}}; got {type(value).__name__}.',
+        where=where,
     )
 
 
@@ -261,16 +256,17 @@ def _image_string(text: str, where: str) -> bytes:
         raw = _base64_image(text)
         if raw is None:
             raise ImageError(
-                f'{where}: a string under "image" must be a data URI (data:image/png;base64,…) or an image in base64. '
-                "Pass a file as Path(…); fetch a URL yourself and pass its bytes."
+                'a string under "image" must be a data URI (data:image/png;base64,…) or an image in base64. '
+                "Pass a file as Path(…); fetch a URL yourself and pass its bytes.",
+                where=where,
             )
         return raw
     head, comma, body = text.partition(",")
     if not comma or head.split(";")[-1].strip().lower() != "base64":
-        raise ImageError(f"{where}: a data URI must be in base64 (data:image/png;base64,…), got {shown(text)}.")
+        raise ImageError(f"a data URI must be in base64 (data:image/png;base64,…), got {shown(text)}.", where=where)
     raw = _base64(unquote(body) if "%" in body else body)
     if raw is None:
-        raise ImageError(f"{where}: the data URI is not valid base64.")
+        raise ImageError("the data URI is not valid base64.", where=where)
     return raw
 
 
@@ -298,7 +294,9 @@ def _is_file(path: Path) -> bool:
 
 def _check_keys(value: Mapping[Any, Any], known: set[str], where: str) -> None:
     if unknown := [key for key in value if key not in known]:
-        raise InputError(f"{where}: unknown key {_names(unknown)}. Known are {_names(sorted(known, reverse=True))}.")
+        raise InputError(
+            f"unknown key {_names(unknown)}. Known are {_names(sorted(known, reverse=True))}.", where=where
+        )
 
 
 def _names(keys: Any) -> str:

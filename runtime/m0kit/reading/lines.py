@@ -21,9 +21,9 @@ from m0kit.reading.formats import MARK, no_text
 from m0kit.schema import twice
 
 JSON_NAMES: Final = (".jsonl", ".ndjson")
-_MAX_LINE_BYTES = 256 << 20  # more is a file without line ends, and not for memory
+MAX_LINE_BYTES = 256 << 20  # more is a file without line ends, and not for memory
 # In one line: a value of two letters takes a hundred bytes as Python has it. A text may have as many commas.
-_MAX_VALUES: Final = 10_000_000
+MAX_VALUES: Final = 10_000_000
 
 
 def is_json_lines(path: Path) -> bool:
@@ -54,7 +54,7 @@ def lines(source: Path | BinaryIO, place: str | None = None) -> Iterator[tuple[i
             if number == 1 and (what := no_text(line)):
                 raise InputError(f"{place}: {what}")
             whole: bytes | None = line
-            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while (rest := _readline(file, place)) and not rest.endswith(b"\n"):
                     pass
                 whole = None
@@ -91,8 +91,8 @@ def strings(source: Path | BinaryIO, place: str | None = None) -> Iterator[tuple
 def json_object(line: bytes | None, wanted: str) -> Mapping[str, Any]:
     """What a line holds; `wanted` is what it should, for the message. Raises InputError."""
     text = _decoded(line)
-    if len(text) > _MAX_VALUES and sum(map(text.count, ",:[{")) > _MAX_VALUES:
-        raise InputError(f"the line holds more than {_MAX_VALUES} values. Write them as one string, or leave them out.")
+    if len(text) > MAX_VALUES and sum(map(text.count, ",:[{")) > MAX_VALUES:
+        raise InputError(f"the line holds more than {MAX_VALUES} values. Write them as one string, or leave them out.")
     try:
         record = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
     except InputError:
@@ -110,7 +110,7 @@ def json_object(line: bytes | None, wanted: str) -> Mapping[str, Any]:
 
 def _readline(file: BinaryIO, place: str) -> bytes:
     try:
-        return file.readline(_MAX_LINE_BYTES)
+        return file.readline(MAX_LINE_BYTES)
     except OSError as error:
         raise InputError(f"{place}: {os.strerror(error.errno or 0)}.") from None
 
@@ -133,7 +133,7 @@ def _ahead(file: io.BufferedReader, place: str) -> bytes:
 
 def _decoded(line: bytes | None) -> str:
     if line is None:
-        raise InputError(f"the line is longer than {_MAX_LINE_BYTES >> 20} MiB. Name large images by their paths.")
+        raise InputError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB. Name large images by their paths.")
     try:
         return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

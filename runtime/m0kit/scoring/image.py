@@ -89,14 +89,14 @@ def resize(picture: Picture, config: ImageConfig, where: str) -> Pixels:
     if picture.ready:
         return _pixels(np.asarray(image), config)
     rows, columns = smart_resize(height, width, config)
-    said = f"{where}: the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
+    said = f"the image (mode {image.mode}, {width}×{height}) cannot be decoded or converted to RGB."
     try:
         resized = _on_white(image).resize((columns, rows), Image.Resampling.BICUBIC)
     except MemoryError:
         require_room(image.size)
-        raise ImageError(said) from None
+        raise ImageError(said, where=where) from None
     except Exception as error:  # a lazily opened PIL image decodes here; Pillow raises what it likes
-        raise ImageError(said) from error
+        raise ImageError(said, where=where) from error
     return _pixels(np.asarray(resized), config)
 
 
@@ -115,11 +115,22 @@ def ready_grid(picture: Picture, config: ImageConfig, where: str) -> NDArray[np.
     return np.array([1, height // config.patch_size, width // config.patch_size], np.int64)
 
 
+def estimated_tokens(picture: Picture, config: ImageConfig) -> int:
+    """Visual tokens that a picture will have, from its header; before a turn by EXIF. Raises ImageError."""
+    where = str(picture.path or "")
+    source = picture.source
+    width, height = (source if isinstance(source, Image.Image) else open_image(_bytes(picture, where), where)).size
+    _check_sides(width, height, where)
+    rows, columns = (height, width) if picture.ready else smart_resize(height, width, config)
+    return rows * columns // config.factor**2
+
+
 def _check_ready(width: int, height: int, config: ImageConfig, where: str) -> None:
     if height % config.factor or width % config.factor or width * height > config.max_pixels:
         raise ImageError(
-            f"{where}: kept pixels of {width}×{height}; sides must be multiples of {config.factor}, and at most "
-            f"{config.max_pixels} pixels. Add the document again."
+            f"kept pixels of {width}×{height}; sides must be multiples of {config.factor}, and at most "
+            f"{config.max_pixels} pixels. Add the document again.",
+            where=where,
         )
 
 
@@ -137,9 +148,9 @@ def _bytes(picture: Picture, where: str) -> bytes:
     try:
         raw = read_regular(picture.source, MAX_IMAGE_BYTES)
     except OSError as error:
-        raise ImageError(f"{where}: {error.strerror}.") from None
+        raise ImageError(f"{error.strerror}.", where=where) from None
     if hashlib.sha256(raw).hexdigest() != picture.key:
-        raise ImageError(f"{where}: was changed while it was being scored. Score it again.")
+        raise ImageError("was changed while it was being scored. Score it again.", where=where)
     return raw
 
 
@@ -172,11 +183,12 @@ def _normalised(config: ImageConfig) -> NDArray[np.float32]:
 def _check_sides(width: int, height: int, where: str) -> None:
     """Raises ImageError for sides that the model does not take."""
     if not width or not height:
-        raise ImageError(f"{where}: the image has no pixels ({width}×{height}).")
+        raise ImageError(f"the image has no pixels ({width}×{height}).", where=where)
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError(
-            f"{where}: an image of {width}×{height} pixels is too narrow; one side may be at most "
-            f"{MAX_ASPECT_RATIO} times the other. Cut it into parts."
+            f"an image of {width}×{height} pixels is too narrow; one side may be at most "
+            f"{MAX_ASPECT_RATIO} times the other. Cut it into parts.",
+            where=where,
         )
 
 
@@ -184,15 +196,15 @@ def _upright(image: Image.Image, where: str) -> Image.Image:
     """The first frame of a file that was opened, turned, in RGB. Raises ImageError."""
     load(image, where)
     width, height = image.size
-    said = f"{where}: the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
+    said = f"the {image.format} file ({width}×{height}) is damaged or cut off. Save it again."
     try:
         ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
     except MemoryError:
         require_room(image.size)
-        raise ImageError(said) from None
+        raise ImageError(said, where=where) from None
     except Exception as error:  # of damaged metadata
-        raise ImageError(said) from error
+        raise ImageError(said, where=where) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

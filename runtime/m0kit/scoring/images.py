@@ -1,187 +1,130 @@
-"""The images of one call: resized once, encoded once, forgotten after the last pair that needs them.
+"""Images that pairs are waiting for: looked at once, resized once, forgotten with the last pair that needs them.
 
-Owns what is in memory of them. Resized pixels are kept while there is room and made again from their source where
-not; embeddings go through the cache, when there is one.
+Owns what is in memory of their pixels. Resized pixels are kept while there is room, and made again from their source
+where not. What an engine makes of an image hangs on it, and goes with it.
+
+    image = Images(config.image).see(picture, "document")     # decoded; the same object for the same pixels
+    image.num_tokens, image.pixels()
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from m0kit.config import ImageConfig
-from m0kit.errors import ArtifactDamagedError, ImageError
-from m0kit.keeping.cache import Cache, Once
 from m0kit.reading.inputs import Picture
-from m0kit.scoring import sessions
-from m0kit.scoring.image import Pixels, patchify, ready_grid, resize
-from m0kit.scoring.planner import PATCH_BUDGET, image_rows, pack
-from m0kit.scoring.positions import vision_positions
-
-Float32 = NDArray[np.float32]
-Array = NDArray[Any]
+from m0kit.scoring.image import Pixels, ready_grid, resize
 
 # Bytes of resized pixels that wait for their turn: 140 pages of the published size.
 PIXEL_BYTES = 256 << 20
-# What the image encoder spends on a visual token, in units of what the decoder spends on a token.
-ENCODING_COST = 3
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What is known of a picture once it was looked at."""
+class _Room:
+    """Bytes of pixels that may be kept. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.left = max_bytes
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int, *, forced: bool = False) -> bool:
+        with self._lock:
+            fits = forced or num_bytes <= self.left
+            self.left -= num_bytes if fits else 0
+            return fits
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class SeenImage:
+    """An image whose size is known. Equal pixels are one object, unless one of them comes from an index."""
 
     picture: Picture  # keeps a PIL image alive, which is known by its identity
     where: str
-    grid_thw: NDArray[np.int64]
-    num_tokens: int
-    pixels: Pixels | None
-    digest: bytes = b""
+    grid_thw: NDArray[np.int64]  # (3,)
+    num_tokens: int  # visual tokens
+    _config: ImageConfig
+    _room: _Room
+    embeds: Any = None  # what an engine made of it
+    others: list[Picture] = field(
+        default_factory=list
+    )  # PIL images of the same pixels: alive, they keep their identity
+    _pixels: Pixels | None = None
+    _digest: bytes = b""
+
+    def pixels(self) -> Pixels:
+        """Raises ImageError for a file that has changed or gone since it was looked at."""
+        if self._pixels is None:
+            self._pixels = resize(self.picture, self._config, self.where)
+            self._room.take(self._pixels.values.nbytes, forced=True)
+        return self._pixels
+
+    def hold(self, pixels: Pixels) -> None:
+        """Keep its pixels, if there is room."""
+        if self._room.take(pixels.values.nbytes):
+            self._pixels = pixels
+
+    def require(self) -> None:
+        """Make sure that it can be encoded, where it was not. Raises ImageError as `pixels` does."""
+        if self.embeds is None:
+            self.pixels()
+
+    def digest(self) -> bytes:
+        """sha256 of the pixels as the model sees them, size included."""
+        if not self._digest:
+            self._digest = _digest(self.pixels())
+        return self._digest
+
+    def drop_pixels(self) -> None:
+        """They are made again where they are asked for again."""
+        if self._pixels is not None:
+            self._room.take(-self._pixels.values.nbytes)
+            self._pixels = None
+
+    def __del__(self) -> None:
+        self.drop_pixels()
 
 
 class Images:
-    """Pictures by their keys (`Picture.key`). For one call, and one thread."""
+    """The images in use. Thread-safe."""
 
-    def __init__(
-        self, config: ImageConfig, vision: sessions.Graph, cache: Cache | None, once: Once, salt: bytes, half: bool
-    ):
-        """With a cache an image that other calls encode too is encoded `once`.
+    def __init__(self, config: ImageConfig) -> None:
+        self._config = config
+        self._room = _Room(PIXEL_BYTES)
+        self._lock = threading.Lock()
+        self._by_source: WeakValueDictionary[str, SeenImage] = WeakValueDictionary()
+        self._by_pixels: WeakValueDictionary[bytes, SeenImage] = WeakValueDictionary()
 
-        `salt` tells the embeddings of one artifact from another's in the cache; with `half` they are float16.
-        """
-        self._config, self._vision, self._cache, self._salt, self._half = config, vision, cache, salt, half
-        self._once = once
-        self._seen: dict[str, _Seen] = {}
-        self._embeds: dict[str, Array] = {}
-        self._uses: Counter[str] = Counter()
-        self._pixel_bytes = 0
+    def see(self, picture: Picture, where: str) -> SeenImage:
+        """Decode and resize a picture, unless it is in use. Raises ImageError naming `where`."""
+        with self._lock:
+            known = self._by_source.get(picture.key)
+        if known is not None:
+            return known
+        if picture.ready:  # the pixels of a document that is kept are rarely needed
+            grid = ready_grid(picture, self._config, where)
+            num_tokens = int(grid.prod()) // self._config.merge_size**2
+            image = SeenImage(picture, where, grid, num_tokens, self._config, self._room)
+            with self._lock:
+                return self._by_source.setdefault(picture.key, image)
+        pixels = resize(picture, self._config, where)
+        digest = _digest(pixels)
+        again = replace(picture, source=picture.path or picture.source)  # a file's bytes need not stay in memory
+        new = SeenImage(again, where, pixels.grid_thw, pixels.num_tokens, self._config, self._room, _digest=digest)
+        with self._lock:
+            image = self._by_pixels.setdefault(digest, new)
+            if image is new:
+                image.hold(pixels)
+            elif isinstance(picture.source, Image.Image):
+                image.others.append(picture)
+            self._by_source[picture.key] = image
+        return image
 
-    def see(self, picture: Picture, where: str) -> int:
-        """Decode and resize a picture, if it is new; returns its number of visual tokens. Raises ImageError."""
-        if picture.key not in self._seen and picture.ready:
-            grid = ready_grid(picture, self._config, where)  # the pixels of a document that is kept are rarely needed
-            self._seen[picture.key] = _Seen(picture, where, grid, int(grid.prod()) // self._config.merge_size**2, None)
-        elif picture.key not in self._seen:
-            pixels = resize(picture, self._config, where)
-            again = replace(picture, source=picture.path or picture.source)  # a file's bytes need not stay in memory
-            seen = _Seen(again, where, pixels.grid_thw, pixels.num_tokens, None)
-            self._seen[picture.key] = seen
-            if self._pixel_bytes + pixels.values.nbytes <= PIXEL_BYTES:
-                seen.pixels = pixels
-                self._pixel_bytes += pixels.values.nbytes
-        return self._seen[picture.key].num_tokens
 
-    def grid(self, key: str) -> NDArray[np.int64]:
-        """grid_thw (3,)"""
-        return self._seen[key].grid_thw
-
-    def num_tokens(self, key: str) -> int:
-        return self._seen[key].num_tokens
-
-    def digest(self, key: str) -> bytes:
-        """sha256 of the pixels as the model sees them, size included."""
-        seen = self._seen[key]
-        if not seen.digest:
-            values = self.pixels(key).values
-            seen.digest = hashlib.sha256(str(values.shape).encode() + np.ascontiguousarray(values).data).digest()
-        return seen.digest
-
-    def pixels(self, key: str) -> Pixels:
-        """Raises ImageError for a file that has changed or gone since it was looked at."""
-        seen = self._seen[key]
-        if seen.pixels is None:
-            seen.pixels = resize(seen.picture, self._config, seen.where)
-            self._pixel_bytes += seen.pixels.values.nbytes
-        return seen.pixels
-
-    def fetch(self, keys: Sequence[str]) -> None:
-        """Make sure that these can be encoded. Raises ImageError as `pixels` does."""
-        for key in keys:
-            if key not in self._embeds:
-                self.pixels(key)
-
-    def there(self, keys: Sequence[str]) -> list[str]:
-        """Those that can be encoded; why others cannot, `fetch` says."""
-        found = []
-        for key in keys:
-            with suppress(ImageError):
-                self.fetch([key])
-                found.append(key)
-        return found
-
-    def claim(self, keys: Sequence[str]) -> None:
-        """Note that one more pair needs these."""
-        self._uses.update(keys)
-
-    def release(self, keys: Sequence[str]) -> None:
-        """Note that one pair less does."""
-        self._uses.subtract(keys)
-        for key in keys:
-            if self._uses[key] <= 0:
-                self._embeds.pop(key, None)
-                self._drop_pixels(key)
-
-    def embeds(self, keys: Sequence[str]) -> list[Float32]:
-        """Image embeddings (V, D) for each key, in order; those not there yet are encoded, packed."""
-        new = []
-        for key in dict.fromkeys(keys):
-            if key not in self._embeds:
-                known = self._cache.get(self._cache_key(key)) if self._cache is not None else None
-                if known is None:
-                    new.append(key)
-                else:
-                    self._embeds[key] = known
-        sized = ((key, [int(self.grid(key).prod())]) for key in new)
-        for packed in pack(sized, [PATCH_BUDGET]):
-            self._embeds |= zip(packed, self._encoded(packed), strict=True)
-            for key in packed:
-                self._drop_pixels(key)
-        return [np.asarray(self._embeds[key], np.float32) for key in keys]
-
-    def _encoded(self, keys: Sequence[str]) -> list[Array]:
-        """Embeddings by this thread, or by another that has the same pixels in hand."""
-        cache = self._cache
-        if cache is None:
-            return self._encode(keys)
-        shared = [self._cache_key(key) for key in keys]
-        by_pixels = dict(zip(shared, keys, strict=True))
-
-        def encode(some: list[bytes]) -> list[Array]:
-            embeds = self._encode([by_pixels[key] for key in some])
-            for key, own in zip(some, embeds, strict=True):
-                if np.isfinite(own).all():
-                    cache.put(key, own, num_bytes=own.nbytes, cost=ENCODING_COST * len(own))
-            return embeds
-
-        return self._once.get(shared, cache.peek, encode)
-
-    def _encode(self, keys: Sequence[str]) -> list[Array]:
-        patches = [patchify(self.pixels(key), self._config) for key in keys]
-        feeds = {
-            "patches": np.concatenate([p.values for p in patches]),
-            "positions": np.concatenate([vision_positions(p.grid_thw, self._config.merge_size) for p in patches]),
-            "images": image_rows([len(p.values) for p in patches]),
-        }
-        out = self._vision.run(feeds, ["image_embeds"])["image_embeds"]
-        if self._half:
-            out = out.astype(np.float16)
-        ends = np.cumsum([self._seen[key].num_tokens for key in keys])
-        if len(out) != ends[-1]:
-            raise ArtifactDamagedError(
-                f"the vision graph gives {len(out)} rows for {ends[-1]} visual tokens. Export the artifact again."
-            )
-        return [rows.copy() if len(keys) > 1 else rows for rows in np.split(out, ends[:-1])]
-
-    def _cache_key(self, key: str) -> bytes:
-        return hashlib.sha256(b"image" + self._salt + self.digest(key)).digest()
-
-    def _drop_pixels(self, key: str) -> None:
-        seen = self._seen[key]
-        if seen.pixels is not None:
-            self._pixel_bytes -= seen.pixels.values.nbytes
-            seen.pixels = None
+def _digest(pixels: Pixels) -> bytes:
+    values = pixels.values
+    return hashlib.sha256(str(values.shape).encode() + np.ascontiguousarray(values).data).digest()

@@ -5,7 +5,8 @@ graph.run({"hidden": hidden}, ["logit"])
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -98,6 +99,53 @@ class OnnxRuntimeGraph:
                 )
 
 
+class Opened:
+    """A graph that is opened when it is needed, and takes the place of its rival where it has one.
+
+    Who scores texts alone never pays for the vision encoder. A rival that another thread is running lives until
+    that run ends. A forked child opens it again: an engine's threads do not come along.
+    """
+
+    def __init__(self, opener: Callable[[], Graph]) -> None:
+        self.rival: Opened | None = None
+        self._opener = opener
+        self._lock = threading.Lock()
+        self._graph: Graph | None = None
+        self.is_closed = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        forks.abandon(self._graph)
+        self._graph = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let it go for good."""
+        with self._lock:
+            self.is_closed = True
+            self._graph = None
+
+    def give_way(self) -> None:
+        """Let it go until it is needed again."""
+        self._graph = None
+
+    def open(self) -> Graph:
+        """The graph. Raises M0kitError after `close`, and what opening it raises."""
+        with self._lock:
+            if self.is_closed:
+                raise M0kitError("this reranker was closed meanwhile. Load the artifact again.")
+            graph = self._graph
+            if graph is None:
+                if self.rival is not None:
+                    self.rival.give_way()  # before, so that the two are never there together
+                graph = self._graph = self._opener()
+        return graph
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """As `Graph.run`."""
+        return self.open().run(feeds, outputs)
+
+
 def open_graph(
     folder: Path,
     name: str,
@@ -116,7 +164,7 @@ def open_graph(
     outputs as well. `ports` are those that the manifest tells of each graph; others are an error.
     Raises DependencyError, DeviceError, ArtifactDamagedError.
     """
-    ort = _onnxruntime()
+    ort = onnxruntime()
     providers = _providers(ort, device)
     options = ort.SessionOptions()
     if threads is not None:
@@ -184,10 +232,11 @@ def _check_ports(path: Path, session: Any, told: GraphPorts) -> None:
 
 def engine_version() -> str:
     """Of ONNX Runtime. Raises DependencyError."""
-    return str(_onnxruntime().__version__)
+    return str(onnxruntime().__version__)
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
+    """The module, reporting nothing. Raises DependencyError."""
     try:
         import onnxruntime
     except ImportError:

@@ -35,7 +35,7 @@ BAD = {
     "unknown key 'score'": row(score=1),
     "list of two or more": row(documents=["only one"]),
     "must be a list": row(documents="a text"),
-    "query is empty": row(query="", relevance=[1, 0, 0]),
+    "query: is empty": row(query="", relevance=[1, 0, 0]),
     "document 2: expected text": row(documents=["a", 7], relevance=[1, 0]),
     "document 1: .*gone.png: No such file": row(documents=[{"image": "gone.png"}, "b"], relevance=[1, 0]),
     "one number for each of 3 documents, not 2": row(relevance=[1, 0]),

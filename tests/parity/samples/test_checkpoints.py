@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tests.parity import _sensitivity as sensitivity
 
 from m0kit.errors import OutputError
-from m0kit_export import checkpoint as checkpoint_reader
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.names import expected_shapes
+from m0kit_export.settings import decoder_config, vision_config
 from m0kit_parity.reference import Reference
 from m0kit_parity.samples import checkpoints
 from m0kit_parity.samples.checkpoints import (
@@ -139,8 +139,8 @@ def test_every_form_of_config_means_the_same_model(tmp_path: Path) -> None:
 def test_the_published_dimensions_survive_every_form_of_config(form: ConfigForm) -> None:
     """Where most fields equal the defaults of their classes and are left out."""
     raw = checkpoints._config_json(model_config("full"), "bfloat16", form)
-    assert checkpoint_reader._decoder_config(raw) == model_config("full").decoder
-    assert checkpoint_reader._vision_config(raw) == model_config("full").vision
+    assert decoder_config(raw) == model_config("full").decoder
+    assert vision_config(raw) == model_config("full").vision
 
 
 def test_lm_head_is_written_on_request_and_left_out_of_use(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from tests._alone import optional
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, write_manifest
 from m0kit.cli.commands import cli
+from m0kit.cli.doctor import doctor
 from m0kit.errors import ArtifactError, WrongAnswerError
-from m0kit.machine.advice import doctor
 from m0kit.scoring import sessions
 
 onnx = optional("onnx")

@@ -15,14 +15,15 @@ from m0kit.artifact.ports import (
     decoder_name,
     difference,
     expected_ports,
-    is_first_format,
+    past_names,
+    present_names,
+    table_names,
 )
 from m0kit_parity.samples.checkpoints import model_config
 
 CONFIG = model_config("tiny")
 NAMES = (*GRAPHS, *(decoder_name(kv) for kv in KV if kv != "fp32"))
 PORTS = {name: expected_ports(CONFIG, name) for name in NAMES}
-FIRST = {name: expected_ports(CONFIG, name, first_format=True) for name in GRAPHS}
 
 
 def test_they_are_those_that_the_exporter_writes(artifact: Path) -> None:
@@ -30,16 +31,18 @@ def test_they_are_those_that_the_exporter_writes(artifact: Path) -> None:
     assert manifest.graphs == {name: expected_ports(manifest.model, name) for name in NAMES}
 
 
-def test_those_of_the_first_exporter_are_known(old_artifact: Path) -> None:
-    manifest = read_manifest(old_artifact)
-    assert is_first_format(manifest.graphs)
-    assert not is_first_format(PORTS)
-    assert manifest.graphs == FIRST
-
-
-def test_graphs_of_the_model_pass_in_both_forms() -> None:
+def test_graphs_of_the_model_pass() -> None:
     check_ports(CONFIG, PORTS)
-    check_ports(CONFIG, FIRST)
+
+
+def test_names_are_those_of_the_decoders_ports_in_their_order() -> None:
+    layers = range(CONFIG.decoder.num_layers)
+    for kv in KV:
+        ports = PORTS[decoder_name(kv)]
+        given = [name for i in layers for name in (*past_names(i), *(table_names(i) if kv == "int8" else ()))]
+        assert [port.name for port in ports.inputs[7:]] == given
+        assert [port.name for port in ports.outputs[1:]] == [name for i in layers for name in present_names(i)]
+    assert past_names(1) == ("past_key_values.1.key", "past_key_values.1.value")
 
 
 def test_layers_are_counted_before_ports_are_made_of_them() -> None:
@@ -51,9 +54,9 @@ def test_layers_are_counted_before_ports_are_made_of_them() -> None:
         check_ports(CONFIG, {**PORTS, "decoder": odd})
 
 
-def test_both_forms_may_not_be_mixed() -> None:
-    with pytest.raises(ValueError, match=r"graphs: 'decoder\.kv-fp16' is not known; known are vision, decoder, head"):
-        check_ports(CONFIG, {**PORTS, "decoder": FIRST["decoder"]})
+def test_a_graph_too_many_is_named() -> None:
+    with pytest.raises(ValueError, match=r"graphs: 'decoder\.kv-fp8' is not known; known are vision, decoder, head"):
+        check_ports(CONFIG, {**PORTS, "decoder.kv-fp8": PORTS["decoder"]})
 
 
 def test_a_difference_names_the_port_and_what_it_should_be() -> None:

@@ -174,7 +174,7 @@ def test_a_document_that_cannot_be_scored_comes_last_and_the_others_are_there(
     assert [line.split(": ")[:2] for line in said] == [["error", str(path)] for path in bad]
     assert all(line.count(str(path)) == 1 for line, path in zip(said, bad, strict=True))
     for line, words in zip(
-        said, ("No such file", "document is empty", "damaged or cut off", "the folder holds no file"), strict=True
+        said, ("No such file", "document: is empty", "damaged or cut off", "the folder holds no file"), strict=True
     ):
         assert words in line
     rows = m0kit("rerank", artifact, "--query", "q", bad[0], documents[0], "--json").rows
@@ -244,7 +244,7 @@ def test_an_empty_query_is_empty_and_not_missing(
 ) -> None:
     done = m0kit("rerank", artifact, "--query", "", documents[0])
     assert (done.code, done.err.count("\n")) == (1, 1)
-    assert "--query is empty" in done.err
+    assert "--query: is empty" in done.err
 
 
 # --- documents -----------------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def test_score_marks_lines_by_their_number_in_the_file(m0kit: Callable[..., Done
     assert [set(row) for row in done.rows] == [{"score"}, *[{"error"}] * len(bad), {"score"}]
     said = done.err.splitlines()
     assert [line.split(": ")[1] for line in said] == [f"line {4 + i}" for i in range(len(bad))]
-    assert "query is empty" in done.rows[1]["error"]
+    assert "query: is empty" in done.rows[1]["error"]
     assert "no.png: No such file" in done.rows[2]["error"]
     assert m0kit("score", artifact, "--strict", stdin=jsonl(good, bad[0])).code == 1
 

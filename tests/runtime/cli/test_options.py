@@ -7,7 +7,7 @@ import click
 import pytest
 
 from m0kit import Reranker
-from m0kit.cli.options import SIZE, load, require_pixels, require_place, tell
+from m0kit.cli.options import SIZE, open_reranker, require_pixels, require_place, tell
 from m0kit.errors import OutputError
 
 
@@ -44,7 +44,7 @@ def test_only_its_own_error_is_told_as_an_options(artifact: Path, monkeypatch: p
 
     monkeypatch.setattr(Reranker, "load", failing)
     with pytest.raises(ValueError, match=r"^something else$"):
-        load(artifact, "cpu", None, "fast", 10**6)
+        open_reranker(artifact, {"max_pixels": 10**6})
 
 
 def test_a_page_takes_the_place_of_a_file_and_of_nothing_else(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from m0kit.errors import OutputError
-from m0kit.jobs.journal import Journal, Scored, to_ranges
+from m0kit.jobs.journal import Journal, to_ranges
+from m0kit.jobs.rows import Scored
 
 FACTS = {"the artifact": "a", "the input's size": "9"}
 

@@ -19,10 +19,11 @@ from PIL import Image
 
 from m0kit.errors import ArtifactError, DependencyError, DeviceError, InputError, M0kitError
 from m0kit.jobs import ray_engine as engine_file
-from m0kit.jobs.job import Work, dependencies, score_file
-from m0kit.jobs.journal import Scored
+from m0kit.jobs.engine import dependencies
+from m0kit.jobs.job import score_file
 from m0kit.jobs.ray_engine import blocks, ray_engine
-from m0kit.jobs.rows import Row
+from m0kit.jobs.rows import Row, Scored
+from m0kit.jobs.windows import Work
 
 ONE = {"threads": 1}
 SAME = 1e-5  # fp32 noise of another batch, as in test_reranker
@@ -112,10 +113,10 @@ def test_a_killed_worker_loses_nothing(cluster: str, artifact: Path, tmp_path: P
 # Runs the command; after commit number `hold` it says so and waits for a line, or for its end.
 COMMAND = """
 import os, sys
-from m0kit import jobs, journal
 from m0kit.cli.commands import main
+from m0kit.jobs import job, journal
 
-journal._COMMIT_S = jobs._PROGRESS_S = 1e9  # nothing that the clock decides: a block is committed once it is there
+journal.COMMIT_S = job.PROGRESS_S = 1e9  # nothing that the clock decides: a block is committed once it is there
 hold, count, commit = int(sys.argv.pop(1)), 0, journal.Journal.commit
 
 def committed(one):
@@ -247,8 +248,8 @@ def test_the_command_starts_a_cluster_and_leaves_none(artifact: Path, tmp_path: 
 
 def test_on_gpus_each_actor_has_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(engine_file, "_connect", lambda cores: asked.append(("cores", cores)) or False)
-    monkeypatch.setattr(engine_file, "_results", lambda *args: asked.append(args) or iter(()))
+    monkeypatch.setattr(engine_file, "connect", lambda cores: asked.append(("cores", cores)) or False)
+    monkeypatch.setattr(engine_file, "scored_blocks", lambda *args: asked.append(args) or iter(()))
     work = Work(tmp_path / "in.jsonl", [])
     list(ray_engine(3)(tmp_path, {"device": "cuda:1"}, work))
     assert asked == [("cores", 3), (tmp_path, {"device": "cuda"}, work, 3, 1, 1)]
@@ -280,8 +281,8 @@ def test_no_workers_are_too_few(workers: int) -> None:
 
 
 def test_blocks_are_bounded_by_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_file, "_BLOCK_ROWS", 3)
-    monkeypatch.setattr(engine_file, "_BLOCK_BYTES", 250)
+    monkeypatch.setattr(engine_file, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(engine_file, "BLOCK_BYTES", 250)
     large, other = b"x" * 200, b"y" * 200
     sources = [large, large, other, b"", b"", b"", b"z" * 1000, b""]
     rows = [Row(i, f"line {i + 1}", None, {"query": "q", "document": {"image": raw}}) for i, raw in enumerate(sources)]

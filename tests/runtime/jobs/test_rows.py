@@ -106,7 +106,7 @@ def test_values_are_the_same_whether_rows_share_them_or_not(tmp_path: Path, monk
     documents = [None if i % 11 == 0 else f"document {i % 7}" for i in range(1000)]
     path = parquet_of(tmp_path / "in.parquet", {"id": range(1000), "query": ["q"] * 1000, "document": documents})
     wanted = list(read(path, 0))
-    monkeypatch.setattr(module, "_SHARED_BYTES", -1)
+    monkeypatch.setattr(module, "SHARED_BYTES", -1)
     assert list(read(path, 0)) == wanted
     assert [row.pair.get("document") for row in wanted] == documents
 

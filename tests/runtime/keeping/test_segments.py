@@ -8,7 +8,7 @@ import pytest
 
 from m0kit.errors import StoreError
 from m0kit.keeping import segments as module
-from m0kit.keeping.segments import Segments
+from m0kit.keeping.segments import New, Segments
 
 
 @pytest.fixture(params=[True, False], ids=["in folder", "by path"])
@@ -45,6 +45,52 @@ def test_what_is_appended_is_mapped(segments: Segments) -> None:
     segments.unlink(1)
     assert bytes(mapped) == b"abcdef", "whoever has it mapped keeps its bytes"
     assert segments.numbers() == [1_234_567]
+
+
+def new(name: str, size: int, crc: int | None = None) -> New:
+    return New(False, name.encode(), [memoryview(name.encode() * size)], 1.5, 1, crc)
+
+
+def test_pieces_lie_behind_each_other_and_are_known_again(segments: Segments) -> None:
+    unused = iter(range(1, 10)).__next__
+    pieces, ends = segments.append([new("a", 5000), new("b", 1), new("c", 9000), new("d", 0)], None, 16384, unused)
+    assert [(piece.segment, piece.start, piece.size) for piece in pieces] == [
+        (1, 0, 5000), (1, 8192, 1), (2, 0, 9000), (2, 12288, 0),
+    ]  # fmt: skip
+    assert ends == {1: 12288, 2: 12288} == {number: segments.size(number) for number in (1, 2)}
+    views = [segments.view(piece) for piece in pieces]
+    assert [view is not None and view.tobytes() for view in views] == [b"a" * 5000, b"b", b"c" * 9000, b""]
+    assert all(piece.fits(view) for piece, view in zip(pieces, views, strict=True))
+    assert not pieces[0].fits(views[1])
+    assert not pieces[0]._replace(key=b"b").fits(views[0]), "the key is part of the sum"
+    assert not pieces[0]._replace(content=True).fits(views[0])
+    assert not pieces[0].fits(None)
+
+
+def test_pieces_go_behind_the_known_end_unless_a_segment_is_not_as_long_as_it_should_be(segments: Segments) -> None:
+    unused = iter(range(1, 10)).__next__
+    segments.append([new("a", 1)], None, 16384, unused)
+    ((second,), ends) = segments.append([new("b", 1, crc=7)], (1, 4096), 16384, unused)
+    assert (second.segment, second.start, second.crc, ends) == (1, 4096, 7, {1: 8192})
+    ((third,), ends) = segments.append([new("c", 1)], (1, 4096), 16384, unused)
+    assert (third.segment, third.start, ends) == (2, 0, {2: 4096})
+    assert segments.append([], (2, 4096), 16384, unused) == ([], {})
+
+
+def test_a_segment_that_was_too_short_is_mapped_anew(segments: Segments) -> None:
+    ((piece,), _) = segments.append([new("a", 1)], None, 16384, lambda: 1)
+    view = segments.view(piece)
+    longer = piece._replace(start=4096)
+    assert segments.view(longer) is None
+    write(segments, 1, b"b", new=False)
+    found = segments.view(longer)
+    assert found is not None
+    assert found.tobytes() == b"b"
+    segments.forget()
+    segments.unlink(1)
+    assert segments.view(piece) is None
+    assert view is not None
+    assert view.tobytes() == b"a"
 
 
 def test_a_new_one_never_takes_the_place_of_another(segments: Segments) -> None:

@@ -32,10 +32,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from m0kit import files
+from m0kit import database, files
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
+from m0kit.keeping import catalogue
+from m0kit.keeping import segments as segment_files
 from m0kit.keeping import store as module
-from m0kit.keeping.store import MIN_LIMIT, Document, Store
+from m0kit.keeping.catalogue import Catalogue, sum_of
+from m0kit.keeping.store import Store, StoredDocument
+from m0kit.keeping.tables import FORMAT_VERSION, MAX_NAME_BYTES, MIN_LIMIT
 
 SEGMENT = 128 << 10  # small, so that segments fill up and get rewritten
 ALIGN = 4096
@@ -53,11 +57,11 @@ def record_of(name: str, size: int | None = None) -> bytes:
     return rng.randbytes(rng.choice([1, 4095, 4096, 4097, rng.randrange(60_000)]) if size is None else size)
 
 
-def document_of(doc: str, name: str) -> Document:
+def document_of(doc: str, name: str) -> StoredDocument:
     rng = random.Random(f"content {name}")
     if rng.random() < 0.5:
-        return Document(doc, "text", f"text é {rng.random()}".encode() * rng.randrange(3), key_of(name), name)
-    return Document(doc, "image", rng.randbytes(rng.randrange(9000)), key_of(name), name)
+        return StoredDocument(doc, "text", f"text é {rng.random()}".encode() * rng.randrange(3), key_of(name), name)
+    return StoredDocument(doc, "image", rng.randbytes(rng.randrange(9000)), key_of(name), name)
 
 
 def put(store: Store, *names: str, size: int | None = None) -> int:
@@ -86,7 +90,15 @@ def segments_there(folder: Path) -> list[tuple[int, int]]:
 
 def known_segments(store: Store) -> Any:
     """(number, size in bytes) of what the database says."""
-    return store._rows("SELECT number, size FROM segments ORDER BY number")
+    return store.catalogue.segments()
+
+
+def clock_of(patch: pytest.MonkeyPatch, now: Callable[[], float]) -> SimpleNamespace:
+    """What stores take for the time from now on."""
+    clock = SimpleNamespace(time=now, perf_counter=now)
+    for used_by in (module, catalogue):
+        patch.setattr(used_by, "time", clock)
+    return clock
 
 
 def refuses(error: type[M0kitError], match: str, action: Callable[[], object]) -> None:
@@ -133,7 +145,7 @@ def test_reading_ahead_changes_nothing_and_needs_nothing(folder: Path) -> None:
 
 def test_the_hash_of_a_document_is_told_without_reading_it(folder: Path) -> None:
     with Store.create(folder, {}) as store:
-        store.add([Document("a", "text", b"data", key_of("a"))], {key_of("a"): []})
+        store.add([StoredDocument("a", "text", b"data", key_of("a"))], {key_of("a"): []})
         for path in segments(folder):
             path.write_bytes(b"")
         assert store.content("a") == hashlib.sha256(b"data").digest()
@@ -159,9 +171,9 @@ def test_what_was_added_is_read(folder: Path) -> None:
     buffers: list[Any] = [b"ab", bytearray(b"cd"), memoryview(b"efgh")[::2], array[:, ::2], np.empty((0, 3)), scalar]
     expected = b"abcdeg" + array[:, ::2].tobytes() + np.float32(1.5).tobytes()
     documents = [
-        Document("é\n", "text", "größe 字".encode(), key_of("a"), "a.txt"),
-        Document("page", "image", bytes(range(256)), key_of("b")),
-        Document("empty", "text", b"", key_of("a")),
+        StoredDocument("é\n", "text", "größe 字".encode(), key_of("a"), "a.txt"),
+        StoredDocument("page", "image", bytes(range(256)), key_of("b")),
+        StoredDocument("empty", "text", b"", key_of("a")),
     ]
     with Store.create(folder, {"artifact": "x", "n": [1, None]}) as store:
         assert store.add(documents, {key_of("a"): buffers, key_of("b"): []}) == 0
@@ -200,7 +212,7 @@ def test_a_record_is_mapped_and_its_view_outlives_everything(folder: Path) -> No
 def test_a_replaced_document_keeps_its_place_and_leaves_nothing_behind(folder: Path) -> None:
     with Store.create(folder, {}) as store:
         put(store, "a", "b")
-        new = Document("da", "text", b"new", key_of("c"))
+        new = StoredDocument("da", "text", b"new", key_of("c"))
         store.add([new], {key_of("c"): [b"c"]})
         assert store.ids() == ["da", "db"]
         assert store.document("da") == new
@@ -235,7 +247,7 @@ def test_a_record_that_is_there_is_not_written_again(folder: Path) -> None:
 
 def test_of_documents_with_the_same_id_in_one_call_the_last_counts(folder: Path) -> None:
     with Store.create(folder, {}) as store:
-        store.add([Document("x", "text", b"1", key_of("a")), Document("x", "text", b"2", key_of("b"))], {})
+        store.add([StoredDocument("x", "text", b"1", key_of("a")), StoredDocument("x", "text", b"2", key_of("b"))], {})
         document = store.document("x")
         assert document is not None
         assert document.data == b"2"
@@ -243,14 +255,35 @@ def test_of_documents_with_the_same_id_in_one_call_the_last_counts(folder: Path)
         assert store.verify().pending == ("x",)
 
 
+def test_what_is_asked_for_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.create(folder, {}) as store:
+        put(store, "a", "b", size=5000)
+        (piece,) = [piece for piece in store.catalogue.pieces(1) if piece.key == key_of("b")]
+    with open(segments(folder)[0], "r+b") as file:
+        file.seek(piece.start)
+        file.write(bytes([record_of("b", 5000)[0] ^ 1]))
+    clock = iter(range(100))
+    with Store.open(folder) as store:
+        clock_of(monkeypatch, lambda: float(next(clock)))
+        for name in "aacb":
+            with suppress(RecordDamagedError):
+                store.get(key_of(name))
+        document = store.document("da")
+        store.document("dc")
+        assert document is not None
+        assert store.record_reads == module.Reads(hits=2, misses=1, damaged=1, num_bytes=10_000, seconds=4.0)
+        assert store.document_reads == module.Reads(hits=1, misses=1, num_bytes=len(document.data), seconds=2.0)
+        assert store.verify().records == 2
+        assert store.record_reads.hits == 2, "only what was asked for counts"
+
+
 def test_stats_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(time=lambda: 1000.5)
-    monkeypatch.setattr(module, "time", clock)
+    clock = clock_of(monkeypatch, lambda: 1000.5)
     with Store.create(folder, {"a": 1}, max_bytes=MIN_LIMIT) as store:
         assert store.stats().oldest_use is None
-        store.add([Document("t", "text", b"x" * 10, key_of("a"))], {key_of("a"): [b"r" * 5000]})
+        store.add([StoredDocument("t", "text", b"x" * 10, key_of("a"))], {key_of("a"): [b"r" * 5000]})
         clock.time = lambda: 2000.5
-        store.add([Document("i", "image", b"y" * 20, key_of("b"))], {key_of("b"): [b"r" * 100]})
+        store.add([StoredDocument("i", "image", b"y" * 20, key_of("b"))], {key_of("b"): [b"r" * 100]})
         stats = store.stats()
         assert stats.documents == {"text": 1, "image": 1}
         assert (stats.records, stats.live_bytes, stats.dead_bytes) == (2, 5130, 0)
@@ -262,8 +295,7 @@ def test_stats_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prune_drops_the_least_recently_used_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(time=lambda: 86400 * 100.5)
-    monkeypatch.setattr(module, "time", clock)
+    clock = clock_of(monkeypatch, lambda: 86400 * 100.5)
     with Store.create(folder, {}) as store:
         put(store, *"abcdefgh", size=30_000)
         for day, name in enumerate("hcagebfd", start=101):
@@ -291,11 +323,11 @@ class Kept(RuleBasedStateMachine):
     def create(self) -> None:
         self.patch = pytest.MonkeyPatch()
         self.now = 1e9
-        self.patch.setattr(module, "time", SimpleNamespace(time=self.tick))
+        clock_of(self.patch, self.tick)
         self.patch.setattr(module, "SEGMENT_BYTES", SEGMENT)
         self.folder = Path(tempfile.mkdtemp(dir=MEMORY)) / "index"
         self.store = Store.create(self.folder, {}, self.max_bytes)
-        self.documents: dict[str, Document] = {}
+        self.documents: dict[str, StoredDocument] = {}
         self.records: dict[str, float] = {}  # last use
         self.reader = Store.open(self.folder)
 
@@ -354,7 +386,7 @@ class Kept(RuleBasedStateMachine):
         assert pruned.records == len(self.records) - len(left)
         gone = [used for name, used in self.records.items() if name not in left]
         assert max(gone, default=0) <= min((self.records[name] for name in left), default=self.now)
-        assert not left or self.store._disk_bytes() <= limit
+        assert not left or self.store.catalogue.disk_bytes() <= limit
         self.drop(set(self.records) - left)
 
     @rule(age_s=st.floats(0, 20))
@@ -366,10 +398,10 @@ class Kept(RuleBasedStateMachine):
 
     @rule()
     def compact(self) -> None:
-        before = self.store._disk_bytes()
+        before = self.store.catalogue.disk_bytes()
         compacted = self.store.compact()
         assert compacted.damaged == {}
-        assert before - self.store._disk_bytes() == compacted.freed_bytes
+        assert before - self.store.catalogue.disk_bytes() == compacted.freed_bytes
         assert self.store.stats().dead_bytes == 0
 
     @rule()
@@ -416,23 +448,23 @@ TestKept.settings = settings(max_examples=25, stateful_step_count=25)
 
 def work_of(store: Store, action: Callable[[], object]) -> int:
     """Hundreds of steps that SQLite takes for it: unlike seconds the same on every machine."""
-    assert store._db is not None
+    db = store.catalogue.connection()
     steps = 0
 
     def step() -> None:
         nonlocal steps
         steps += 1
 
-    store._db.set_progress_handler(step, 100)
+    db.set_progress_handler(step, 100)
     action()
-    store._db.set_progress_handler(None, 0)
+    db.set_progress_handler(None, 0)
     return steps
 
 
 def many(store: Store, start: int, stop: int) -> int:
     """Small records of as many documents."""
     numbers = range(start, stop)
-    documents = [Document(f"d{n}", "text", b"t%d" % n, key_of(str(n))) for n in numbers]
+    documents = [StoredDocument(f"d{n}", "text", b"t%d" % n, key_of(str(n))) for n in numbers]
     return store.add(documents, {key_of(str(n)): [b"r%d" % n] for n in numbers})
 
 
@@ -456,8 +488,7 @@ def test_no_operation_on_a_document_takes_more_work_where_there_are_many(
                 "len": store.__len__,
                 "prune": lambda: store.prune(unused_days=1),
                 "remove": lambda count=count: store.remove([f"d{count}"]),
-                "room": lambda: store._make_room(1, ()),
-                "check": partial(store._check, whole=False),
+                "check": partial(store.catalogue.check, whole=False),
             }
             work.append({name: work_of(store, action) for name, action in actions.items()})
             work[-1]["document"] = work_of(reader, lambda: reader.document("d5"))
@@ -493,23 +524,23 @@ def test_making_room_takes_as_much_work_for_a_record_where_there_are_many(
     assert work[1] < 1.3 * work[0], work  # trees get a little deeper; it was eight times before
 
 
-def asked(store_class: type[Store], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which stores look at their database whole, from now on."""
     looks: list[str] = []
-    is_sound = store_class._is_sound
+    is_sound = Catalogue.is_sound
 
-    def looking(store: Store) -> bool:
-        looks.append("writer" if store.writable else "reader")
-        return is_sound(store)
+    def looking(looked_at: Catalogue) -> bool:
+        looks.append("writer" if looked_at.writable else "reader")
+        return is_sound(looked_at)
 
-    monkeypatch.setattr(store_class, "_is_sound", looking)
+    monkeypatch.setattr(Catalogue, "is_sound", looking)
     return looks
 
 
 def test_a_reader_looks_at_a_database_whole_once_per_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.create(folder, {}) as store:
         put(store, *"abc")
-    looks = asked(Store, monkeypatch)
+    looks = asked(monkeypatch)
     for _ in range(3):  # the writer left it as it was found sound, and so does who notes a use
         with Store.open(folder) as store:
             assert state_of_names(store, *"abc")
@@ -598,8 +629,8 @@ class Limited(Kept):
         super().create()
         self.fill = 0
         self.peak = 0
-        for name in ("_write", "sync"):
-            self.patch.setattr(module, name, self.measured(getattr(module, name)))
+        for name in ("write_whole", "sync"):
+            self.patch.setattr(segment_files, name, self.measured(getattr(segment_files, name)))
         self.watch()
 
     def measure(self, *_: object) -> None:
@@ -613,8 +644,7 @@ class Limited(Kept):
         return measuring
 
     def watch(self) -> None:
-        assert self.store._db is not None
-        self.store._db.set_trace_callback(self.measure)
+        self.store.catalogue.connection().set_trace_callback(self.measure)
 
     @rule()
     def reopen(self) -> None:
@@ -650,7 +680,7 @@ class Limited(Kept):
     def prune_to_a_size(self, share: float) -> None:
         limit = int(folder_bytes(self.folder) * share)
         self.store.prune(max_bytes=limit)
-        assert self.store.stats().records == 0 or self.store._disk_bytes() <= limit
+        assert self.store.stats().records == 0 or self.store.catalogue.disk_bytes() <= limit
         self.drop(set(self.records) - self.present())
 
     @rule(age_s=st.floats(0, 20))
@@ -683,7 +713,7 @@ def test_what_is_used_stays_and_the_drops_are_counted(folder: Path) -> None:
         added, dropped = len(used), 0
         for n in range(200):
             store.touch(map(key_of, used))
-            before = store._rows("SELECT key FROM pieces WHERE content = 0 ORDER BY used")
+            before = store.catalogue.rows("SELECT key FROM pieces WHERE content = 0 ORDER BY used")
             dropped += put(store, str(n), size=50_000)
             recent = [key for (key,) in before[len(before) // 2 + 2 :]]  # two, because a second segment may have to go
             assert store.has(recent) == set(recent)
@@ -698,14 +728,14 @@ def test_what_is_used_stays_and_the_drops_are_counted(folder: Path) -> None:
 
 def test_making_room_writes_no_more_than_it_gives_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = 0
-    write = module._write
+    write = segment_files.write_whole
 
     def counting(file: Any, data: memoryview) -> None:
         nonlocal written
         written += data.nbytes
         write(file, data)
 
-    monkeypatch.setattr(module, "_write", counting)
+    monkeypatch.setattr(segment_files, "write_whole", counting)
     rng = random.Random(1)
     with Store.create(folder, {}, max_bytes=MIN_LIMIT) as store:
         for n in range(400):
@@ -720,14 +750,14 @@ def test_rewriting_large_segments_keeps_the_limit(folder: Path, monkeypatch: pyt
     """Here what is being moved is more than all else that is kept free."""
     limit, peak = 32 << 20, 0
     monkeypatch.setattr(module, "SEGMENT_BYTES", limit)
-    write = module._write
+    write = segment_files.write_whole
 
     def measuring(file: Any, data: memoryview) -> None:
         nonlocal peak
         write(file, data)
         peak = max(peak, folder_bytes(folder))
 
-    monkeypatch.setattr(module, "_write", measuring)
+    monkeypatch.setattr(segment_files, "write_whole", measuring)
     with Store.create(folder, {}, max_bytes=limit) as store:
         used: list[bytes] = []
         for n in range(800):
@@ -804,7 +834,7 @@ def state_of(store: Store) -> dict[str, Any]:
         assert document == document_of(doc, document.source)
         documents[doc] = document.source
     records = []
-    for (key,) in store._rows("SELECT key FROM pieces WHERE content = 0"):
+    for (key,) in store.catalogue.rows("SELECT key FROM pieces WHERE content = 0"):
         (name,) = [name for name in NAMES if key_of(name) == key]
         assert content(store, name) == record_of(name)
         records.append(name)
@@ -964,16 +994,19 @@ def hold(folder: Path) -> None:
         print(type(error).__name__)
 
 
-def test_a_reader_waits_for_nothing_when_it_notes_a_use(folder: Path) -> None:
+def test_a_reader_waits_for_nothing_when_it_notes_a_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.create(folder, {}) as store:
         put(store, "a")
     other = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
+    connect, waits = database.connect, []
+    monkeypatch.setattr(
+        database, "connect", lambda *to, wait_s, **how: (waits.append(wait_s), connect(*to, wait_s=wait_s, **how))[1]
+    )
     with Store.open(folder) as reader, closing(other):
         other.execute("BEGIN IMMEDIATE")
         before = reader.stats().newest_use
         reader.touch([key_of("a")])
-        assert reader._noting is not None
-        assert reader._noting.execute("PRAGMA busy_timeout").fetchone() == (50,)
+        assert waits[-1] == 0.05
         assert reader.stats().newest_use == before
         other.execute("ROLLBACK")
         reader.touch([key_of("a")])
@@ -983,7 +1016,7 @@ def test_a_reader_waits_for_nothing_when_it_notes_a_use(folder: Path) -> None:
 def test_a_reader_that_never_ends_holds_a_writer_up_but_breaks_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WAIT_S", 0.1)
+    monkeypatch.setattr(catalogue, "WAIT_S", 0.1)
     with Store.create(folder, {}) as store:
         put(store, "a")
         other = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
@@ -996,17 +1029,17 @@ def test_a_reader_that_never_ends_holds_a_writer_up_but_breaks_nothing(
         unharmed(store, folder)
 
 
-def test_a_reader_follows_a_record_that_moved(folder: Path) -> None:
+def test_a_reader_follows_a_record_that_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.create(folder, {}) as store, Store.open(folder) as reader:
         put(store, "a", "b", size=5000)
-        first = store._pieces(1)
+        first = store.catalogue.pieces(1)
         store.remove(["da"])
         # What a reader is left with that looked just before `compact` finished.
-        looks = iter([[tuple(piece)] for piece in first if piece.key == key_of("b")])
-        rows = reader._rows
+        looks = iter([tuple(piece) for piece in first if piece.key == key_of("b")])
+        place = reader.catalogue.place
         store.compact()
-        assert not reader._segments.path(first[0].segment).exists()
-        reader._rows = lambda query, *values: next(looks, None) or rows(query, *values)  # type: ignore[method-assign]
+        assert not reader.segments.path(first[0].segment).exists()
+        monkeypatch.setattr(reader.catalogue, "place", lambda *of: next(looks, None) or place(*of))
         assert content(reader, "b") == record_of("b", 5000)
         assert next(looks, None) is None, "the stale look was used"
 
@@ -1299,23 +1332,23 @@ def unharmed(store: Store, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
-@pytest.mark.parametrize("step", ["_write", "sync", "sync_path"])
+@pytest.mark.parametrize("step", ["write_whole", "sync", "sync_path"])
 def test_no_step_that_fails_leaves_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
 ) -> None:
-    function = getattr(module, step)
+    function = getattr(segment_files, step)
     left = 0
 
     def failing(*arguments: Any) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            if step == "_write":
+            if step == "write_whole":
                 function(arguments[0], arguments[1][: arguments[1].nbytes // 2])
             raise OSError(code, os.strerror(code))
         function(*arguments)
 
-    monkeypatch.setattr(module, step, failing)
+    monkeypatch.setattr(segment_files, step, failing)
     with Store.create(folder, {}) as store:
         put(store, "a")
         failed = 0
@@ -1332,20 +1365,20 @@ def test_no_step_that_fails_leaves_anything(
             failed += 1
             left = 0
             unharmed(store, folder)
-        assert failed >= {"_write": 8, "sync": 3, "sync_path": 1}[step]
+        assert failed >= {"write_whole": 8, "sync": 3, "sync_path": 1}[step]
         assert store.ids() == ["da", "db", "dc"]
 
 
 def test_a_database_that_cannot_grow_changes_nothing(folder: Path) -> None:
     with Store.create(folder, {}) as store:
         put(store, "a")
-        assert store._db is not None
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        db = store.catalogue.connection()
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages}")
         source = "x" * 50_000
-        document = Document("b", "text", b"b", key_of("b"), source)
+        document = StoredDocument("b", "text", b"b", key_of("b"), source)
         refuses(OutputError, "full", lambda: store.add([document], {key_of("b"): [b"b"]}))
-        store._db.execute("PRAGMA max_page_count = 1000000")
+        db.execute("PRAGMA max_page_count = 1000000")
         unharmed(store, folder)
 
 
@@ -1381,7 +1414,7 @@ def test_compaction_that_runs_out_of_space_loses_nothing(folder: Path, monkeypat
         store.remove([f"d{name}" for name in NAMES[::2]])
         expected = state_of(store)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
+            patch.setattr(segment_files, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
             refuses(OutputError, "Make room", store.compact)
         assert state_of(store) == expected
         store.compact()
@@ -1400,14 +1433,12 @@ def test_every_changed_byte_is_found_named_and_healed_by_adding_again(folder: Pa
         expected = [content(store, name) for name in "abcdef"]
     for _ in range(120):
         with Store.open(folder, writable=True) as store:
-            piece = rng.choice(
-                [p for (n,) in store._rows("SELECT number FROM segments") for p in store._pieces(n) if p.size]
-            )
-            path = store._segments.path(piece.segment)
+            piece = rng.choice([p for n, _ in store.catalogue.segments() for p in store.catalogue.pieces(n) if p.size])
+            path = store.segments.path(piece.segment)
             data = bytearray(path.read_bytes())
             data[piece.start + rng.choice([0, piece.size - 1, rng.randrange(piece.size)])] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
-            (name,) = [n for n in "abcdef" if n in "".join(store._owners(bool(piece.content), piece.key))[1:]]
+            (name,) = [n for n in "abcdef" if n in "".join(store.catalogue.owners(bool(piece.content), piece.key))[1:]]
             verified = store.verify()
             assert not verified.clean
             if piece.content:
@@ -1520,7 +1551,7 @@ def held(folder: Path) -> Path:
     """An index of six documents in two segments, with dead bytes in one of them."""
     with Store.create(folder, {"artifact": "x"}) as store:
         put(store, *HELD[:3], "gone", size=30_000)
-        store.add([Document("da", "image", b"pixels", key_of("a"), "a.png")], {})
+        store.add([StoredDocument("da", "image", b"pixels", key_of("a"), "a.png")], {})
         put(store, *HELD[3:], size=20_000)
         store.remove(["dgone"])
         assert len(segments(folder)) == 2
@@ -1532,7 +1563,7 @@ def what_is_right(store: Store) -> set[str]:
     """What is told of a document is its own, or it is damaged. Returns what was told."""
     told: set[str] = set()
     expected = {f"d{name}": document_of(f"d{name}", name) for name in HELD}
-    expected["da"] = Document("da", "image", b"pixels", key_of("a"), "a.png")
+    expected["da"] = StoredDocument("da", "image", b"pixels", key_of("a"), "a.png")
     for name in HELD:
         with suppress(StoreError):
             document = store.document(f"d{name}")
@@ -1734,13 +1765,16 @@ def test_a_number_that_is_used_again_is_not_read_as_what_it_was(folder: Path) ->
         assert view.tobytes() == record_of("a", 5000)
 
 
-def test_a_file_that_some_piece_lies_in_is_never_swept_away(folder: Path) -> None:
+def test_a_file_that_some_piece_lies_in_is_never_swept_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.create(folder, {}) as store:
         put(store, "a", "b", size=5000)
         before = segments(folder)[0].read_bytes()
         with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
             db.execute("DELETE FROM segments")
-        store._is_swept = False
+        with monkeypatch.context() as patch:  # after a failure the folder is looked through again
+            patch.setattr(segment_files, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
+            with pytest.raises((OutputError, StoreError)):
+                put(store, "c")
         with suppress(StoreError):
             put(store, "c")
         with suppress(StoreError):
@@ -1786,14 +1820,14 @@ def test_segments_that_are_mapped_never_get_shorter(folder: Path, max_bytes: int
 
 
 def test_what_failed_to_be_written_counts_towards_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, failing = module._write, False
+    write, failing = segment_files.write_whole, False
 
     def writing(file: Any, data: memoryview) -> None:
         write(file, data)
         if failing:
             raise OSError(errno.ENOSPC, "")
 
-    monkeypatch.setattr(module, "_write", writing)
+    monkeypatch.setattr(segment_files, "write_whole", writing)
     with Store.create(folder, {}, MIN_LIMIT) as store:
         for n in range(150):
             failing = False
@@ -1810,7 +1844,7 @@ def test_what_failed_to_be_written_counts_towards_the_limit(folder: Path, monkey
 def test_a_row_that_claims_more_than_there_is_costs_no_memory(folder: Path, size: int) -> None:
     with Store.create(folder, {}) as store:
         put(store, "a", size=5000)
-        store.add([Document("t", "text", b"text", key_of("a"))], {})
+        store.add([StoredDocument("t", "text", b"text", key_of("a"))], {})
     with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
         db.execute("UPDATE segments SET size = ?1, mirror = -?1", (size + (1 << 20),))
         db.execute("UPDATE pieces SET size = ?", (size,))
@@ -1847,7 +1881,7 @@ def test_a_meta_table_that_says_something_absurd_is_damaged(folder: Path) -> Non
             damaged = folder.with_name("damaged")
             shutil.copytree(folder, damaged)
             with closing(sqlite3.connect(damaged / "index.sqlite", isolation_level=None)) as db:
-                db.execute("UPDATE meta SET value = ?, sum = ? WHERE name = ?", (text, module._sum(name, text), name))
+                db.execute("UPDATE meta SET value = ?, sum = ? WHERE name = ?", (text, sum_of(name, text), name))
             for writable in (False, True):
                 refuses(StoreError, "the database is damaged", partial(Store.open, damaged, writable=writable))
             shutil.rmtree(damaged)
@@ -1861,15 +1895,21 @@ def test_a_limit_beyond_every_disk_is_refused(folder: Path) -> None:
 
 def test_an_id_may_be_any_text_and_what_cannot_be_one_is_not_there(folder: Path) -> None:
     with Store.create(folder, {}) as store:
-        longest = "é" * (module.MAX_NAME_BYTES // 2)
-        store.add([Document(longest, "text", b"x", key_of("a"), longest)], {})
+        longest = "é" * (MAX_NAME_BYTES // 2)
+        store.add([StoredDocument(longest, "text", b"x", key_of("a"), longest)], {})
         assert store.document(longest) is not None
-        for name in ("\ud800", "x" * (module.MAX_NAME_BYTES + 1), "x" * (32 << 20), "\0"):
+        for name in ("\ud800", "x" * (MAX_NAME_BYTES + 1), "x" * (32 << 20), "\0"):
             assert store.document(name) is None
             assert store.content(name) is None
             assert store.remove([name]) == [name]
-        refuses(InputError, "expected at most 1048576", partial(Document, longest + "x", "text", b"", key_of("a")))
-        refuses(InputError, "expected at most 1048576", partial(Document, "a", "text", b"", key_of("a"), longest + "x"))
+        refuses(
+            InputError, "expected at most 1048576", partial(StoredDocument, longest + "x", "text", b"", key_of("a"))
+        )
+        refuses(
+            InputError,
+            "expected at most 1048576",
+            partial(StoredDocument, "a", "text", b"", key_of("a"), longest + "x"),
+        )
 
 
 def test_prune_drops_nothing_for_an_age_that_is_none(folder: Path) -> None:
@@ -1893,7 +1933,7 @@ def test_what_is_no_index_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "way"), [(1, "older m0kit: make the index again"), (module.FORMAT_VERSION + 1, "Update m0kit")]
+    ("version", "way"), [(1, "older m0kit: make the index again"), (FORMAT_VERSION + 1, "Update m0kit")]
 )
 def test_another_version_is_refused_with_the_way_out(folder: Path, version: int, way: str) -> None:
     Store.create(folder, {}).close()
@@ -2034,8 +2074,8 @@ def test_a_closed_store_says_so(folder: Path) -> None:
 )
 def test_a_document_that_cannot_be_kept_is_refused(change: dict[str, Any], match: str) -> None:
     fields: dict[str, Any] = {"id": "a", "kind": "text", "data": b"a", "key": key_of("a")}
-    Document(**fields)
-    refuses(InputError, match, lambda: Document(**(fields | change)))
+    StoredDocument(**fields)
+    refuses(InputError, match, lambda: StoredDocument(**(fields | change)))
 
 
 def test_a_key_that_is_no_key_is_refused(folder: Path) -> None:
@@ -2136,13 +2176,14 @@ def kill_at_step(store: Store, kill_at: int) -> None:
         step()
         whole_write(file, data[half:])
 
-    whole_write = module._write
-    module._write = write
-    module.sync = before(module.sync)
+    whole_write = segment_files.write_whole
+    segment_files.write_whole = write
+    segment_files.sync = before(segment_files.sync)
     os.unlink = before(os.unlink)
-    assert store._db is not None
     # Looking is not a step: a child spends most of its statements on it.
-    store._db.set_trace_callback(lambda statement: None if statement.startswith(("SELECT", "PRAGMA")) else step())
+    store.catalogue.connection().set_trace_callback(
+        lambda statement: None if statement.startswith(("SELECT", "PRAGMA")) else step()
+    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_half_of_a_surrogate_pair_is_kept_for_who_reads_the_text() -> None:
 
 
 def test_a_line_too_long_for_memory_is_a_bad_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(module, "MAX_LINE_BYTES", 40)
     found = of(b'{"query": "q"}\n{"query": "' + b"q" * 1000 + b'"}\n{"query": "r"}')
     assert [number for number, _ in found] == [1, 2, 3]
     assert "longer than" in str(found[1][1])
@@ -151,7 +151,7 @@ def test_a_json_object_is_read_alone() -> None:
 
 def test_what_a_line_may_hold_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value of two letters takes a hundred bytes; looking for a key that comes twice takes one look at each."""
-    monkeypatch.setattr(module, "_MAX_VALUES", 1000)
+    monkeypatch.setattr(module, "MAX_VALUES", 1000)
     (_, error), (_, good) = of(b'{"query": [' + b"0," * 1000 + b'0]}\n{"query": "' + b"," * 900 + b'"}\n')
     assert "the line holds more than 1000 values" in str(error)
     assert good == {"query": "," * 900}

@@ -12,8 +12,9 @@ from PIL import Image
 
 from m0kit import Reranker
 from m0kit.keeping.cache import Cache
-from m0kit.reading.inputs import Picture, parse_content
+from m0kit.reading.inputs import parse_content
 from m0kit.scoring import images, sessions
+from m0kit.scoring.schedule import Schedule
 
 
 @pytest.fixture
@@ -41,14 +42,14 @@ def test_a_file_that_changes_meanwhile_costs_its_own_pairs_only(
     pairs: list[Any] = [("what", page) for page in pages] + [(pages[1], "a text"), ("what", "a text")]
     expected = reranker.score(pairs)
     monkeypatch.setattr(images, "PIXEL_BYTES", 0)
-    work = Reranker._work
+    step = Schedule.step
 
-    def meanwhile(*arguments: Any) -> Any:
+    def meanwhile(self: Schedule) -> Any:
         pages[1].write_bytes(pages[0].read_bytes())
-        pages[2].unlink()
-        return work(*arguments)
+        pages[2].unlink(missing_ok=True)
+        return step(self)
 
-    monkeypatch.setattr(Reranker, "_work", meanwhile)
+    monkeypatch.setattr(Schedule, "step", meanwhile)
     results = reranker.evaluate(pairs)
     assert [result.error is None for result in results] == [True, False, False, False, True]
     assert "1.png: was changed while it was being scored" in str(results[1].error)
@@ -63,7 +64,7 @@ def test_an_image_that_comes_again_is_encoded_once(
 ) -> None:
     kept = Reranker.load(artifact, threads=1, cache_bytes=1 << 24, kv=kv)
     first = kept.score([(pages[0], "a text")])
-    monkeypatch.setattr(kept._vision, "run", lambda *_: pytest.fail("the image encoder ran"))
+    monkeypatch.setattr(kept.engine.graphs.vision, "run", lambda *_: pytest.fail("the image encoder ran"))
     other, again = kept.score([(Image.open(pages[0]).convert("RGB"), "another text"), (pages[0], "a text")])
     assert again == first[0]
     assert np.isfinite(other)
@@ -95,11 +96,8 @@ def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, unas
             return value
 
     kept = Reranker.load(unasked, cache_bytes=1 << 24, open_graph=opener)
-    seen = kept.open_images()
-    picture = parse_content(pages[0], "page")
-    assert isinstance(picture, Picture)
-    seen.see(picture, "page")
-    images_asked = {seen._cache_key(picture.key)}
+    document, _ = kept.begin()[0].document(parse_content(pages[0], "page"), "page")
+    images_asked = {kept.engine.key(image) for image in document.images}
     kept.cache = Asked(1 << 24)
     with ThreadPoolExecutor(4) as pool:
         # As a query: who asks about one document waits for that as a whole.

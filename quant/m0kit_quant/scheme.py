@@ -1,0 +1,100 @@
+"""What a scheme is: how a matrix is stored, how it comes back, and how a graph computes with it as it is stored.
+
+Owns the form that every scheme has; each is a class of its own, in `floats`, `int8`, `int4` and `nf4`, and `schemes`
+lists them. A matrix (N, K) is (out, in), as the checkpoint has it. A *table* is one whose rows are looked up (the token
+embedding), not multiplied; it may have a form of its own.
+
+    scheme = Int4Scheme(128)
+    parts = scheme.encode(weight)               # {"int4": …, "scale": …, "zero_point": …}
+    scheme.decode(parts, weight.shape)          # float32 again
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from m0kit_quant.weights import Float32
+
+Parts = dict[str, NDArray[Any]]
+Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+CONTRIB: Final = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
+
+class Nodes(Protocol):
+    """What puts nodes into a graph. Values go by name; every method returns the name of its result."""
+
+    def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        """One node with one result; `domain=CONTRIB` for an operator of ONNX Runtime's own."""
+        ...
+
+    def const(self, value: Any, dtype: DTypeLike = np.int64) -> str:
+        """A small constant."""
+        ...
+
+    def cast(self, x: str, dtype: DTypeLike, out: str | None = None) -> str: ...
+
+    def once(self, x: str, make: Callable[[str], tuple[str, str]]) -> tuple[str, str]:
+        """What `make` makes of x, the first time that it is wanted where nodes now go."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """How one matrix is stored. `table`: its rows are looked up. Raises ValueError for a block that is none of it."""
+
+    name: ClassVar[str]
+    is_float: ClassVar[bool] = False
+    blocks: ClassVar[tuple[int, ...]] = ()  # numbers of inputs that can share a scale, where one is to be chosen
+    bias: ClassVar[str] = "fp32"  # the scheme of the vector that is added to the product
+    is_half: ClassVar[bool] = False  # products that stay in range are computed in float16
+
+    block: int | None = None  # one of `blocks`
+    table: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.blocks and self.block not in self.blocks:
+            raise ValueError(f"block {self.block} is not one of {', '.join(map(str, self.blocks))}")
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Shape and type of each part; raises ValueError for a matrix that it cannot store."""
+
+    @abstractmethod
+    def encode(self, weight: Float32, importance: Float32 | None = None) -> Parts:
+        """What is stored for `weight`. `importance` (K,) weighs the error of each input, where errors can be weighed.
+
+        Raises ValueError when a float type cannot hold a value.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Float32:
+        """The float32 matrix that the stored parts stand for."""
+
+    @abstractmethod
+    def product(self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], out: str | None) -> str:
+        """x (T, K) float32 by the matrix `shape` (N, K), whose parts go by these names → (T, N) float32."""
+
+    def linear(
+        self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int],
+        *, bias: str | None, half: bool, out: str | None,
+    ) -> str:  # fmt: skip
+        """The product and a bias (N,) in the scheme `bias`; `half`: all of its values are in the range of float16."""
+        y = self.product(b, x, part, shape, out if bias is None else None)
+        return y if bias is None else b.op("Add", y, bias, out=out)
+
+    def lookup(self, b: Nodes, ids: str, part: Mapping[str, str], shape: tuple[int, int]) -> str:
+        """Rows `ids` (T,) of the table `shape` (V, D) → (T, D) float32; no other row is read."""
+        raise NotImplementedError(f"{self.name} stores no tables, as its layout says")
+
+    def shared_scale(self, num_inputs: int) -> int | None:
+        """How many inputs of a product are rounded with one scale, max|x| / 127; None where they are not rounded."""
+        return None
+
+    def rounded(self, x: Float32) -> Float32:
+        """Inputs x (T, K) as the product sees them."""
+        return x

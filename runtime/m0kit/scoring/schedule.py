@@ -1,0 +1,288 @@
+"""Which of the pairs that wait are run next: the order of the work, under limits of memory.
+
+Owns what waits. Pairs on one document are run together, whoever added them, and its state is computed once for all
+that wait for it. A result never depends on what else waits.
+
+    schedule = Schedule(engine)
+    ticket = schedule.add(preparer.prepare(pair))
+    schedule.step()              # one run of the decoder → [(ticket, Result)]
+    schedule.cancel(ticket)      # of one that is no longer wanted
+
+One thread adds, steps and cancels.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from m0kit.errors import InputError
+from m0kit.scoring.engine import Engine, Handle, Part, not_finite, sigmoid
+from m0kit.scoring.planner import TOKEN_BUDGET
+from m0kit.scoring.prepare import Document, Prepared
+
+# Bytes of pasts in one run: a query on 18 pages at a time in float16, enough rows for products at full speed.
+PAST_BYTES: Final = 384 << 20
+LOW_MEMORY_PAST_BYTES: Final = 96 << 20
+# Documents whose states are read from disk ahead of the run that needs them.
+READ_AHEAD: Final = 8
+# Visual tokens whose embeddings wait for the decoder where it cannot be in memory beside the image encoder: 96 MiB.
+LOW_MEMORY_VISUAL_TOKENS: Final = 16_384
+OnError = Literal["raise", "mark"]  # what becomes of a call with a pair that cannot be scored
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one pair. With an `error` score and logit are NaN."""
+
+    score: float  # sigmoid(logit − bias), 0 to 1
+    logit: float
+    error: InputError | None = None
+    truncated: tuple[str, ...] = ()  # "document", "query": what lost its end, as the published procedure cuts
+
+    @classmethod
+    def failed(cls, error: InputError) -> "Result":
+        """Of a pair that cannot be scored."""
+        return cls(math.nan, math.nan, error)
+
+
+Done = list[tuple[int, Result]]  # tickets
+_Waiting = dict[Document, dict[int, Prepared]]  # by ticket, in the order in which they came
+
+
+class Schedule:
+    """Pairs that wait to be scored."""
+
+    def __init__(self, engine: Engine, *, low_memory: bool = False) -> None:
+        """With `low_memory` images are encoded for many documents before the decoder takes over."""
+        self._engine, self._low_memory = engine, low_memory
+        self._tickets = itertools.count()
+        self._documents: dict[int, Document] = {}  # by ticket
+        self._waiting: _Waiting = {}
+        self._encoded: _Waiting = {}  # in low memory those that are run next
+        self._states: dict[Document, Handle] = {}  # of documents that wait
+        self._ahead: set[Document] = set()  # those that the disk was asked for
+        self._used: set[Document] = set()
+        self.num_bytes = 0  # what those that wait hold in memory, besides pixels and states
+        self.num_rows = 0  # of runs that they still need, states that are not there included
+
+    def __len__(self) -> int:
+        """Pairs that wait."""
+        return len(self._documents)
+
+    def add(self, prepared: Prepared) -> int:
+        """Have a pair scored by one of the next steps. Returns its ticket."""
+        ticket = next(self._tickets)
+        document = prepared.document
+        if document not in self._waiting and document not in self._encoded:
+            self._count(document, 1)
+        self._waiting.setdefault(document, {})[ticket] = prepared
+        self._documents[ticket] = document
+        self.num_bytes += prepared.num_bytes
+        self.num_rows += prepared.num_rows
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a pair that waits; one that is done already is none of these."""
+        if ticket in self._documents:
+            self._take(ticket)
+
+    def step(self) -> Done:
+        """One run of the decoder: for documents without a state, or for as many of the pairs as one run takes.
+
+        Returns what is done now, which may be nothing. Raises what the engine raises; the pairs that it was for are
+        then forgotten.
+        """
+        done: Done = []
+        if self._low_memory and not self._encoded:
+            self._encode_ahead()
+        parts = self._next_run(done)
+        tickets = [ticket for part in parts for ticket in part.pairs]
+        run = [Part(part.document, [self._take(ticket) for ticket in part.pairs], part.state) for part in parts]
+        if run:
+            pairs = [pair for part in run for pair in part.pairs]
+            for ticket, pair, logit in zip(tickets, pairs, self._engine.run(run), strict=True):
+                done.append((ticket, self._result(pair, logit)))
+        if not self._documents:
+            self._engine.rest(self._used)
+            self._used, self._ahead = set(), set()
+        return done
+
+    def close(self) -> None:
+        """Forget all that waits."""
+        for ticket in list(self._documents):
+            self._take(ticket)
+        self._engine.rest(())
+
+    # --- which ---------------------------------------------------------------------------------------
+
+    def _next_run(self, done: Done) -> "list[_Chosen]":
+        """The next pairs, by ticket; none where states had to be computed first. What cannot be run is `done`."""
+        waiting = self._encoded if self._low_memory else self._waiting
+        chosen: list[_Chosen] = []
+        rows, past = TOKEN_BUDGET, LOW_MEMORY_PAST_BYTES if self._low_memory else PAST_BYTES
+        # Each has a row at least, so that there is an end to it.
+        for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
+            is_there = self._is_there(document, waiting, done)
+            if document not in waiting:
+                continue
+            if not is_there and self._engine.keeps:
+                self._compute([document, *self._others(document, waiting, done)], done)
+                return []
+            state = self._states.get(document)
+            tickets, needed = _first(waiting[document])
+            needed, needed_past = (needed + document.length, 0) if state is None else (needed, state.num_bytes)
+            if chosen and (needed > rows or needed_past > past):
+                break
+            chosen.append(_Chosen(document, tickets, state))
+            rows, past = rows - needed, past - needed_past
+            if len(tickets) < len(waiting[document]):
+                break
+        return chosen
+
+    def _is_there(self, document: Document, waiting: _Waiting, done: Done) -> bool:
+        """Whether there is a state. Where there is none, its images are; pairs whose images are not are done."""
+        failed = -1
+        while document in waiting and failed != len(done):  # in the place of those that failed others are run
+            failed = len(done)
+            for ticket in _first(waiting[document])[0]:
+                self._require(waiting[document][ticket].images, [ticket], done)
+        if document in waiting and document not in self._states:
+            self._read_ahead(waiting)
+            self._used.add(document)
+            if (state := self._engine.find(document)) is not None:
+                self._states[document] = state
+                self.num_rows -= document.length
+            else:
+                self._require(document.images, list(waiting[document]), done)
+        return document in self._states
+
+    def _others(self, first: Document, waiting: _Waiting, done: Done) -> list[Document]:
+        """Other documents that wait without a state, as many as fit into a run with the `first`."""
+        found: list[Document] = []
+        room, num_fetched = TOKEN_BUDGET - first.length, 0
+        for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
+            if document == first or document in self._states:
+                continue
+            if document.length > room or num_fetched == READ_AHEAD:  # more than are run soon need no memory yet
+                break
+            if self._is_there(document, waiting, done):
+                num_fetched += 1
+            elif document in waiting:
+                found.append(document)
+                room -= document.length
+        return found
+
+    def _compute(self, documents: Sequence[Document], done: Done) -> None:
+        try:
+            states = self._engine.states(documents)
+        except BaseException:
+            for ticket in [ticket for document in documents for ticket in self._all(document)]:
+                self._take(ticket)
+            raise
+        for document, state in zip(documents, states, strict=True):
+            if state.is_finite:
+                self._states[document] = state
+                self.num_rows -= document.length
+            else:
+                self._fail(list(self._all(document)), not_finite(self._engine.kept), done)
+
+    def _require(self, images: Iterable[Any], tickets: Sequence[int], done: Done) -> None:
+        try:
+            for image in images:
+                image.require()
+        except InputError as error:
+            self._fail(tickets, error, done)
+
+    def _read_ahead(self, waiting: _Waiting) -> None:
+        soon = list(itertools.islice(waiting, 2 * READ_AHEAD))
+        if any(document not in self._ahead for document in soon[:READ_AHEAD]):
+            self._engine.prefetch([document for document in soon if document not in self._ahead])
+            self._ahead.update(soon)
+
+    def _encode_ahead(self) -> None:
+        """Take documents as long as their images fit, and have these encoded before the decoder comes."""
+        images: list[Any] = []
+        visual = 0
+        for document in list(self._waiting):
+            pairs = self._waiting[document]
+            needed = [] if self._engine.has(document) else list(document.images)
+            needed += [image for pair in pairs.values() for image in pair.images]
+            visual += sum(image.num_tokens for image in needed)
+            if self._encoded and visual > LOW_MEMORY_VISUAL_TOKENS:
+                break
+            images += needed
+            self._encoded[document] = self._waiting.pop(document)
+        self._engine.encode([image for image in images if _can_be_encoded(image)])
+
+    # --- what waits ----------------------------------------------------------------------------------
+
+    def _all(self, document: Document) -> Iterable[int]:
+        return [*self._waiting.get(document, ()), *self._encoded.get(document, ())]
+
+    def _take(self, ticket: int) -> Prepared:
+        """One that no longer waits."""
+        document = self._documents.pop(ticket)
+        waiting = self._encoded if ticket in self._encoded.get(document, ()) else self._waiting
+        prepared = waiting[document].pop(ticket)
+        self.num_bytes -= prepared.num_bytes
+        self.num_rows -= prepared.num_rows
+        if not waiting[document]:
+            del waiting[document]
+            if document not in self._waiting and document not in self._encoded:
+                self._count(document, -1)
+                self._states.pop(document, None)
+        return prepared
+
+    def _count(self, document: Document, sign: int) -> None:
+        self.num_bytes += sign * document.prefix.nbytes
+        if document not in self._states:
+            self.num_rows += sign * document.length
+
+    def _fail(self, tickets: Sequence[int], error: InputError, done: Done) -> None:
+        for ticket in tickets:
+            self._take(ticket)
+            done.append((ticket, Result.failed(error)))
+
+    def _result(self, pair: Prepared, logit: float) -> Result:
+        if not math.isfinite(logit):
+            return Result.failed(not_finite("the model's answer"))
+        prompt = pair.prompt
+        cut = (("document", prompt.document_truncated), ("query", prompt.query_truncated))
+        return Result(
+            sigmoid(logit - self._engine.config.prompt.logit_bias),
+            logit,
+            None,
+            tuple(name for name, is_cut in cut if is_cut),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Tickets of pairs on a document that are run next."""
+
+    document: Document
+    pairs: Sequence[int]
+    state: Handle | None
+
+
+def _first(pairs: dict[int, Prepared]) -> tuple[list[int], int]:
+    """The tickets of as many pairs as a run takes, one at least, and their rows."""
+    tickets: list[int] = []
+    rows = 0
+    for ticket, pair in pairs.items():
+        if tickets and rows + pair.num_rows > TOKEN_BUDGET:
+            break
+        tickets.append(ticket)
+        rows += pair.num_rows
+    return tickets, rows
+
+
+def _can_be_encoded(image: Any) -> bool:
+    """Why one cannot is told when its pairs are run."""
+    try:
+        image.require()
+    except InputError:
+        return False
+    return True
