@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # In the order of the files: else the two longest, of few tests each, would come last and one after the other.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=25
 
-.PHONY: demo test test-all check fuzz bench clean
+.PHONY: demo test test-all check fuzz bench figures clean
 
 demo: $(VENV)/.export        ## set up; export the embedded checkpoint + adapter, rerank, show parity
 	$(BIN)/python -m m0kit_parity.demo
@@ -28,6 +28,9 @@ fuzz: $(VENV)/.dev           ## set up; 100,000 inputs that others may have made
 
 bench: $(VENV)/.dev          ## set up; whole-pair ratios against transformers on this machine
 	$(BIN)/m0kit bench pairs
+
+figures: $(VENV)/.dev        ## set up; measure every published figure here into docs/ (an hour or more; QUICK=1: minutes)
+	$(BIN)/m0kit figures $(if $(QUICK),--quick) $(if $(AGAIN),--again)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

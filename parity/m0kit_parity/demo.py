@@ -26,9 +26,9 @@ def main() -> None:
         root = Path(temporary)
         base, code = root / "small-fp32", root / "small-code-fp32"
         _say("1. Export the embedded checkpoint, then again with its code-search adapter merged in")
-        _m0kit("export", SMALL / "base", "-o", base)
-        _m0kit("export", SMALL / "base", "--adapter", SMALL / "adapters" / "code", "-o", code)
-        _m0kit("inspect", code, "--verify")
+        m0kit("export", SMALL / "base", "-o", base)
+        m0kit("export", SMALL / "base", "--adapter", SMALL / "adapters" / "code", "-o", code)
+        m0kit("inspect", code, "--verify")
         _say("2. Rerank texts")
         _rerank(base, TEXT, root)
         _say("3. Rerank code: without the adapter, then with it")
@@ -37,24 +37,17 @@ def main() -> None:
         _say("4. Rerank page images")
         pages = _rerank(base, PAGES, root)
         _say("5. Read the pages once, ask again")
-        _m0kit("index", "add", base, root / "library", *pages)
-        _m0kit("index", "stats", root / "library")
-        _m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top-n", "3")
+        m0kit("index", "add", base, root / "library", *pages)
+        m0kit("index", "stats", root / "library")
+        m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top-n", "3")
         _say("6. Parity with the PyTorch reference, stage by stage")
-        _m0kit(
-            "parity",
-            SMALL / "base",
-            "--adapter",
-            SMALL / "adapters" / "code",
-            code,
-            "--html",
-            "m0kit-parity.html",
-        )
+        adapted = (SMALL / "base", "--adapter", SMALL / "adapters" / "code")
+        m0kit("parity", "run", *adapted, code, "--html", "m0kit-parity.html")
         _say("7. The same in 8 and 4 bits: what it costs in ranking")
         few = [root / "small-int8", root / "small-int4"]
         for artifact in few:
-            _m0kit("quantize", base, "-o", artifact, "--precision", artifact.name.removeprefix("small-"))
-        _m0kit("evaluate", base, *few, "--no-speed", "--html", "m0kit-evaluate.html")
+            m0kit("quantize", base, "-o", artifact, "--precision", artifact.name.removeprefix("small-"))
+        m0kit("evaluate", base, *few, "--no-speed", "--html", "m0kit-evaluate.html")
         _say("All done. The reports are m0kit-parity.html and m0kit-evaluate.html in this folder.")
 
 
@@ -80,11 +73,12 @@ def _rerank(artifact: Path, kind: str, root: Path) -> list[Path]:
     if kind == PAGES:
         best = [paths[i].name for i, relevance in enumerate(case["relevance"]) if relevance]
         show(f"(the right answer is {' or '.join(best)})")
-    _m0kit("rerank", artifact, "--query", case["query"], "--top-n", "5", *paths)
+    m0kit("rerank", artifact, "--query", case["query"], "--top-n", "5", *paths)
     return paths
 
 
-def _m0kit(*arguments: object) -> None:
+def m0kit(*arguments: object) -> None:
+    """Show a command and run it; ends the demo with its exit code where it fails."""
     words = [str(argument) for argument in arguments]
     shown = shlex.join(words) if len(words) < 12 else shlex.join(words[:7]) + " …"
     show(f"$ m0kit {shown}")

@@ -91,7 +91,7 @@ def empty_model(checkpoint: Checkpoint) -> tuple[Qwen2VLModel, nn.Sequential]:
     width = checkpoint.config.decoder.hidden_size
     try:
         with init_empty_weights(include_buffers=False):
-            core = Qwen2VLModel._from_config(Qwen2VLConfig(**known, dtype="float32"), attn_implementation="sdpa")
+            core = Qwen2VLModel(Qwen2VLConfig(**known, dtype="float32", attn_implementation="sdpa"))
     except Exception as error:  # transformers checks its fields, each in its own way
         raise CheckpointError(
             f"transformers makes no model of config.json in {checkpoint.folder.name} ({type(error).__name__}). Save "
@@ -109,7 +109,7 @@ def _declared(raw: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
+class Inputs:
     """One pair as tensors."""
 
     token_ids: list[int]
@@ -124,9 +124,9 @@ class Reference:
         self, core: Qwen2VLModel, score: nn.Module, checkpoint: Checkpoint, max_length: int | None = None
     ) -> None:
         self.config: ModelConfig = checkpoint.config
-        self._core, self._score = core, score
+        self.core, self.head = core, score
         self._max_length = max_length or self.config.prompt.max_length
-        self._tokenizer = _tokenizer(checkpoint)
+        self.tokenizer = _tokenizer(checkpoint)
         image = self.config.image
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=image.min_pixels,
@@ -173,23 +173,23 @@ class Reference:
 
     def score(self, pairs: Iterable[Any], raw: bool = False) -> NDArray[np.float32]:
         """Scores (or logits) of (query, document) pairs, one at a time and without padding."""
-        logits = [self._logit(self._hidden([self._inputs(pair)])).item() for pair in pairs]
+        logits = [self._logit(self._hidden([self.inputs(pair)])).item() for pair in pairs]
         return np.asarray(logits if raw else [self._normalise(logit) for logit in logits], np.float32)
 
     def compute_score(self, pairs: Sequence[Any], batch_size: int = 8) -> list[float]:
         """The published scoring call: batches padded on the left."""
         scores: list[float] = []
         for start in range(0, len(pairs), batch_size):
-            batch = [self._inputs(pair) for pair in pairs[start : start + batch_size]]
+            batch = [self.inputs(pair) for pair in pairs[start : start + batch_size]]
             scores += [self._normalise(logit) for logit in self._logit(self._hidden(batch)).tolist()]
         return scores
 
     @torch.inference_mode()
     def trace(self, pair: Any, layers: bool = False) -> Trace:
         """Every stage of one pair."""
-        inputs = self._inputs(pair)
+        inputs = self.inputs(pair)
         embeds = [
-            self._core.visual(p, grid_thw=g[None]).pooler_output
+            self.core.visual(p, grid_thw=g[None]).pooler_output
             for p, g in zip(inputs.patches, inputs.grids, strict=True)
         ]
         seen: list[torch.Tensor] = []
@@ -197,7 +197,7 @@ class Reference:
             layer.register_forward_hook(
                 lambda _module, _inputs, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1])
             )
-            for layer in (self._core.language_model.layers if layers else [])
+            for layer in (self.core.language_model.layers if layers else [])
         ]
         try:
             hidden = self._hidden([inputs])
@@ -223,16 +223,16 @@ class Reference:
 
     @torch.inference_mode()
     def _logit(self, hidden: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._score(hidden)[:, 0].float()
+        out: torch.Tensor = self.head(hidden)[:, 0].float()
         return out
 
     @torch.inference_mode()
-    def _hidden(self, batch: Sequence[_Inputs]) -> torch.Tensor:
+    def _hidden(self, batch: Sequence[Inputs]) -> torch.Tensor:
         """(B, D): the last position after the final norm, prompts padded on the left."""
         positions, token_ids, mask = self._positions(batch)
         patches = [p for inputs in batch for p in inputs.patches]
         grids = [g for inputs in batch for g in inputs.grids]
-        out: torch.Tensor = self._core(
+        out: torch.Tensor = self.core(
             input_ids=token_ids,
             attention_mask=mask if len(batch) > 1 else None,
             position_ids=positions,
@@ -242,14 +242,14 @@ class Reference:
         ).last_hidden_state
         return out[:, -1]
 
-    def _positions(self, batch: Sequence[_Inputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _positions(self, batch: Sequence[Inputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Positions (3, B, T), token ids (B, T) and mask (B, T)."""
         longest = max(len(inputs.token_ids) for inputs in batch)
         padding = [longest - len(inputs.token_ids) for inputs in batch]
         token_ids = torch.tensor([[PAD_ID] * n + i.token_ids for n, i in zip(padding, batch, strict=True)])
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
         grids = [g for inputs in batch for g in inputs.grids]
-        positions, _ = self._core.get_rope_index(
+        positions, _ = self.core.get_rope_index(
             token_ids,
             mm_token_type_ids=(token_ids == self.config.prompt.image_pad_id).int(),
             image_grid_thw=torch.stack(grids) if grids else None,
@@ -259,16 +259,16 @@ class Reference:
 
     # --- inputs ------------------------------------------------------------------------------------
 
-    def _inputs(self, pair: Any) -> _Inputs:
+    def inputs(self, pair: Any) -> Inputs:
         """The published prompt: document, query, score token; the document's image before the query's."""
         query, document = (pair["query"], pair["document"]) if isinstance(pair, Mapping) else pair
         prompt = self.config.prompt
         query, document = _content(query), _content(document)
         limit = max(self._max_length - prompt.max_query_length, prompt.max_query_length)
         if isinstance(document, str):
-            cut = self._encode(document, limit)
+            cut = self.encode(document, limit)
             if len(cut) >= limit:
-                document = self._tokenizer.decode(cut, skip_special_tokens=False)
+                document = self.tokenizer.decode(cut, skip_special_tokens=False)
         patches: list[torch.Tensor] = []
         grids: list[torch.Tensor] = []
         pieces: list[str | list[int]] = []
@@ -278,7 +278,7 @@ class Reference:
                 pieces.append(content)
                 continue
             done = self._processor(images=[content], return_tensors="pt")
-            patches.append(done["pixel_values"].to(next(self._core.parameters()).dtype))
+            patches.append(done["pixel_values"].to(next(self.core.parameters()).dtype))
             grids.append(done["image_grid_thw"][0])
             pads = int(grids[-1].prod()) // self.config.image.merge_size**2
             pieces.append([prompt.vision_start_id, *[prompt.image_pad_id] * pads, prompt.vision_end_id])
@@ -288,13 +288,13 @@ class Reference:
             if isinstance(piece, str):
                 text += piece
                 continue
-            token_ids += self._encode(text)
+            token_ids += self.encode(text)
             token_ids += piece
             text = ""
-        return _Inputs([*token_ids[: self._max_length - 1], prompt.score_token_id], patches, grids)
+        return Inputs([*token_ids[: self._max_length - 1], prompt.score_token_id], patches, grids)
 
-    def _encode(self, text: str, max_length: int | None = None) -> list[int]:
-        ids: list[int] = self._tokenizer(
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        ids: list[int] = self.tokenizer(
             text,
             add_special_tokens=False,
             split_special_tokens=True,

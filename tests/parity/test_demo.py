@@ -28,7 +28,7 @@ def test_every_step_works_but_for_those_that_have_tests_of_their_own(
         assert done.exit_code == 0, done.output
         outputs.append(done.stdout)
 
-    monkeypatch.setattr(demo, "_m0kit", run)
+    monkeypatch.setattr(demo, "m0kit", run)
     demo.main()
     verbs = [words[0] for words in ran]
     assert verbs == [
@@ -61,10 +61,10 @@ def test_every_step_works_but_for_those_that_have_tests_of_their_own(
 
 def test_a_step_that_fails_ends_the_demo_with_its_exit_code() -> None:
     with pytest.raises(SystemExit) as ended:
-        demo._m0kit("no-such-command")
+        demo.m0kit("no-such-command")
     assert ended.value.code == 2
 
 
 def test_what_it_shows_can_be_typed(capfd: pytest.CaptureFixture[str]) -> None:
-    demo._m0kit("--version")
+    demo.m0kit("--version")
     assert capfd.readouterr().out.splitlines()[0] == "$ m0kit --version"

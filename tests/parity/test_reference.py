@@ -46,9 +46,9 @@ class Direct(nn.Module):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
-        self.config = Qwen2VLConfig.from_pretrained(folder)
+        self.config = Qwen2VLConfig.from_pretrained(folder, attn_implementation="eager")
         width = self.config.text_config.hidden_size
-        self.model = Qwen2VLModel._from_config(self.config, attn_implementation="eager").float()
+        self.model = Qwen2VLModel(self.config).float()
         self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.eval()
         stored = load_file(folder / "model.safetensors")
@@ -291,7 +291,7 @@ def test_two_adapters_are_applied_one_after_the_other(tiny: Path, tmp_path: Path
 def test_the_prompt_is_document_then_query_then_the_score_token(reference: Reference) -> None:
     ids = reference.trace(("why?", "because")).token_ids
     assert ids[-1] == 100
-    assert reference._tokenizer.decode(ids[:-1]) == "**Document**:\nbecause\n**Query**:\nwhy?"
+    assert reference.tokenizer.decode(ids[:-1]) == "**Document**:\nbecause\n**Query**:\nwhy?"
 
 
 def test_the_documents_image_comes_before_the_querys(reference: Reference) -> None:
@@ -313,7 +313,7 @@ def test_the_documents_image_comes_before_the_querys(reference: Reference) -> No
 def limited(folder: Path, max_length: int) -> Reference:
     checkpoint = open_checkpoint(folder)
     full = Reference.load(folder)
-    return Reference(full._core, full._score, checkpoint, max_length=max_length)
+    return Reference(full.core, full.head, checkpoint, max_length=max_length)
 
 
 def test_a_document_is_cut_at_its_own_limit_and_encoded_again(folder: Path) -> None:
@@ -323,23 +323,23 @@ def test_a_document_is_cut_at_its_own_limit_and_encoded_again(folder: Path) -> N
     long_query = "how many? " * 60
     ids = reference.trace((long_query, document)).token_ids
     assert (len(ids), ids[-1]) == (600, 100)
-    cut = reference._encode(document, 512)
+    cut = reference.encode(document, 512)
     assert len(cut) == 512
-    again = reference._tokenizer.decode(cut)
-    expected = reference._encode(f"**Document**:\n{again}\n**Query**:\n{long_query}")[:599]
+    again = reference.tokenizer.decode(cut)
+    expected = reference.encode(f"**Document**:\n{again}\n**Query**:\n{long_query}")[:599]
     assert ids[:-1].tolist() == expected
     # A document just under its limit is taken as it is.
-    short = reference._tokenizer.decode(cut[:300])
+    short = reference.tokenizer.decode(cut[:300])
     ids = reference.trace(("why?", short)).token_ids
-    assert ids[:-1].tolist() == reference._encode(f"**Document**:\n{short}\n**Query**:\nwhy?")
+    assert ids[:-1].tolist() == reference.encode(f"**Document**:\n{short}\n**Query**:\nwhy?")
 
 
 def test_a_query_is_never_cut_by_itself(folder: Path) -> None:
     reference = limited(folder, 2000)
     query = "how many? " * 150
-    assert len(reference._encode(query)) > 512
+    assert len(reference.encode(query)) > 512
     ids = reference.trace((query, "document")).token_ids
-    assert ids[:-1].tolist() == reference._encode(f"**Document**:\ndocument\n**Query**:\n{query}")[:1999]
+    assert ids[:-1].tolist() == reference.encode(f"**Document**:\ndocument\n**Query**:\n{query}")[:1999]
 
 
 def test_text_never_becomes_a_special_token(reference: Reference) -> None:
@@ -354,12 +354,15 @@ def test_text_never_becomes_a_special_token(reference: Reference) -> None:
 def test_layers_are_the_states_after_each_decoder_layer_and_hooks_are_gone_afterwards(reference: Reference) -> None:
     trace = reference.trace(PAIRS[1], layers=True)
     assert trace.layers is not None
-    decoder = reference._core.language_model
+    decoder = reference.core.language_model
     assert trace.layers.shape == (reference.config.decoder.num_layers, reference.config.decoder.hidden_size)
     with torch.no_grad():
         normed = decoder.norm(torch.from_numpy(trace.layers[-1]))
     np.testing.assert_allclose(normed, trace.hidden, rtol=0, atol=1e-6)
-    assert not any(layer._forward_hooks for layer in decoder.layers)
+    for layer in decoder.layers:
+        mine = layer.register_forward_hook(lambda *_: None)
+        assert list(mine.hooks_dict_ref()) == [mine.id]
+        mine.remove()
     assert reference.trace(PAIRS[1]).layers is None
 
 

@@ -69,11 +69,11 @@ def test_a_split_holds_only_its_own_facts_pairs_and_pipelines(monkeypatch, held_
 def test_every_sentence_of_the_committed_texts_states_a_held_out_fact():
     facts = itertools.product(*(range(len(t)) for t in (corpus.ADJECTIVES, corpus.NOUNS, corpus.PLACES)))
     told = {
-        corpus._fill(template, fact, language)
+        corpus.fill(template, fact, language)
         for fact in facts
         if corpus.is_held_out(fact)
         for language in corpus.LANGUAGES
-        for template in corpus._STATEMENTS[language]
+        for template in corpus.STATEMENTS[language]
     }
     ends = {len(sentence) for sentence in told}
     for kind in ("text", "across"):
@@ -144,7 +144,7 @@ def test_the_training_forward_computes_what_transformers_computes(ranker):
     ]
     texts = [("find the dog", "Hier ist der Hund im Park rund."), ("find <|image_pad|>", "x" * 40)]
     with torch.no_grad():
-        images = train.see(ranker, train._pixels(drawn))
+        images = train.see(ranker, train.pixels_of(drawn))
         mixed = train.rank(ranker, batcher, pairs, images).tolist()
         plain = train.rank(ranker, batcher, texts, None).tolist()
     # other orders of fp32 sums; logits are of size one to ten

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.parity import _sensitivity as sensitivity
+from tests.parity import sensitivity
 
 from m0kit import Reranker
 from m0kit_export.adapter import AdapterSpec

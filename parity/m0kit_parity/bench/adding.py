@@ -7,16 +7,13 @@ stands beside them. With a limit that is always hit every add makes room; withou
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import click
 
 from m0kit.keeping.store import Store
 from m0kit.keeping.tables import MIN_LIMIT
-from m0kit.terminal import show, show_json
-from m0kit_parity.bench.commands import bench, table
+from m0kit_parity.drawing.table import Rows
 
 _SIZE = 3000  # bytes of a record, which takes one page of a segment
 _PAGE = 4096
@@ -65,17 +62,8 @@ def _numbers() -> Iterator[bytes]:
         number += 1
 
 
-@bench.command("store")
-@click.option("--max-records", type=click.IntRange(1000), default=100_000, show_default=True)
-@click.option(
-    "--adds", type=click.IntRange(1), default=2000, show_default=True, help="Timed at each number of records."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def store_command(max_records: int, adds: int, as_json: bool) -> None:
-    """Adds a second by the number of records a store holds, without a limit and with one that is always hit.
-
-    A million records take 5 GB in the folder for temporary files (TMPDIR).
-    """
+def adding(max_records: int, adds: int) -> list[Adding]:
+    """Up by tens from 1,000 records, without a limit and with one that is always hit."""
     counts = [1000]
     while counts[-1] * 10 <= max_records:
         counts.append(counts[-1] * 10)
@@ -84,13 +72,14 @@ def store_command(max_records: int, adds: int, as_json: bool) -> None:
         for records in counts:
             with tempfile.TemporaryDirectory() as root:
                 found.append(measure(Path(root) / "store", records, limited, adds))
-    if as_json:
-        show_json([asdict(one) for one in found])
-        return
+    return found
+
+
+def adding_table(found: Sequence[Adding]) -> Rows:
+    """A row for each."""
     rows = [["records", "limit", "adds/s", "processor ms", "longest ms", "dropped", "open ms"]]
     for one in found:
-        times = (f"{1000 * value:.2f}" for value in (one.processor_s, one.longest_s, one.open_s))
-        processor, longest, opening = times
+        processor, longest, opening = (f"{1000 * value:.2f}" for value in (one.processor_s, one.longest_s, one.open_s))
         limit = "hit" if one.limited else "none"
         rows.append([f"{one.records:,}", limit, f"{one.per_second:.0f}", processor, longest, str(one.dropped), opening])
-    show(*table(rows).split("\n"))
+    return rows

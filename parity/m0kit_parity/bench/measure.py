@@ -16,23 +16,42 @@ from typing import Any, Final
 
 from m0kit.errors import M0kitError
 from m0kit.terminal import ended
+from m0kit_parity.bench.workloads import Pair
 from m0kit_parity.child import PATIENCE_S
-
-Pair = tuple[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Of a process that scores one workload, in MiB. A peak counts mapped weights, `private` does not."""
 
+    opened: float  # seconds until the artifact was open
     loaded: float
     peak: float
     private: float
     seconds: float  # of that one run, cold and watched: for orientation only
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A command that ran to its end."""
+
+    seconds: float
+    peak: float  # MiB resident, mapped files among it
+    output: str
+
+
+# Between this process and the command: a process has at least the peak of the one that started it.
+_STARTER: Final = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(json.dumps([done.returncode, seconds, peak, done.stdout, done.stderr]))
+"""
+
 # Only the runtime: no PyTorch, nothing of the process that measures. Pairs come on stdin as JSON.
-_CHILD: Final = """
+CHILD: Final = """
 import json, os, statistics, sys, threading, time
 from pathlib import Path
 result = os.dup(1)
@@ -48,7 +67,9 @@ def content(value):
 
 job = json.load(sys.stdin)
 pairs = [tuple(map(content, pair)) for pair in job["pairs"]]
+start = time.perf_counter()
 reranker = Reranker.load(job["artifact"], threads=job["threads"], max_pixels=job["max_pixels"], memory=job["mode"])
+opened = time.perf_counter() - start
 
 def run():
     start = time.perf_counter()
@@ -70,7 +91,7 @@ def memory():
     finally:
         done = True
         watcher.join()
-    return {"loaded": loaded, "peak": status("VmHWM"), "private": max(anonymous), "seconds": seconds}
+    return {"opened": opened, "loaded": loaded, "peak": status("VmHWM"), "private": max(anonymous), "seconds": seconds}
 
 def seconds():
     run()
@@ -81,6 +102,17 @@ def seconds():
 
 os.write(result, json.dumps({"memory": memory, "seconds": seconds}[job["measure"]](), allow_nan=False).encode())
 """
+
+
+def run_m0kit(*words: object) -> Ran:
+    """`m0kit …` in a process of its own, and what it took. Linux only. Raises M0kitError for a command that fails."""
+    command = [sys.executable, "-m", "m0kit", *map(str, words)]
+    done = subprocess.run([sys.executable, "-c", _STARTER, *command], stdout=subprocess.PIPE, text=True, check=True)
+    code, seconds, peak, output, errors = json.loads(done.stdout)
+    if code:
+        reason = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        raise M0kitError(f"m0kit {words[0]}: {ended(code) if code < 0 else f'exit code {code}'}: {reason}")
+    return Ran(seconds, peak, output)
 
 
 def measure_memory(
@@ -101,8 +133,8 @@ def measure_seconds(artifact: Path, pairs: Sequence[Pair], threads: int, max_pix
 def _measure(what: str, artifact: Path, pairs: Sequence[Pair], threads: int, max_pixels: int | None, mode: str) -> Any:
     job: dict[str, Any] = {"measure": what, "artifact": str(artifact), "threads": threads, "max_pixels": max_pixels}
     job["mode"] = mode
-    job["pairs"] = [[_for_child(side) for side in pair] for pair in pairs]
-    child = [sys.executable, "-c", _CHILD]
+    job["pairs"] = [[for_child(side) for side in pair] for pair in pairs]
+    child = [sys.executable, "-c", CHILD]
     try:
         done = subprocess.run(
             child, input=json.dumps(job), capture_output=True, text=True, check=False, timeout=PATIENCE_S
@@ -122,7 +154,8 @@ def _measure(what: str, artifact: Path, pairs: Sequence[Pair], threads: int, max
     return json.loads(done.stdout)
 
 
-def _for_child(value: Any) -> dict[str, str]:
+def for_child(value: Any) -> dict[str, str]:
+    """One side of a pair as it travels in JSON."""
     if isinstance(value, str):
         return {"text": value}
     image = value["image"] if isinstance(value, Mapping) and "image" in value else value

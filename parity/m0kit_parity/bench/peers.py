@@ -2,10 +2,9 @@
 
 A peer is m0kit's own `Reranker` with another engine below it, so that images, tokens and plan are the same on
 both sides and a difference is the engine's. Whatever a peer cannot do with a graph of m0kit (Loops above all),
-it gets in the form that suits it best. Owns those forms; what is timed is `m0kit_parity.bench.commands`.
+it gets in the form that suits it best. Owns those forms; what is timed is `pairs.py`'s.
 
-    openvino, llama = peers(Path("wide"), ["openvino-int8", "llama-q8_0"], threads=2, scratch=Path("scratch"))
-    openvino.run([("slm markdown", Path("page.png"))])
+    peer(Path("wide"), "openvino-int8", threads=2, scratch=Path("scratch")).score([("slm markdown", Path("page.png"))])
 """
 
 import contextlib
@@ -16,10 +15,9 @@ import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ from m0kit.quiet import silence_openvino
 from m0kit.reranker import Reranker
 from m0kit.scoring.sessions import Graph
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
-from m0kit_parity.bench.commands import require_packages
+from m0kit_parity.bench.options import require_packages
 from m0kit_parity.reference import Reference
 
 Array = NDArray[Any]
@@ -44,7 +42,6 @@ GgufType = Literal["f32", "f16", "q8_0", "q4_0", "q4_k"]
 OPENVINO: Final = "openvino-int8"
 # f32 is for proving that llama.cpp computes the same; nobody runs it.
 LLAMA: Final[Mapping[str, GgufType]] = {f"llama-{t}": t for t in ("f16", "q8_0", "q4_0", "q4_k")}
-NAMES: Final = (OPENVINO, *LLAMA)
 
 # Columns that share one scale when OpenVINO quantises activations. Its default is 32; on full widths 256 takes a
 # fifth off that, and more is no faster. A group wider than a product's input would switch that product's off.
@@ -53,41 +50,14 @@ _MAX_GROUP: Final = 256
 _LLAMA_ROWS: Final = 512
 
 
-class Peer(Protocol):
-    """Another engine on whole pairs."""
+def peer(checkpoint: Path, name: str, threads: int, scratch: Path) -> Reranker:
+    """The peer of that name, ready to run on a checkpoint folder; `scratch` takes the files that it needs.
 
-    @property
-    def name(self) -> str:
-        """One of NAMES."""
-        ...
-
-    def run(self, pairs: Sequence[tuple[Any, Any]]) -> Float32:
-        """Scores (B,) of (query, document) pairs. Raises InputError for what this peer cannot score."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    name: str
-    reranker: Reranker
-
-    def run(self, pairs: Sequence[tuple[Any, Any]]) -> Float32:
-        return self.reranker.score(pairs)
-
-
-def peers(checkpoint: Path, names: Sequence[str], threads: int, scratch: Path) -> list[Peer]:
-    """The peers named, ready to run on a checkpoint folder; `scratch` takes the files that they need.
-
-    Raises CheckpointError, InputError for a name not in NAMES, DependencyError with what to install.
+    Raises CheckpointError, DependencyError with what to install.
     """
-    if unknown := [name for name in names if name not in NAMES]:
-        raise InputError(f"peer {unknown[0]!r} is not known. Say {', '.join(NAMES)}.")
-    require_packages(names)  # all of them before the first is made, which takes a while
+    require_packages([name])
     opened = open_checkpoint(checkpoint)
-    return [
-        _Peer(name, openvino(opened, threads) if name == OPENVINO else llama(opened, LLAMA[name], threads, scratch))
-        for name in names
-    ]
+    return openvino(opened, threads) if name == OPENVINO else llama(opened, LLAMA[name], threads, scratch)
 
 
 def _package(package: str, install: str, needed_by: str) -> Any:
@@ -119,7 +89,7 @@ class _Head:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         names = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
-        self._weights = [_float32(checkpoint, name) for name in names]
+        self._weights = [float32_of(checkpoint, name) for name in names]
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         del outputs
@@ -140,7 +110,8 @@ class _Embedding:
         return rows
 
 
-def _float32(checkpoint: Checkpoint, name: str) -> Float32:
+def float32_of(checkpoint: Checkpoint, name: str) -> Float32:
+    """A tensor of the checkpoint in float32."""
     values: Float32 = checkpoint.read(name).float().numpy()
     return values
 
@@ -155,7 +126,7 @@ def openvino(checkpoint: Checkpoint, threads: int, *, int8: bool = True) -> Rera
     """
     ov = _package("openvino", "openvino", OPENVINO)
     reference, config = Reference.load(checkpoint.folder), checkpoint.config
-    core, decoder, vision = reference._core, config.decoder, config.vision
+    core, decoder, vision = reference.core, config.decoder, config.vision
     T, P = 6, 2 * config.image.merge_size**2  # of the example that is traced; the shapes below are what is taken
     modules: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], list[list[int]]]] = {
         "vision": (
@@ -182,14 +153,14 @@ def openvino(checkpoint: Checkpoint, threads: int, *, int8: bool = True) -> Rera
             warnings.simplefilter("ignore")  # of what the converter still uses in torch and transformers
             model = ov.convert_model(module.eval(), example_input=example, input=[ov.PartialShape(s) for s in shapes])
         if int8:
-            model = _compress(model)
+            model = compress(model)
         compiled[name] = engine.compile_model(model, "CPU", settings)
     return _reranker(
         checkpoint, _OpenVinoVision(compiled["vision"]), _OpenVinoDecoder(compiled["decoder"], _Embedding(checkpoint))
     )
 
 
-def _compress(model: Any) -> Any:
+def compress(model: Any) -> Any:
     """Every matrix as int8 with a scale per row, by OpenVINO's own tool."""
     nncf = _package("nncf", "nncf", OPENVINO)
     logger = logging.getLogger("nncf")
@@ -327,7 +298,7 @@ def llama(checkpoint: Checkpoint, kind: GgufType, threads: int, scratch: Path) -
         source, path = path, scratch / f"decoder-{kind}.gguf"
         _quantise(lib, source, path, kind, threads)
     rows = checkpoint.config.prompt.max_length
-    decoder = _LlamaDecoder(lib, path, rows, threads, _Embedding(checkpoint), exact=kind == "f32")
+    decoder = LlamaDecoder(lib, path, rows, threads, _Embedding(checkpoint), exact=kind == "f32")
     return _reranker(checkpoint, _NoVision(), decoder)
 
 
@@ -355,7 +326,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, kind: Literal["f32", "f16"]) 
     stored = np.float32 if kind == "f32" else np.float16
     writer.add_tensor("token_embd.weight", np.zeros((width, width), stored))  # must be there; never looked at
     writer.add_tensor("output.weight", np.eye(width, dtype=np.float32))
-    writer.add_tensor("output_norm.weight", _float32(checkpoint, "model.norm.weight"))
+    writer.add_tensor("output_norm.weight", float32_of(checkpoint, "model.norm.weight"))
     known = set(checkpoint.names)
     for i in range(config.num_layers):
         for ours, theirs in _GGUF_NAMES.items():
@@ -363,7 +334,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, kind: Literal["f32", "f16"]) 
                 name = f"model.layers.{i}.{ours}.{part}"
                 if name not in known:
                     continue
-                values = _float32(checkpoint, name)
+                values = float32_of(checkpoint, name)
                 if values.ndim > 1:  # llama.cpp takes norms and biases in float32 alone
                     with np.errstate(over="ignore"):
                         values = values.astype(stored)
@@ -410,7 +381,7 @@ class _NoVision:
         raise InputError("llama.cpp is a peer for text alone, and a pair has an image. Leave such pairs out.")
 
 
-class _LlamaDecoder:
+class LlamaDecoder:
     """Feeds of m0kit's decoder, pair by pair, each from an empty cache."""
 
     def __init__(self, lib: Any, path: Path, max_tokens: int, threads: int, embedding: _Embedding, exact: bool) -> None:

@@ -1,6 +1,6 @@
 """`m0kit bench reuse`: what it is worth to read a document once, in memory and on disk, and what it costs.
 
-Owns the workloads of documents that come again, and their tables. Both sides of a ratio take turns in one run where
+Owns the workloads of documents that come again. Both sides of a ratio take turns in one run where
 that is affordable. What a kept document costs depends on sizes alone, so where many documents are wanted one state is
 computed, and the others get copies of it, each in memory or on disk of its own: 100 pages would take half an hour to
 read, and their scores are nobody's business here. Nothing passes or fails.
@@ -20,17 +20,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import numpy as np
 
 from m0kit.artifact.manifest import read_manifest
-from m0kit.artifact.ports import KV, Kept
-from m0kit.cli.options import ARTIFACT, require_place
+from m0kit.artifact.ports import Kept
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import InputError, OutputError
 from m0kit.index import add, open_index, stored_form
@@ -43,27 +41,20 @@ from m0kit.scoring.planner import pack
 from m0kit.scoring.prepare import Document
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
 from m0kit.scoring.schedule import PAST_BYTES
-from m0kit.terminal import bar, say, show, show_json
-from m0kit_parity.bench.commands import (
-    _JSON,
-    _PLOT,
-    _THREADS,
-    _about,
-    _doubling,
-    bench,
-    compare,
-    machine,
-    page_of,
-    prompts_of,
-    table,
-    take_turns,
-    text_of,
-    timed,
-    write_plot,
+from m0kit.terminal import bar
+from m0kit_parity.bench.reuse_results import (
+    Asking,
+    Cached,
+    CacheSize,
+    Disk,
+    Growth,
+    Indexing,
+    Many,
+    Point,
+    Reading,
 )
-from m0kit_parity.drawing import plot
-
-Point = dict[str, float | None]  # seconds, or None where it was not measured
+from m0kit_parity.bench.timing import compare, doubling, take_turns, timed
+from m0kit_parity.bench.workloads import page_of, prompts_of, text_of
 
 DOCUMENT_TOKENS: Final = 768  # visual tokens of a published page, and a text as long
 SUFFIXES: Final = (4, 12, 24)  # tokens of a query with the score token: a word or two, a question, a long one
@@ -75,95 +66,6 @@ REQUESTS: Final = 4  # for each document of the stream
 QUERIES, DOCUMENTS = 1000, 100  # of `many`
 EVERYTHING: Final = 1 << 40  # bytes of a cache that lets nothing go
 PARTS: Final = ("cached", "disk", "indexing", "growth", "many")
-
-
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """A new query on a document that is kept, and on the same document computed anew; seconds are per pair."""
-
-    kind: str  # text, page
-    tokens: int  # of the document's prefix
-    suffix: int  # of the query, with the score token
-    uncached: float
-    cached: float
-    faster: float
-    difference: float  # of the score of the document whose state was really computed from its uncached score
-    transformers: float | None = None  # fp32, once per kind
-    faster_than_transformers: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """All records of an index, opened and gathered for the decoder as scoring does, without running it."""
-
-    pages: str  # "cold": the system's copy of the files was let go before; "warm": it was there
-    open: float  # seconds
-    load: float  # seconds, checksums included
-    bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """One query on all pages of an index, by their ids."""
-
-    pages: str  # "cold", "warm" in a fresh process's eyes; "next": a second query, checksums are known
-    seconds: float
-    loading: float  # of these, in reading and gathering records
-    share: float
-    lookup: float  # of these, in looking up the pages themselves
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """An index of pages, of which one was computed."""
-
-    pages: int
-    tokens: int  # of each
-    index_bytes: int
-    reading: list[Reading]
-    asking: list[Asking]
-
-
-@dataclass(frozen=True, slots=True)
-class Indexing:
-    """Documents per second of reading them into an index, and of scoring them once."""
-
-    documents: int
-    tokens: int
-    indexed: float
-    scored: float
-    ratio: float  # indexed to scored, median of the turns' ratios
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSize:
-    """A stream of requests through a cache of a given size."""
-
-    percent: int  # of what all documents take
-    hits: float  # share of the requests
-    seconds: float  # per request, median of the turns' means
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Seconds of a call as it grows: what grows → how far → side → seconds."""
-
-    seconds: dict[str, dict[int, Point]]
-    cache: list[CacheSize]
-    stream: str  # what the requests to the cache were
-
-
-@dataclass(frozen=True, slots=True)
-class Many:
-    """Very many pairs in one call."""
-
-    pairs: int
-    documents: int
-    planning: float  # seconds until the first score
-    pairs_per_second: float  # of the whole call
-    resident: dict[str, float]  # MiB of the process: before, planned, 10 %, 50 %, 100 %
 
 
 # --- workloads -----------------------------------------------------------------------------------------
@@ -392,14 +294,14 @@ def _read(folder: Path, keys: Sequence[bytes], config: DecoderConfig, kv: Kept) 
 
 def _ask(reranker: Reranker, names: Sequence[str], query: str) -> tuple[float, float, float, float]:
     """One query on all pages → seconds, of these loading, its share, of these looking pages up."""
-    with _timed(Store, "get") as got, _timed(Pasts, "feeds") as fed, _timed(Store, "document") as looked:
+    with calls_of(Store, "get") as got, calls_of(Pasts, "feeds") as fed, calls_of(Store, "document") as looked:
         seconds = _seconds(lambda: reranker.score([(query, {"id": name}) for name in names]))
     loading = sum(got) + sum(fed)
     return seconds, loading, loading / seconds, sum(looked)
 
 
 @contextmanager
-def _timed(owner: type, method: str) -> Iterator[list[float]]:
+def calls_of(owner: type, method: str) -> Iterator[list[float]]:
     """Meanwhile, the seconds of every call of a method."""
     original: Callable[..., Any] = getattr(owner, method)
     seconds: list[float] = []
@@ -460,11 +362,11 @@ def growth(
     one, _ = fitting(plain.config, prompts, min(DOCUMENT_TOKENS, max_tokens))
     longest, _ = fitting(plain.config, prompts, max_tokens)
     short = [text_document(prompts, SHORT_TOKENS, seed) for seed in range(max(most, documents))]
-    long = {n: text_document(prompts, n, 1) for n in _doubling(64, longest)}
+    long = {n: text_document(prompts, n, 1) for n in doubling(64, longest)}
     whole = text_document(prompts, one, 2)
     state = read_one(warm, short[0])
     keep(warm, [*short[1:], *long.values(), whole], state)
-    steps = _doubling(1, most)
+    steps = doubling(1, most)
     # What grows: its steps, the documents of a step, how many queries each gets, tokens to compute anew.
     loads: dict[str, dict[int, tuple[list[str], int, int]]] = {
         f"documents of {SHORT_TOKENS} tokens, one query": {
@@ -556,136 +458,11 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-# --- tables and charts ---------------------------------------------------------------------------------
-
-
-def tables(results: Mapping[str, Any]) -> list[str]:
-    """What was measured, for people."""
-    made: dict[str, Callable[[Any], list[str]]] = {
-        "cached": _cached_tables,
-        "disk": _disk_tables,
-        "indexing": _indexing_tables,
-        "growth": _growth_tables,
-        "many": _many_tables,
-    }
-    return [text for part, result in results.items() for text in made[part](result)]
-
-
-def charts(results: Mapping[str, Any]) -> list[str]:
-    """SVG charts of the parts that have something to draw."""
-    drawn = []
-    if found := results.get("cached"):
-        for kind in dict.fromkeys(r.kind for r in found):
-            lines = {side: [(r.suffix, getattr(r, side)) for r in found if r.kind == kind] for side in _SIDES}
-            tokens = next(r.tokens for r in found if r.kind == kind)
-            label = f"tokens of a query on a {kind} of {tokens} tokens"
-            drawn.append(plot.lines(lines, label, "seconds", log_y=True))
-    if found := results.get("growth"):
-        for what, points in found.seconds.items():
-            lines = {side: [(n, p[side]) for n, p in points.items() if p[side] is not None] for side in _SIDES}
-            drawn.append(plot.lines({side: line for side, line in lines.items() if line}, what, "seconds", log_y=True))
-        label = "percent of the working set that the cache holds"
-        drawn.append(plot.lines({"hits": [(c.percent, c.hits) for c in found.cache]}, label, "share of requests"))
-        drawn.append(plot.lines({"request": [(c.percent, c.seconds) for c in found.cache]}, label, "seconds"))
-    if found := results.get("many"):
-        line = [(int(name.split()[0]), value) for name, value in found.resident.items() if name.endswith("%")]
-        drawn.append(plot.lines({"resident": line}, f"percent of {found.pairs} pairs", "MiB"))
-    return drawn
-
-
-_SIDES: Final = ("cached", "uncached")
-
-
-def _cached_tables(found: Sequence[Cached]) -> list[str]:
-    rows = [["new query on a kept document", "tokens", "cached s", "uncached s", "faster", "score differs"]]
-    compared = any(r.transformers is not None for r in found)
-    rows[0] += ["transformers fp32 s", "faster"] if compared else []
-    for r in found:
-        row = [f"{r.kind}, {r.tokens} tokens", str(r.suffix), f"{r.cached:.4f}", f"{r.uncached:.3f}"]
-        row += [f"{r.faster:.1f}×", f"{r.difference:.1e}"]
-        if r.transformers is not None and r.faster_than_transformers is not None:
-            row += [f"{r.transformers:.3f}", f"{r.faster_than_transformers:.1f}×"]
-        rows.append(row)
-    return [table(rows) + "\nOne document of each kind was computed; the others have copies of its state."]
-
-
-def _disk_tables(found: Disk) -> list[str]:
-    title = f"index of {found.pages} pages of {found.tokens} tokens"
-    rows = [[title, "open s", "load s", "MiB/s"]]
-    rows += [[r.pages, f"{r.open:.4f}", f"{r.load:.3f}", f"{r.bytes_per_second / 2**20:.0f}"] for r in found.reading]
-    asked = [["one query on all pages", "seconds", "of it loading", "share", "of it looking up"]]
-    asked += [
-        [a.pages, f"{a.seconds:.3f}", f"{a.loading:.3f}", f"{100 * a.share:.1f} %", f"{a.lookup:.3f}"]
-        for a in found.asking
-    ]
-    told = f"{found.index_bytes / 2**20:.0f} MiB on disk. One page was computed; the others have copies of its state."
-    return [table(rows), f"{table(asked)}\n{told}"]
-
-
-def _indexing_tables(found: Indexing) -> list[str]:
-    rows = [
-        [f"{found.documents} new texts of {found.tokens} tokens", "documents/s", "against scoring", "range"],
-        ["scoring", f"{found.scored:.2f}", "1.00×", ""],
-        ["indexing", f"{found.indexed:.2f}", f"{found.ratio:.2f}×", f"{found.low:.2f}–{found.high:.2f}"],
-    ]
-    return [table(rows)]
-
-
-def _growth_tables(found: Growth) -> list[str]:
-    made = []
-    for what, points in found.seconds.items():
-        rows = [[what, "cached s", "uncached s"]]
-        for n, sides in points.items():
-            rows.append([str(n), *("" if (s := sides[side]) is None else f"{s:.4f}" for side in _SIDES)])
-        made.append(table(rows))
-    rows = [["cache, of the working set", "hits", "seconds per request"]]
-    rows += [[f"{c.percent} %", f"{100 * c.hits:.0f} %", f"{c.seconds:.4f}"] for c in found.cache]
-    return [*made, f"{table(rows)}\n{found.stream}"]
-
-
-def _many_tables(found: Many) -> list[str]:
-    rows = [[f"{found.pairs} pairs on {found.documents} documents", "MiB resident"]]
-    rows += [[name, f"{value:.0f}"] for name, value in found.resident.items()]
-    told = f"{found.pairs_per_second:.0f} pairs per second, the first after {found.planning:.1f} s"
-    return [f"{table(rows)}\n{told}"]
-
-
-# --- command -------------------------------------------------------------------------------------------
-
-
-@bench.command()
-@ARTIFACT
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Of the artifact: `cached` then also takes transformers fp32.",
-)
-@click.option("--only", multiple=True, type=click.Choice(PARTS), help="Repeatable; by default all parts but many.")
-@click.option("--kv", type=click.Choice(KV), default="fp16", show_default=True)
-@click.option("--documents", type=click.IntRange(1), default=16, show_default=True, help="Kept, indexed, in the cache.")
-@click.option("--pages", type=click.IntRange(1), default=100, show_default=True, help="Of the index on disk.")
-@click.option("--max-tokens", type=click.IntRange(64), default=4096, show_default=True, help="Of a document.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--page-repeats", type=click.IntRange(1), default=1, show_default=True, help="Of pages computed anew.")
-@click.option("--tmp", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where indexes are made.")
-@_THREADS
-@_PLOT
-@_JSON
-def reuse(
-    artifact: Path, checkpoint: Path | None, only: tuple[str, ...], kv: Kept, documents: int, pages: int,
-    max_tokens: int, repeats: int, page_repeats: int, tmp: Path | None, threads: int, plot_file: Path | None,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """What it is worth to read a document once: cached, from disk, as things grow.
-
-    Documents are texts and pages of 768 tokens, or of --max-tokens where that is less. Only one of each kind is
-    computed; the others get copies of its state, because what they cost depends on sizes alone. `many` scores
-    100,000 pairs and is meant for a small checkpoint.
-    """
-    chosen = [part for part in PARTS if (part in only if only else part != "many")]
-    if plot_file and not set(chosen) & {"cached", "growth", "many"}:
-        raise click.UsageError(f"--plot: {' and '.join(chosen)} have nothing to draw. Add cached, growth or many.")
-    require_place(plot_file)
+def reuse_parts(
+    artifact: Path, parts: Sequence[str], *, checkpoint: Path | None = None, kv: Kept, documents: int, pages: int,
+    max_tokens: int, repeats: int, page_repeats: int, tmp: Path | None = None, threads: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Some of PARTS, each with its result; `tmp` is where indexes are made."""
     tokens = min(DOCUMENT_TOKENS, max_tokens)
     shared: dict[str, Any] = {"threads": threads, "repeats": repeats}
     results: dict[str, Any] = {}
@@ -701,18 +478,8 @@ def reuse(
             "growth": lambda: growth(artifact, kv, documents=documents, max_tokens=max_tokens, **shared),
             "many": lambda: many(artifact, queries=QUERIES, documents=DOCUMENTS, threads=threads),
         }  # fmt: skip
-        for part in chosen:
+        for part in parts:
             results[part] = runs[part]()
             gc.collect()  # one part's models must not slow the next one by their memory
             shutil.rmtree(root / "pages", ignore_errors=True)
-    if plot_file:
-        write_plot(plot_file, charts(results))
-    about = {**machine(), "threads": threads, "artifact": str(artifact), "kv": kv, "repeats": repeats}
-    if as_json:
-        plain = {
-            part: [asdict(r) for r in found] if part == "cached" else asdict(found) for part, found in results.items()
-        }
-        show_json({"about": about, **plain})
-        return
-    show(*"\n\n".join(tables(results)).split("\n"), "")
-    say(_about(about))
+    return results

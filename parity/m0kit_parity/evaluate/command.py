@@ -18,7 +18,7 @@ from m0kit.cli.options import PARTLY, require_place, tell
 from m0kit.cli.page import write as write_page
 from m0kit.errors import InputError
 from m0kit.terminal import say, show, show_json
-from m0kit_parity.bench.commands import machine
+from m0kit_parity.bench.timing import machine
 from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, compare
 from m0kit_parity.evaluate.judged import builtin_sets, read_judged
 from m0kit_parity.evaluate.render import to_html, to_json, to_text

@@ -23,8 +23,9 @@ from m0kit.errors import ArtifactError, InputError, M0kitError, ScoreError
 from m0kit.reranker import Reranker
 from m0kit.scoring.engine import sigmoid
 from m0kit.terminal import bar
-from m0kit_parity.bench import commands as bench
-from m0kit_parity.bench.measure import Memory, Pair, measure_memory, measure_seconds
+from m0kit_parity.bench import timing
+from m0kit_parity.bench.measure import Memory, measure_memory, measure_seconds
+from m0kit_parity.bench.workloads import QUERY, Pair, page_of, prompts_of, text_of
 from m0kit_parity.evaluate.judged import Query
 from m0kit_parity.evaluate.quality import Change, Evaluation, Measured, changes_of, quality_of
 from m0kit_parity.small.evaluate import chance_ndcg
@@ -82,11 +83,11 @@ def compare(
     problems = [*bad, *errors.values()]
     memory = _memories(artifacts, loads, threads, max_pixels, strict, problems)
     seconds = _seconds(artifacts, loads, threads, max_pixels, strict, problems, repeats) if speed else {}
-    timings: list[bench.Timing] = []
+    timings: list[timing.Timing] = []
     for load in loads:
         if (load, 0) in seconds:  # without the baseline there is nothing to compare with
             mine = {label: seconds[load, i] for i, label in enumerate(labels) if (load, i) in seconds}
-            timings += bench.compare(load, mine, labels[0])
+            timings += timing.compare(load, mine, labels[0])
     measured: list[Measured] = []
     changes: list[Change] = []
     bias = manifests[0].model.prompt.logit_bias
@@ -152,10 +153,10 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
 def builtin_workloads(artifact: Path) -> dict[str, list[Pair]]:
     """A text and a page, both of an exact size."""
-    prompts = bench.prompts_of(artifact)
+    prompts = prompts_of(artifact)
     return {
-        f"text, {TEXT_TOKENS} tokens": [(bench.QUERY, bench.text_of(prompts, TEXT_TOKENS))],
-        f"page, {VISUAL_TOKENS} visual tokens": [(bench.QUERY, bench.page_of(VISUAL_TOKENS))],
+        f"text, {TEXT_TOKENS} tokens": [(QUERY, text_of(prompts, TEXT_TOKENS))],
+        f"page, {VISUAL_TOKENS} visual tokens": [(QUERY, page_of(VISUAL_TOKENS))],
     }
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from m0kit.artifact.ports import Kept
 from m0kit.reranker import best_first
-from m0kit_parity.bench.commands import Timing
 from m0kit_parity.bench.measure import Memory
+from m0kit_parity.bench.timing import Timing
 from m0kit_parity.evaluate.judged import Query
 from m0kit_parity.small.evaluate import ndcg_at_k
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 from m0kit.cli.page import Contents, Grade, about, mark, page, text, verdict
 from m0kit.cli.page import table as html_table
 from m0kit.reranker import best_first
-from m0kit_parity.bench.commands import table
 from m0kit_parity.drawing import plot
+from m0kit_parity.drawing.table import table
 from m0kit_parity.evaluate.compare import ALL
 from m0kit_parity.evaluate.quality import LIMITS, Change, Evaluation
 

@@ -1,15 +1,13 @@
-"""`m0kit parity`, `m0kit checkpoint` and `m0kit adapter`: arguments in, exit codes out.
+"""`m0kit parity`: arguments in, exit codes out.
 
 Owns the command lines, the provenance of a recording and the order of the two halves. PyTorch is
 imported only where a recording is made, and in a process of its own when a check follows, so that
 reference and artifact are never in memory together.
 
-    m0kit parity CHECKPOINT ARTIFACT              both halves
+    m0kit parity run CHECKPOINT ARTIFACT          both halves
     m0kit parity record CHECKPOINT -o golden      PyTorch once, everything kept
     m0kit parity check ARTIFACT golden            no PyTorch
     m0kit parity published ARTIFACT --inputs DIR  against the scores on the model card
-    m0kit checkpoint tiny OUT                     random weights to try all of it on
-    m0kit adapter CHECKPOINT dora OUT             an adapter for any checkpoint, likewise
 
 Exit codes: 0 pass or near-tie, 1 a stage failed, 3 lines of --pairs were left out and all others passed; others as for
 every m0kit command.
@@ -17,13 +15,12 @@ every m0kit command.
 
 import platform
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -33,7 +30,7 @@ from m0kit.cli.options import ARTIFACT, PARTLY, REVISION_HELP, require_place, te
 from m0kit.cli.page import Contents
 from m0kit.cli.page import write as write_page
 from m0kit.errors import CheckpointError, M0kitError
-from m0kit.files import named_errors, replacing, require_unoccupied, sha256_of
+from m0kit.files import sha256_of
 from m0kit.terminal import say, show, show_json
 from m0kit_parity.child import Child
 from m0kit_parity.proof.cases import Case, builtin_cases, pairs_file, published_groups
@@ -44,71 +41,15 @@ from m0kit_parity.proof.portable import ENGINES, require_standard
 from m0kit_parity.proof.render import to_html, to_json, to_text
 from m0kit_parity.proof.report import Report, check, check_published
 from m0kit_parity.proof.tolerances import tolerances
-from m0kit_parity.small.files import SMALL
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # What can change a figure on either side.
 _PACKAGES: Final = ("m0kit", "torch", "transformers", "peft", "tokenizers", "pillow", "numpy", "onnxruntime")
 
-# The keys of adapters.FORMS, which cannot be read without importing PEFT.
-FORM_NAMES: Final = (
-    *("plain", "rslora", "dora", "patterns", "bias-all", "bias-lora-only", "lora-bias"),
-    *("score", "embedding", "tokens", "decoder", "vision-decoder"),
-)
-
-
 # Nothing in a forward pass draws random numbers; should a library fill a tensor that a checkpoint lacks,
 # it fills it the same way every time.
 _SEED: Final = 0
-
-
-class _ParentContext(click.Context):
-    """The context of the nameless command: usage and environment variables read as the group's own."""
-
-    def __init__(
-        self,
-        command: click.Command,
-        parent: click.Context | None = None,
-        info_name: str | None = None,
-        **extra: Any,
-    ) -> None:
-        if parent is not None:
-            extra.setdefault("auto_envvar_prefix", parent.auto_envvar_prefix)
-        super().__init__(command, parent, info_name, **extra)
-
-    @property
-    def command_path(self) -> str:
-        return self.parent.command_path if self.parent else super().command_path
-
-
-class _Both(click.Command):
-    context_class = _ParentContext
-
-
-class _ParityGroup(click.Group):
-    """Runs the nameless command unless the first argument is one of the group's commands.
-
-    A checkpoint folder that is called like a command is reachable as ./record.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        known = bool(args) and (args[0] in self.commands or args[0] in self.get_help_option_names(ctx))
-        if args and not known:
-            args = ["", *args]
-        return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] == "":
-            return None, both, args[1:]
-        return super().resolve_command(ctx, args)
-
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with both.make_context(None, [], parent=ctx, resilient_parsing=True) as inner:
-            both.format_help(inner, formatter)
-        self.format_commands(ctx, formatter)
 
 
 def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
@@ -154,19 +95,30 @@ _check_options = _options(
 _folder = click.Path(path_type=Path)
 
 
-@click.group(cls=_ParityGroup, no_args_is_help=True)
+class _Group(click.Group):
+    """Says `run` where a checkpoint or an artifact stands in a command's place."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. For both halves say `{ctx.command_path} run CHECKPOINT ARTIFACT`.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, no_args_is_help=True)
 def parity() -> None:
     """Hold an artifact against PyTorch, stage by stage."""
 
 
-@click.command(cls=_Both)
+@parity.command("run")
 @click.argument("checkpoint")
 @click.argument("artifact")
 @_record_options
 @_layers_option
 @_check_options
 @click.option("-o", "--output", type=_folder, help="Keep the golden folder here.")
-def both(
+def run_command(
     checkpoint: str,
     artifact: str,
     revision: str | None,
@@ -293,71 +245,7 @@ def published_command(
     _finish(report, html, json)
 
 
-@click.command()
-@click.argument("shape", type=click.Choice(["small", "tiny", "wide", "full"]))
-@click.argument("output", type=_folder)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
-@click.option(
-    "--outliers",
-    type=click.FloatRange(2, 1 << 16),
-    metavar="STRENGTH",
-    help="Make some channels so many times larger than they were, without changing what the model computes.",
-)
-def checkpoint(
-    shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int, outliers: float | None
-) -> None:
-    """Write a checkpoint in the published model's format to try things on.
-
-    small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
-    has the published widths and few layers, full every dimension of the published model.
-    """
-    require_unoccupied(output)
-    with replacing(output) as new, named_errors(output):
-        if outliers is None:
-            _write_shape(shape, new, seed)
-        else:
-            from m0kit_parity.samples.outliers import write_injected
-
-            plain = new.with_name("plain")
-            plain.mkdir()
-            _write_shape(shape, plain, seed)
-            write_injected(plain, new, outliers, seed=seed, progress=True)
-    show(str(output))
-
-
-def _write_shape(shape: Literal["small", "tiny", "wide", "full"], output: Path, seed: int) -> None:
-    if shape == "small":
-        shutil.copytree(SMALL / "base", output, dirs_exist_ok=True)
-    else:
-        from m0kit_parity.samples.checkpoints import write_checkpoint
-
-        write_checkpoint(output, shape, seed=seed, progress=True)
-
-
-@click.command()
-@click.argument("checkpoint")
-@click.argument("form", type=click.Choice(FORM_NAMES))
-@click.argument("output", type=_folder)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random values.")
-@click.option("--old-names", is_flag=True, help="Name modules as transformers did before 4.52.")
-@click.option("--revision", help=REVISION_HELP.format("CHECKPOINT"))
-def adapter(checkpoint: str, form: str, output: Path, seed: int, old_names: bool, revision: str | None) -> None:
-    """Write a LoRA adapter for CHECKPOINT to try things on, made by PEFT with random trained values."""
-    _look(checkpoint, revision=revision)
-    require_unoccupied(output)
-    from m0kit_parity.samples.adapters import write_adapter
-
-    write_adapter(
-        output,
-        resolve(checkpoint, revision, what="checkpoint"),
-        form,
-        seed=seed,
-        naming="published" if old_names else "new",
-    )
-    show(str(output))
-
-
-def _look(checkpoint: str, adapters: Sequence[str] = (), revision: str | None = None) -> None:
+def _look(checkpoint: str, adapters: Sequence[str], revision: str | None) -> None:
     """Whether a checkpoint and adapters are there at all, before PyTorch is imported to read them."""
     from m0kit_export.adapter import AdapterSpec  # which the check of an artifact does without
     from m0kit_export.folder import find_folder

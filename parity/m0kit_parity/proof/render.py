@@ -10,8 +10,8 @@ from typing import Any, Final
 from m0kit.cli.page import Grade, about, mark, page, text, verdict
 from m0kit.cli.page import table as html_table
 from m0kit.plain import plain
-from m0kit_parity.bench.commands import table
 from m0kit_parity.drawing import plot
+from m0kit_parity.drawing.table import table
 from m0kit_parity.proof.compare import StageResult, Verdict, as_dict
 from m0kit_parity.proof.report import CaseReport, PairReport, Report
 from m0kit_parity.proof.tolerances import STAGES, Table

@@ -81,7 +81,7 @@ def write_checkpoint(
         shapes["lm_head.weight"] = (config.decoder.vocab_size, config.decoder.hidden_size)
     with replacing(folder) as aside, named_errors(folder):
         _write_weights(aside, shapes, seed, _HEAD_BIAS[shape], dtype, naming, max_shard_bytes, progress)
-        raw = _config_json(config, dtype, config_form)
+        raw = config_json(config, dtype, config_form)
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
         (aside / "preprocessor_config.json").write_text(json.dumps(_preprocessor(config.image), indent=2), "utf-8")
         (aside / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n\nRandom weights.\n", "utf-8")
@@ -169,7 +169,8 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, gain / math.sqrt(fan_in)
 
 
-def _config_json(config: ModelConfig, dtype: DType, form: ConfigForm) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: DType, form: ConfigForm) -> dict[str, Any]:
+    """What config.json of such a checkpoint says."""
     d, v, p = config.decoder, config.vision, config.prompt
     flat: dict[str, Any] = {
         "architectures": ["JinaVLForRanking"],

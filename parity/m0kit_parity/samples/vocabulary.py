@@ -27,8 +27,8 @@ def write_qwen2_tokenizer(folder: Path) -> Tokenizer:
 
     Raises DependencyError when dashscope is not installed.
     """
-    ranks = _dashscope_ranks()
-    letters = _byte_letters()
+    ranks = qwen2_ranks()
+    letters = byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges: list[tuple[str, str]] = []
     for token in ranks:  # in order of rank, which is the order of merging
@@ -44,7 +44,7 @@ def write_small_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     Every script can be written (byte by byte), and neighbouring letters do merge, so that tokens depend on
     what stands next to what, across the seams of a prompt too.
     """
-    letters = _byte_letters()
+    letters = byte_letters()
     vocabulary = {letter: rank for rank, letter in enumerate(letters[byte] for byte in _byte_order())}
     room = vocab_size - len(vocabulary) - len(SPECIAL_TOKENS)
     if room < 0:
@@ -86,7 +86,8 @@ def _write(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str
     return tokenizer
 
 
-def _dashscope_ranks() -> dict[bytes, int]:
+def qwen2_ranks() -> dict[bytes, int]:
+    """Each ordinary token and its rank. Raises DependencyError when dashscope is not installed."""
     spec = importlib.util.find_spec("dashscope")
     if spec is None or spec.origin is None:
         raise DependencyError("Qwen2's vocabulary comes with dashscope. pip install 'm0kit[dev]'")
@@ -113,7 +114,7 @@ def _byte_order() -> list[int]:
     return printable + [byte for byte in range(256) if byte not in printable]
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The letter by which byte-level BPE writes each byte: itself if it prints, else one from U+0100 on."""
     order = _byte_order()
     printable = 188

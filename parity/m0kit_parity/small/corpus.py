@@ -102,7 +102,7 @@ ADJECTIVES: Final = _table(_ADJECTIVES)
 NOUNS: Final = _table(_NOUNS)
 PLACES: Final = _table(_PLACES)
 
-_STATEMENTS: Final[dict[str, tuple[str, ...]]] = {
+STATEMENTS: Final[dict[str, tuple[str, ...]]] = {
     "en": ("The {n} in the {p} is {a}.", "There is a {a} {n} in the {p}.", "In the {p} you find a {a} {n}."),
     "de": ("Hier ist {n} {p} {a}.", "Auch {p} gibt es etwas: {n}, {a}.", "Ganz {a} ist {n} {p}."),
     "es": ("Aquí {n} {p} está {a}.", "También {p} hay algo: {n}, {a}.", "Dicen que {n} está {a} {p}."),
@@ -198,10 +198,11 @@ def _agree(adjective: str, noun: str, language: str) -> str:
 
 def statement(rng: random.Random, fact: Fact, language: str) -> str:
     """One sentence that states the fact."""
-    return _fill(rng.choice(_STATEMENTS[language]), fact, language)
+    return fill(rng.choice(STATEMENTS[language]), fact, language)
 
 
-def _fill(template: str, fact: Fact, language: str) -> str:
+def fill(template: str, fact: Fact, language: str) -> str:
+    """A sentence of a language with the words of a fact."""
     adjective, noun, place = fact
     return template.format(a=word(0, adjective, language, noun), n=word(1, noun, language), p=word(2, place, language))
 
@@ -247,7 +248,7 @@ def text_group(rng: random.Random, level: int, candidates: int, held_out: bool =
     target = draw_fact(rng, held_out)
     form = rng.choices(("anp", "an", "np"), (1, 2, 2) if level == 2 else (3, 1, 1))[0]
     asked = _ASKED[form]
-    question = _fill(rng.choice(_QUESTIONS[language][form]), target, language)
+    question = fill(rng.choice(_QUESTIONS[language][form]), target, language)
     mixed = level >= 3 and (rng.random() < 0.35 or across)
 
     def document(facts: list[Fact], own: bool) -> str:

@@ -202,7 +202,8 @@ def code_groups(rng: random.Random, named: bool) -> list[corpus.Group]:
     return [corpus.code_group(rng, TEXT_CANDIDATES, named=named) for _ in range(TEXT_QUERIES)]
 
 
-def _pixels(drawn: Sequence[pages.Page]) -> Tensor:
+def pixels_of(drawn: Sequence[pages.Page]) -> Tensor:
+    """Of pages that were drawn, stacked."""
     return torch.from_numpy(np.stack([page.pixels for page in drawn]))
 
 
@@ -214,7 +215,7 @@ def page_step(
         return _reverse_step(ranker, batcher, rng, look)
     groups = [pages.page_group(rng, TEXT_CANDIDATES, hard) for _ in range(PAGE_SETS)]
     drawn = [pages.draw_page(rng, rows, g.language, look) for g in groups for rows in g.rows]
-    images = see(ranker, _pixels(drawn))
+    images = see(ranker, pixels_of(drawn))
     images = images.view(PAGE_SETS, 1, TEXT_CANDIDATES, *images.shape[1:])
     images = images.expand(-1, 2, -1, -1, -1).flatten(0, 2)
     pairs = [(query, None) for g in groups for query in g.queries for _ in g.rows]
@@ -235,7 +236,7 @@ def _reverse_step(ranker: model.Ranker, batcher: Batcher, rng: random.Random, lo
             pairs.append((None, corpus.statement(rng, fact, group.language)))
             grades.append(pages.grade_page((adjective, noun), group.rows[chosen]))
         relevance.append(grades)
-    images = see(ranker, _pixels(drawn)).repeat_interleave(TEXT_CANDIDATES, 0)
+    images = see(ranker, pixels_of(drawn)).repeat_interleave(TEXT_CANDIDATES, 0)
     return ranking_loss(rank(ranker, batcher, pairs, images).view(TEXT_QUERIES, TEXT_CANDIDATES), relevance)
 
 
@@ -252,7 +253,7 @@ def see_step(ranker: model.Ranker, targets: Tensor, rng: random.Random, look: in
     labels = torch.from_numpy(np.stack([page.labels.ravel() for page in drawn])).flatten()
     paper = labels < 0
     labels = torch.where(paper, len(targets) - 1, labels)
-    output = see(ranker, _pixels(drawn)).flatten(0, 1)
+    output = see(ranker, pixels_of(drawn)).flatten(0, 1)
     logits = F.normalize(output, dim=-1) @ F.normalize(targets, dim=-1).T * 16
     weights = torch.ones(len(targets))
     weights[-1] = 0.2  # two tokens in three are paper

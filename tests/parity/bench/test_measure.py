@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from m0kit.errors import M0kitError
-from m0kit_parity.bench import commands as bench
 from m0kit_parity.bench import measure
+from m0kit_parity.bench.workloads import page_of
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_processes_measure_every_form_of_content(tiny_artifact: Path, tmp_path: Path, monkeypatch: Any) -> None:
     Image.new("RGB", (56, 56)).save(tmp_path / "p.png")
     png = (tmp_path / "p.png").read_bytes()
-    uri = measure._for_child(png)
+    uri = measure.for_child(png)
     monkeypatch.chdir(tmp_path)
     contents = ["text", {"text": "more"}, Path("p.png"), {"image": Path("p.png")}, png, uri]
     pairs = [(query, document) for query, document in combinations(contents, 2)]
@@ -31,7 +31,7 @@ def test_processes_measure_every_form_of_content(tiny_artifact: Path, tmp_path: 
 
 @linux
 def test_private_memory_grows_with_the_work(tiny_artifact: Path) -> None:
-    few, many = (measure.measure_memory(tiny_artifact, [("q", bench.page_of(n))], 1).private for n in (48, 768))
+    few, many = (measure.measure_memory(tiny_artifact, [("q", page_of(n))], 1).private for n in (48, 768))
     # 3,072 patches of 1,176 float32 values alone are 13.8 MiB
     assert many > few + 13
 
@@ -46,7 +46,7 @@ def test_a_process_that_fails_says_why(tiny_artifact: Path, tmp_path: Path) -> N
 def test_a_process_that_is_killed_is_told_from_one_that_fails(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(measure, "CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(M0kitError, match=r"measuring seconds was ended by SIGKILL\. If memory ran out"):
         measure.measure_seconds(tiny_artifact, [("q", "d")], 1)
 
@@ -55,12 +55,12 @@ def test_what_a_library_prints_there_is_not_taken_for_the_result(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = "import atexit, os; print('garbage', flush=True); atexit.register(os.write, 1, b'more garbage\\n')\n"
-    monkeypatch.setattr(measure, "_CHILD", measure._CHILD.replace("from m0kit", noise + "from m0kit", 1))
+    monkeypatch.setattr(measure, "CHILD", measure.CHILD.replace("from m0kit", noise + "from m0kit", 1))
     assert measure.measure_seconds(tiny_artifact, [("q", "d")], 1) > 0
 
 
 def test_a_process_that_says_nothing_is_stopped(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_CHILD", "import time\nwhile True: time.sleep(60)")
+    monkeypatch.setattr(measure, "CHILD", "import time\nwhile True: time.sleep(60)")
     monkeypatch.setattr(measure, "PATIENCE_S", 0.5)
     with pytest.raises(M0kitError, match=r"measuring seconds said nothing for 0\.5 seconds, so it was stopped\."):
         measure.measure_seconds(tiny_artifact, [("q", "d")], 1)

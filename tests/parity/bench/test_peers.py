@@ -19,7 +19,8 @@ from m0kit.errors import CheckpointError, DependencyError, InputError
 from m0kit.scoring.planner import PIECE_ROWS, Group, layout_groups
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_parity.bench import peers
-from m0kit_parity.bench.commands import page_of
+from m0kit_parity.bench.options import PEERS
+from m0kit_parity.bench.workloads import page_of
 from m0kit_parity.reference import Reference
 from m0kit_parity.samples.checkpoints import model_config
 
@@ -112,15 +113,15 @@ def test_openvino_int8_is_near_and_quantises_weights_and_activations(
         assert (np.abs(one - other) > 10 * FLOAT32).sum() > len(expected) / 2, "these two are the same computation"
 
 
-def test_openvino_compresses_every_matrix(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvinocompresses_every_matrix(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nncf")
-    compress, models = peers._compress, []
+    compress, models = peers.compress, []
 
     def keep(model: Any) -> Any:
         models.append(compress(model))
         return models[-1]
 
-    monkeypatch.setattr(peers, "_compress", keep)
+    monkeypatch.setattr(peers, "compress", keep)
     peers.openvino(checkpoint, 1)
     config = checkpoint.config
     for model, count in zip(models, (1 + 4 * config.vision.depth + 2, 7 * config.decoder.num_layers), strict=True):
@@ -130,7 +131,7 @@ def test_openvino_compresses_every_matrix(checkpoint: Checkpoint, monkeypatch: p
         assert stored == ["i8"] * count
 
 
-def test_progress_of_the_compression_stays_off_stdout(checkpoint: Checkpoint, capsys: Any) -> None:
+def test_progress_of_thecompression_stays_off_stdout(checkpoint: Checkpoint, capsys: Any) -> None:
     """`m0kit bench --json` is read by programs."""
     pytest.importorskip("nncf")
     peers.openvino(checkpoint, 1)
@@ -145,7 +146,7 @@ def test_llama_cpp_computes_the_model(
     np.testing.assert_allclose(scores, expected[: len(TEXTS)], rtol=0, atol=tolerance)
 
 
-class Summing(peers._LlamaDecoder):
+class Summing(peers.LlamaDecoder):
     """llama.cpp's place is taken by a sum; notes the prompts."""
 
     def __init__(self) -> None:
@@ -207,22 +208,25 @@ def test_an_image_is_no_business_of_llama_cpp(checkpoint: Checkpoint, tmp_path: 
 def test_a_weight_beyond_float16_is_refused(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_cpp: Any
 ) -> None:
-    read = peers._float32
-    monkeypatch.setattr(peers, "_float32", lambda c, name: read(c, name) * (1e7 if "up_proj" in name else 1))
+    read = peers.float32_of
+    monkeypatch.setattr(peers, "float32_of", lambda c, name: read(c, name) * (1e7 if "up_proj" in name else 1))
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds values that float16"):
         peers.write_gguf(checkpoint, tmp_path / "a.gguf", "f16")
     peers.write_gguf(checkpoint, tmp_path / "b.gguf", "f32")
 
 
-def test_peers_come_in_the_order_asked_for_and_score(tiny: Path, expected: np.ndarray, tmp_path: Path) -> None:
+def test_the_peers_are_those_there_are() -> None:
+    assert tuple(PEERS) == (peers.OPENVINO, *peers.LLAMA)
+
+
+def test_each_peer_is_another_engine_and_scores(tiny: Path, expected: np.ndarray, tmp_path: Path) -> None:
     for package in ("nncf", "llama_cpp", "gguf"):
         pytest.importorskip(package)
-    made = peers.peers(tiny, ["llama-q8_0", "openvino-int8", "llama-f16"], 1, tmp_path / "new" / "scratch")
-    assert [peer.name for peer in made] == ["llama-q8_0", "openvino-int8", "llama-f16"]
-    scores = [peer.run(TEXTS) for peer in made]
+    names = ["llama-q8_0", "openvino-int8", "llama-f16"]
+    scores = [peers.peer(tiny, name, 1, tmp_path / "new" / "scratch").score(TEXTS) for name in names]
     for values in scores:
         np.testing.assert_allclose(values, expected[: len(TEXTS)], rtol=0, atol=EIGHT_BITS)
-    assert len({tuple(values) for values in scores}) == len(made), "one engine was run under two names"
+    assert len({tuple(values) for values in scores}) == len(names), "one engine was run under two names"
 
 
 def test_peers_need_no_artifact_and_no_onnx_runtime(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +239,7 @@ def test_peers_need_no_artifact_and_no_onnx_runtime(checkpoint: Checkpoint, monk
 
 def test_an_unknown_peer_is_refused_with_the_names_there_are(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"peer 'ggml' is not known\. Say openvino-int8, llama-f16, llama-q8_0"):
-        peers.peers(tiny, ["ggml"], 1, tmp_path)
+        peers.peer(tiny, "ggml", 1, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -256,5 +260,5 @@ def test_a_missing_package_is_named_before_anything_is_made(
         monkeypatch.setitem(sys.modules, other, there)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=f"the peer {name} needs {install}. pip install {install}$"):
-        peers.peers(tmp_path / "no checkpoint", [name], 1, tmp_path / "scratch")
+        peers.peer(tmp_path / "no checkpoint", name, 1, tmp_path / "scratch")
     assert list(tmp_path.iterdir()) == []

@@ -23,9 +23,11 @@ from m0kit import Reranker
 from m0kit.errors import InputError, OutputError
 from m0kit.keeping.states import State
 from m0kit.keeping.store import Store
+from m0kit.scoring.engine import GraphEngine
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
 from m0kit_parity.bench import reuse
-from m0kit_parity.bench.commands import bench, page_of
+from m0kit_parity.bench.commands import bench
+from m0kit_parity.bench.workloads import page_of
 from m0kit_parity.samples.checkpoints import model_config
 
 
@@ -37,19 +39,19 @@ def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many documents each call of `Reranker.compute` was given, where it was given any.
+    """How many documents each call of `GraphEngine.compute` was given, where it was given any.
 
     Those of known answers are not among them, whether or not another test has had them asked before.
     """
     calls: list[int] = []
-    compute = Reranker.compute
+    compute = GraphEngine.compute
 
-    def counting(self: Reranker, documents: Sequence[Any], images: Any) -> list[State]:
+    def counting(self: GraphEngine, documents: Sequence[Any]) -> list[State]:
         if documents:
             calls.append(len(documents))
-        return compute(self, documents, images)
+        return compute(self, documents)
 
-    monkeypatch.setattr(Reranker, "compute", counting)
+    monkeypatch.setattr(GraphEngine, "compute", counting)
     monkeypatch.setattr(Reranker, "try_answers", lambda *_, **__: [])
     return calls
 
@@ -186,7 +188,7 @@ def test_calls_are_timed_only_meanwhile_and_errors_pass() -> None:
         def ask(self, value: int) -> int:
             return 10 // value
 
-    with reuse._timed(Owner, "ask") as seconds:
+    with reuse.calls_of(Owner, "ask") as seconds:
         assert Owner().ask(5) == 2
         with pytest.raises(ZeroDivisionError):
             Owner().ask(0)

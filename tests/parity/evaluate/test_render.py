@@ -9,8 +9,8 @@ from xml.etree import ElementTree as ET
 import pytest
 from PIL import Image
 
-from m0kit_parity.bench.commands import Timing
 from m0kit_parity.bench.measure import Memory
+from m0kit_parity.bench.timing import Timing
 from m0kit_parity.evaluate.judged import Query
 from m0kit_parity.evaluate.quality import LIMITS, Change, Evaluation, Measured, Quality
 from m0kit_parity.evaluate.render import to_html, to_json, to_text

@@ -22,8 +22,9 @@ from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
 from m0kit_export.merge import AdapterStack
-from m0kit_parity.proof.cli import adapter, checkpoint, parity
+from m0kit_parity.proof.cli import parity
 from m0kit_parity.proof.golden import Golden
+from m0kit_parity.samples.cli import adapter, checkpoint
 from m0kit_quant.recipe import Recipe
 
 RECORD = ("--cases", "tiny", "--cases", "image_text")
@@ -77,8 +78,9 @@ def wrong_artifact(another_artifact: Path, tiny_artifact: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["record", "check", "published"]),
-        (["--help"], ["CHECKPOINT ARTIFACT", "--adapter", "--engine", "record", "check", "published"]),
+        ([], ["run", "record", "check", "published"]),
+        (["--help"], ["run", "record", "check", "published"]),
+        (["run", "--help"], ["CHECKPOINT ARTIFACT", "--adapter", "--engine"]),
         (["record", "--help"], ["--adapter", "--heavy", "--layers", "--pairs", "--output"]),
         (["check", "--help"], ["ARTIFACT GOLDEN", "--device", "--html", "--json", "--engine"]),
         (["published", "--help"], ["--inputs"]),
@@ -90,14 +92,17 @@ def test_help_names_what_there_is(words: Sequence[str], expected: Sequence[str])
     assert all(text in done.output for text in expected)
 
 
-@pytest.mark.parametrize("words", [["parity"], ["parity", "record"], ["checkpoint"], ["adapter"], ["bench"]])
-def test_help_is_quick_because_pytorch_is_not_imported_for_it(words: list[str]) -> None:
+@pytest.mark.parametrize("words", ["parity", "parity run", "parity record", "checkpoint", "adapter", "bench"])
+def test_help_is_quick_because_pytorch_is_not_imported_for_it(words: str) -> None:
+    name, *rest = words.split()
     script = (
         "import sys\nfor name in ('torch', 'transformers', 'peft', 'onnx', 'safetensors', 'onnxruntime'):\n"
         "    sys.modules[name] = None\n"
-        "from m0kit_parity import bench, cli\n"
-        f"command = {{**vars(bench), **vars(cli)}}[{words[0]!r}]\n"
-        f"command.main([*{words[1:]!r}, '--help'], prog_name='m0kit')\n"
+        "from m0kit_parity.bench import commands\n"
+        "from m0kit_parity.proof import cli\n"
+        "from m0kit_parity.samples import cli as samples\n"
+        f"command = {{**vars(commands), **vars(samples), **vars(cli)}}[{name!r}]\n"
+        f"command.main([*{rest!r}, '--help'], prog_name='m0kit')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -113,8 +118,8 @@ def test_every_command_is_registered_with_m0kit() -> None:
         commands.items()
         >= {
             "parity": "m0kit_parity.proof.cli:parity",
-            "checkpoint": "m0kit_parity.proof.cli:checkpoint",
-            "adapter": "m0kit_parity.proof.cli:adapter",
+            "checkpoint": "m0kit_parity.samples.cli:checkpoint",
+            "adapter": "m0kit_parity.samples.cli:adapter",
             "bench": "m0kit_parity.bench.commands:bench",
         }.items()
     )
@@ -187,7 +192,8 @@ def test_a_page_that_cannot_be_written_is_an_error(golden: Path, tiny_artifact: 
 
 def test_both_halves_in_one_command(tiny: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     """In processes of their own; the recording is kept where asked and checks again."""
-    words = ["parity", tiny, tiny_artifact, "--cases", "tiny", "-o", tmp_path / "golden", "--json", "--threads", "1"]
+    options = ["--cases", "tiny", "-o", tmp_path / "golden", "--json", "--threads", "1"]
+    words = ["parity", "run", tiny, tiny_artifact, *options]
     done = subprocess.run(
         [sys.executable, "-m", "m0kit", *map(str, words)], capture_output=True, text=True, check=False
     )
@@ -197,7 +203,7 @@ def test_both_halves_in_one_command(tiny: Path, tiny_artifact: Path, tmp_path: P
 
 
 def test_both_halves_look_at_the_artifact_before_minutes_of_pytorch(tiny: Path, tmp_path: Path) -> None:
-    done = invoke(parity, tiny, tmp_path / "nowhere", error=M0kitError)
+    done = invoke(parity, "run", tiny, tmp_path / "nowhere", error=M0kitError)
     assert "nowhere" in str(done.exception)
     assert "recording" not in done.stderr
 
@@ -275,13 +281,13 @@ def test_an_artifact_with_an_adapter_asks_for_the_adapter_before_anything_is_com
     done = invoke(parity, "check", tmp_path / "a", golden, error=InputError)
     assert "holds the adapter code, and PyTorch's side has no adapter. Give --adapter" in str(done.exception)
     assert "opening" not in done.stderr
-    done = invoke(parity, tiny, tmp_path / "a", error=InputError)
+    done = invoke(parity, "run", tiny, tmp_path / "a", error=InputError)
     assert "holds the adapter code, and PyTorch's side has no adapter. Give --adapter" in str(done.exception)
     for given, said in (
         (tmp_path / "other", "PyTorch's side has the adapter other"),
         (f"{tmp_path}/code:0.5", "× 0.5"),
     ):
-        words = ["parity", tiny, tmp_path / "a", "--adapter", given, "--cases", "tiny"]
+        words = ["parity", "run", tiny, tmp_path / "a", "--adapter", given, "--cases", "tiny"]
         whole = subprocess.run(
             [sys.executable, "-m", "m0kit", *map(str, words)], capture_output=True, text=True, check=False
         )
@@ -292,10 +298,16 @@ def test_an_artifact_with_an_adapter_asks_for_the_adapter_before_anything_is_com
 
 
 @pytest.mark.parametrize(
-    "words", [["record", "x"], ["check"], ["check", "a", "b", "--engine", "abacus"], ["a"], ["a", "b", "--nope"]]
+    "words", ["record x", "check", "check a b --engine abacus", "run a", "run a b --nope", "a", "a b", "--nope"]
 )
-def test_wrong_usage_exits_with_two(words: list[str]) -> None:
-    invoke(parity, *words, code=2)
+def test_wrong_usage_exits_with_two(words: str) -> None:
+    invoke(parity, *words.split(), code=2)
+
+
+def test_where_a_checkpoint_stands_in_a_commands_place_the_command_is_named() -> None:
+    done = invoke(parity, "my-checkpoint", "m0-fp32", code=2)
+    assert "No such command 'my-checkpoint'" in done.stderr
+    assert "`parity run CHECKPOINT ARTIFACT`" in done.stderr
 
 
 def test_a_recording_of_another_model_is_refused_with_the_command_that_made_it(golden: Path, tmp_path: Path) -> None:
@@ -346,13 +358,13 @@ def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
         parity record CKPT -o OUT --adapter NONE:0.5     | no adapter folder
         parity record CKPT -o OUT --cases nope           | no case is called nope
         parity record CKPT -o OUT --pairs NONE           | does not exist
-        parity NONE ART                                  | there is no folder
-        parity CKPT NONE                                 | no such folder
-        parity CKPT ART -o HERE                          | not a golden folder
-        parity CKPT ART --html PAGE                      | there is no folder
-        parity CKPT ART --adapter NONE                   | no adapter folder
-        parity CKPT ART --adapter HERE                   | here has no adapter_config.json
-        parity CKPT INT8 --engine openvino               | MatMulIntegerToFloat
+        parity run NONE ART                                  | there is no folder
+        parity run CKPT NONE                                 | no such folder
+        parity run CKPT ART -o HERE                          | not a golden folder
+        parity run CKPT ART --html PAGE                      | there is no folder
+        parity run CKPT ART --adapter NONE                   | no adapter folder
+        parity run CKPT ART --adapter HERE                   | here has no adapter_config.json
+        parity run CKPT INT8 --engine openvino               | MatMulIntegerToFloat
         parity check NONE GOLD                           | no such folder
         parity check ART NONE                            | no golden folder
         parity check ART GOLD --cases nope               | no case 'nope'
@@ -394,6 +406,7 @@ def test_what_cannot_work_is_told_before_anything_heavy_is_imported(
         index add NONE OUT FILE                          | no such folder
         --help                                           |
         parity --help                                    |
+        parity run --help                                |
         parity record --help                             |
         bench pairs --help                               |
         bench reuse --help                               |
@@ -491,7 +504,7 @@ def test_both_halves_take_a_checkpoint_and_an_artifact_from_there(monkeypatch: p
     from huggingface_hub import constants
 
     monkeypatch.setenv("HF_HUB_CACHE", constants.HF_HUB_CACHE)
-    invoke(parity, "org/checkpoint", "org/artifact@main", "--revision", "v2", "--cases", "tiny")
+    invoke(parity, "run", "org/checkpoint", "org/artifact@main", "--revision", "v2", "--cases", "tiny")
 
 
 @pytest.mark.usefixtures("hub")

@@ -15,9 +15,9 @@ from m0kit_export.checkpoint import Checkpoint, open_checkpoint
 from m0kit_export.merge import AdapterStack
 from m0kit_export.names import canonical_name
 from m0kit_parity.proof.cases import draw_page
-from m0kit_parity.proof.cli import FORM_NAMES
 from m0kit_parity.reference import NewNames, Reference, empty_model
 from m0kit_parity.samples.adapters import ALPHA, FORMS, RANK, UPDATE, write_adapter
+from m0kit_parity.samples.cli import FORM_NAMES
 
 PAIRS = [("colour of the sky", "The sky is blue."), ("page", draw_page(["a page", "of lines"], (84, 56)))]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.parity import _sensitivity as sensitivity
+from tests.parity import sensitivity
 
 from m0kit.errors import OutputError
 from m0kit_export.checkpoint import open_checkpoint
@@ -138,7 +138,7 @@ def test_every_form_of_config_means_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", get_args(ConfigForm))
 def test_the_published_dimensions_survive_every_form_of_config(form: ConfigForm) -> None:
     """Where most fields equal the defaults of their classes and are left out."""
-    raw = checkpoints._config_json(model_config("full"), "bfloat16", form)
+    raw = checkpoints.config_json(model_config("full"), "bfloat16", form)
     assert decoder_config(raw) == model_config("full").decoder
     assert vision_config(raw) == model_config("full").vision
 

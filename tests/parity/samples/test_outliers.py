@@ -75,7 +75,7 @@ def observed(tiny, small, injected):
 
 def observe(folder):
     reference = Reference.load(folder)
-    modules = PublishedNames(reference._core, reference._score)
+    modules = PublishedNames(reference.core, reference.head)
     inputs = {group.name: [] for group in channel_groups(reference.config)}
     for group in channel_groups(reference.config):
         module = modules.get_submodule(group.consumers[0].removesuffix(".weight"))

@@ -69,7 +69,7 @@ def test_special_tokens_have_the_published_ids(qwen2: Tokenizer) -> None:
 
 def test_the_score_token_is_what_the_published_one_is(qwen2: Tokenizer) -> None:
     """Id 100 is a lone byte, 0xA7: what is left of U+130A7, an Egyptian hieroglyph, behind a longer token."""
-    assert vocabulary._dashscope_ranks()[b"\xa7"] == 100
+    assert vocabulary.qwen2_ranks()[b"\xa7"] == 100
     assert qwen2.encode("\U000130a7", add_special_tokens=False).ids[-1] == 100
 
 
@@ -77,15 +77,15 @@ def test_the_score_token_is_what_the_published_one_is(qwen2: Tokenizer) -> None:
 def test_ids_are_tiktokens_own_encoding_with_the_published_ranks(text: str, qwen2: Tokenizer) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     encoding = tiktoken.Encoding(
-        "qwen2", pat_str=vocabulary.PATTERN, mergeable_ranks=vocabulary._dashscope_ranks(), special_tokens={}
+        "qwen2", pat_str=vocabulary.PATTERN, mergeable_ranks=vocabulary.qwen2_ranks(), special_tokens={}
     )
     assert qwen2.encode(text, add_special_tokens=False).ids == encoding.encode(text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_byte_pair_encoding_by_its_definition(text: str, qwen2: Tokenizer) -> None:
-    ranks = vocabulary._dashscope_ranks()
-    letters = {letter: byte for byte, letter in vocabulary._byte_letters().items()}
+    ranks = vocabulary.qwen2_ranks()
+    letters = {letter: byte for byte, letter in vocabulary.byte_letters().items()}
     pieces = qwen2.pre_tokenizer.pre_tokenize_str(qwen2.normalizer.normalize_str(text))
     expected = [i for piece, _ in pieces for i in merge_by_rank(bytes(letters[c] for c in piece), ranks)]
     assert qwen2.encode(text, add_special_tokens=False).ids == expected

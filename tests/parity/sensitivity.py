@@ -32,7 +32,7 @@ def assert_spread(scores: NDArray[np.float32]) -> None:
 
 @contextmanager
 def swapped_layers(reference: Reference) -> Iterator[None]:
-    layers = reference._core.language_model.layers
+    layers = reference.core.language_model.layers
     layers[0], layers[1] = layers[1], layers[0]
     yield
     layers[0], layers[1] = layers[1], layers[0]
@@ -40,7 +40,7 @@ def swapped_layers(reference: Reference) -> Iterator[None]:
 
 @contextmanager
 def swapped_blocks(reference: Reference) -> Iterator[None]:
-    blocks = reference._core.visual.blocks
+    blocks = reference.core.visual.blocks
     blocks[0], blocks[1] = blocks[1], blocks[0]
     yield
     blocks[0], blocks[1] = blocks[1], blocks[0]
@@ -48,14 +48,14 @@ def swapped_blocks(reference: Reference) -> Iterator[None]:
 
 @contextmanager
 def changed_inputs(reference: Reference, change: Callable[[Any], None]) -> Iterator[None]:
-    right = reference._inputs
+    right = reference.inputs
 
     def wrong(pair: Any) -> Any:
         inputs = right(pair)
         change(inputs)
         return inputs
 
-    with patch.object(reference, "_inputs", wrong):
+    with patch.object(reference, "inputs", wrong):
         yield
 
 
@@ -74,7 +74,7 @@ def grids_turned(inputs: Any) -> None:
 @contextmanager
 def shifted_positions(reference: Reference) -> Iterator[None]:
     """The second half of the prompt starts two positions late."""
-    right = reference._core.get_rope_index
+    right = reference.core.get_rope_index
 
     def wrong(token_ids: torch.Tensor, **options: Any) -> Any:
         positions, deltas = right(token_ids, **options)
@@ -82,7 +82,7 @@ def shifted_positions(reference: Reference) -> Iterator[None]:
         positions[..., positions.shape[-1] // 2 :] += 2
         return positions, deltas
 
-    with patch.object(reference._core, "get_rope_index", wrong):
+    with patch.object(reference.core, "get_rope_index", wrong):
         yield
 
 

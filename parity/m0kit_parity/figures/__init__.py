@@ -1,0 +1,1 @@
+"""Every published figure, remade on the machine at hand."""

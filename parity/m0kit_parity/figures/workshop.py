@@ -1,0 +1,94 @@
+"""What figures are measured on: checkpoints and artifacts, made when one is first asked for, and how much is measured.
+
+Workshop(Path("work"), QUICK, threads=2).artifact("big", "int8")
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from m0kit_parity.bench.measure import Ran, run_m0kit
+from m0kit_parity.small.files import SMALL
+
+Model = Literal["small", "outliers", "big"]
+OUTLIERS: Final = 1000  # times larger, in the checkpoint "outliers"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured: everything that was published, or a little of each."""
+
+    big: Literal["full", "wide"]  # the shape of what is called big
+    layers: int  # of the full-width layers whose whole pairs are compared
+    repeats: int
+    loads: tuple[str, ...]  # parts of the names of the workloads of whole pairs
+    queries: int | None  # of each evaluation set; None: all
+    calibration: int  # pairs of each kind
+    cases: tuple[str, ...]  # of parity; (): all
+    memory: tuple[int, int]  # tokens, visual tokens up to which memory is measured
+    seconds: tuple[int, int]  # likewise
+    documents: int  # kept
+    pages: int  # of an index
+    tokens: int  # of a document that is kept, at most
+    asked: int  # queries of very many pairs
+
+
+WHOLE: Final = Sizes(
+    "full", 4, 3, ("text,", "page", "8 texts"), None, 24, (), (10_240, 3072), (2048, 768), 16, 100, 2048, 1000
+)
+QUICK: Final = Sizes(
+    "wide", 2, 1, ("64 ", "256 ", "page"), 5, 2, ("text_text", "image_text"), (512, 384), (256, 96), 4, 8, 256, 100
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """A folder with what was made; it is made in a folder aside, so what is there is whole."""
+
+    folder: Path
+    sizes: Sizes
+    threads: int
+
+    def checkpoint(self, model: Model) -> Path:
+        """`big` is random, of full width; `outliers` is the small one with channels made larger."""
+        from m0kit_parity.samples.checkpoints import write_checkpoint
+        from m0kit_parity.samples.outliers import write_injected
+
+        folder = self.folder / model
+        if model == "small":
+            return SMALL / "base"
+        if not folder.is_dir():
+            if model == "big":
+                write_checkpoint(folder, self.sizes.big, progress=True)
+            else:
+                write_injected(SMALL / "base", folder, OUTLIERS)
+        return folder
+
+    def artifact(self, model: Model, precision: str, *options: object, name: str = "") -> Path:
+        """The artifact of a checkpoint, exported with options; `name` tells those with options apart."""
+        folder = self.place(model, precision, name)
+        if not folder.is_dir():
+            self.export(model, precision, *options, name=name)
+        return folder
+
+    def export(self, model: Model, precision: str, *options: object, name: str = "") -> Ran:
+        """Make it anew, and say what that cost."""
+        folder = self.place(model, precision, name)
+        checkpoint = self.checkpoint(model)
+        return run_m0kit("export", checkpoint, "-o", folder, "--precision", precision, "--overwrite", *options)
+
+    def place(self, model: Model, precision: str, name: str = "") -> Path:
+        """Where an artifact is, or would be."""
+        return self.folder / "-".join(filter(None, (model, name, precision)))
+
+    def forget(self, *folders: Path) -> None:
+        """Give their room back."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def sets(self) -> dict[str, list[Any]]:
+        """The evaluation sets that m0kit carries."""
+        from m0kit_parity.evaluate.judged import builtin_sets
+
+        return {name: queries[: self.sizes.queries] for name, queries in builtin_sets().items()}
