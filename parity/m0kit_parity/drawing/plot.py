@@ -26,7 +26,7 @@ _ROW: Final = 46  # a name and what is drawn below it
 _LEGEND: Final = 20
 _SIDE: Final = WIDTH - LEFT - RIGHT  # of the plotting area
 _MOST: Final = 1.5  # of a limit: what is shown of shares
-_LETTERS: Final = 44  # of a name that has a line for itself and a figure
+_LETTERS: Final = 30  # of a name that shares its line with a figure, in the larger letters of a phone
 
 
 @dataclass(frozen=True, slots=True)

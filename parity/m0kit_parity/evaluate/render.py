@@ -242,9 +242,9 @@ def _change(change: Change, contents: Contents, opened: str) -> str:
         arrow = f"{'▲' if moved > 0 else '▼'} {abs(moved)}" if moved else ""
         relevance = [str(change.query.relevance[i])] if change.query.relevance else []
         scores = [f"{change.before[i]:.4f}", f"{change.after[i]:.4f}"]
-        rows.append([str(after[i]), arrow, *relevance, *scores, contents.shown(change.query.documents[i])])
+        rows.append([str(after[i]), arrow, contents.shown(change.query.documents[i]), *relevance, *scores])
     judged = ["relevance"] if change.query.relevance else []
-    heading = ["rank", "moved", *judged, "score before", "after", "document"]
+    heading = ["rank", "moved", "document", *judged, "score before", "after"]
     what = f"Spearman {change.spearman:.3f}"
     if change.ndcg:
         what = f"nDCG@10 {change.ndcg[0]:.3f} → {change.ndcg[1]:.3f}"

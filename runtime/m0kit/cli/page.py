@@ -193,7 +193,8 @@ details.about { margin-top: 3rem; }
 .score { white-space: nowrap; } .score b { font-size: 1.05rem; }
 .bar { display: block; height: 8px; margin-top: .2rem; width: 100%; }
 .name { font-weight: 600; overflow-wrap: anywhere; }
-@media (max-width: 34rem) { .ranking li { grid-template-columns: 2rem minmax(0, 1fr); }
+td .excerpt { min-width: 15rem; }
+@media (max-width: 34rem) { svg.plot text { font-size: 15px; } .ranking li { grid-template-columns: 2rem minmax(0, 1fr); }
  .ranking .what { grid-column: 2; } }
 @media print { body { font-size: 11pt; max-width: none; padding: 0; } h2, h3, summary { break-after: avoid; }
  tr, figure, .ranking li, .verdict { break-inside: avoid; } .wide { overflow: visible; }

@@ -38,7 +38,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
     def memory(artifact: Path, pairs: Sequence[Any], *_: Any) -> Memory:
         asked.append(("memory", artifact.name, len(pairs)))
-        return Memory(loaded=10.0, peak=30.0, private=20.0, seconds=1.0)
+        return Memory(opened=0.1, loaded=10.0, peak=30.0, private=20.0, seconds=1.0)
 
     def seconds(artifact: Path, pairs: Sequence[Any], *_: Any) -> float:
         asked.append(("seconds", artifact.name, len(pairs)))
