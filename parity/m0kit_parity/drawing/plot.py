@@ -78,6 +78,7 @@ def bars(rows: Sequence[Bar], x_label: str, least: float = 0) -> str:
     high += (high - low) / 40  # so that what ends there is seen to end
     x = scale(low, high, 16, WIDTH - RIGHT)
     parts = [tick_x(x(v), height - BOTTOM, f"{v:,g}".replace("-", "−")) for v in ticks(low, high)]
+    parts.append(f'<line x1="{x(0):.1f}" y1="{TOP}" x2="{x(0):.1f}" y2="{height - BOTTOM}" stroke="var(--ink)"/>')
     for i, row in enumerate(rows):
         y = TOP + _ROW * i + 33
         parts.append(_row(row.name, row.shown, y))
@@ -94,7 +95,6 @@ def bars(rows: Sequence[Bar], x_label: str, least: float = 0) -> str:
         ]
         if row.limit is not None:
             parts.append(_limit(x(row.limit), y - 11, y + 11))
-    parts.append(f'<line x1="{x(0):.1f}" y1="{TOP}" x2="{x(0):.1f}" y2="{height - BOTTOM}" stroke="var(--ink)"/>')
     return svg(height, parts, x_label, "", x_label)
 
 
