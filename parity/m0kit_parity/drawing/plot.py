@@ -141,19 +141,21 @@ def lines(
         y = scale(min(*ys, 0.0), top, bottom, TOP)
         parts += [tick_y(y(v), f"{v:,g}") for v in ticks(min(*ys, 0.0), top)]
     legend = bottom + BOTTOM + 12
+    names = list(series) if len(series) > 1 else []  # what one line alone is, the axes say
     if limit is not None:
         parts.append(_limit(LEFT, y(limit), y(limit), WIDTH - RIGHT))
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{y(limit) + 16:.1f}" text-anchor="end">limit {limit:g}</text>')
     for i, (name, line) in enumerate(series.items()):
         color = f"var(--series-{i % 6})"
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in line)
-        at = legend + _LEGEND * i
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
-            f'<line x1="{LEFT}" y1="{at}" x2="{LEFT + 24}" y2="{at}" stroke="{color}" stroke-width="2"/>'
-            f'<text x="{LEFT + 32}" y="{at + 4}">{text(name)}</text>'
-        )
-    height = legend + _LEGEND * len(series)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        if names:
+            at = legend + _LEGEND * i
+            parts.append(
+                f'<line x1="{LEFT}" y1="{at}" x2="{LEFT + 24}" y2="{at}" stroke="{color}" stroke-width="2"/>'
+                f'<text x="{LEFT + 32}" y="{at + 4}">{text(name)}</text>'
+            )
+    height = legend + _LEGEND * len(names)
     return svg(height, parts, x_label, y_label, f"{y_label} by {x_label}", bottom=bottom)
 
 

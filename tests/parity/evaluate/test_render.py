@@ -90,6 +90,10 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(judged: bool) -> N
             "✗ Over the limit</b> Of nDCG@10, set: c loses 0.21 points (limit 0.2), b loses 0.10 points (limit 0.2).",
         ),
         (result_of(["a", "b"], judged=False), "– Not judged</b>"),
+        (
+            replace(result_of(["a", "b"]), errors=("line 3: wrong",)),
+            "(limit 0.2). 1 lines or measurements failed and are left out.",
+        ),
         (result_of(["a"]), "– Nothing to compare</b>"),
     ],
 )
