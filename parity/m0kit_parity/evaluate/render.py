@@ -1,6 +1,6 @@
 """An evaluation as a text table, JSON, and a self-contained page. Owns the three forms, no figure.
 
-show(*to_text(evaluation).split("\n"))
+show_text(to_text(evaluation))
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """A report of a check as a text table, JSON, and a self-contained page. Owns the three forms, no verdict.
 
-show(*to_text(report).split("\n"))
+show_text(to_text(report))
 """
 
 import math
