@@ -127,8 +127,8 @@ def image() -> Surface:
         assert isinstance(content, Picture)
         pixels = resize(content, config, "pair 0: document")
         patches = patchify(pixels, config)
-        if patches.values.shape != (pixels.num_patches, 1176):
-            raise Wrong(f"{pixels.num_patches} patches of shape {patches.values.shape}")
+        if patches.values.shape != (int(pixels.grid_thw.prod()), 1176):
+            raise Wrong(f"{int(pixels.grid_thw.prod())} patches of shape {patches.values.shape}")
 
     seeds = committed("image")
     raws = [files["input"] for files in seeds.values() if isinstance(files["input"], bytes)]

@@ -74,7 +74,7 @@ def ours(source: bytes | Image.Image, config: ImageConfig) -> tuple[NDArray[np.f
     assert isinstance(picture, Picture)
     pixels = resize(picture, config, WHERE)
     patches = patchify(pixels, config)
-    assert pixels.num_patches == len(patches.values) == 4 * pixels.num_tokens
+    assert int(pixels.grid_thw.prod()) == len(patches.values) == 4 * pixels.num_tokens
     return patches.values, patches.grid_thw.tolist()
 
 
