@@ -26,7 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, write_manifest

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit.config import ImageConfig
 from m0kit.errors import ImageError
