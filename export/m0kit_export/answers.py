@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,8 @@ from m0kit.artifact.ports import Kept
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
 from m0kit.scoring import tokens
-from m0kit_export.builder import Graph, Weight
+from m0kit_export.builder import Graph
+from m0kit_export.stored import StoredWeights
 from m0kit_quant.recipe import EMBEDDING
 from m0kit_quant.weights import Float32
 
@@ -78,8 +79,8 @@ def known_answers(
     Raises CheckpointError when a logit is not finite, or the tokenizer cannot be read.
     """
     tokenizer = open_tokenizer((folder / TOKENIZER).read_bytes())
-    stored = _Stored(folder, graphs, progress)
-    pixels = _picture(config)
+    stored = _Products(folder, graphs, progress)
+    pixels = picture(config)
     grid = (pixels.shape[0] // config.image.factor, pixels.shape[1] // config.image.factor)
     texts = [(query, DOCUMENT) for query in QUERIES]
     sequences = [_text_sequence(tokenizer, config, query, document) for query, document in texts]
@@ -99,8 +100,8 @@ def known_answers(
     apart = np.linalg.norm(hidden[0] - hidden[-1], axis=1) / np.linalg.norm(hidden[0], axis=1)
     noise = max(math.sqrt(np.mean((logits[0] - logits[-1]) ** 2)), float(apart.mean()) * unit)
     tolerance: dict[str, float] = {kv: float(f"{NOISE * noise + share * unit:.3g}") for kv, share in SHARES.items()}
-    picture = {"image": _data_uri(pixels)}
-    asked: list[tuple[str, str | dict[str, str]]] = [*texts, *((query, picture) for query in IMAGE_QUERIES)]
+    shown = {"image": _data_uri(pixels)}
+    asked: list[tuple[str, str | dict[str, str]]] = [*texts, *((query, shown) for query in IMAGE_QUERIES)]
     pairs = [KnownAnswer(*pair, round(float(logit), 6)) for pair, logit in zip(asked, logits[0], strict=True)]
     return KnownAnswers(tuple(pairs), tolerance, WHY)
 
@@ -113,34 +114,17 @@ def open_tokenizer(raw: bytes) -> Tokenizer:
         raise CheckpointError(f"the checkpoint's {TOKENIZER} {error}. Fetch it again.") from None
 
 
-class _Stored:
-    """The tensors of an artifact's data files, decoded when they are asked for."""
+class _Products(StoredWeights):
+    """Products with what is stored, in W ways."""
 
     def __init__(self, folder: Path, graphs: Mapping[str, Graph], progress: Callable[[int], object]) -> None:
-        self._progress = progress
-        self._places: dict[str, tuple[Path, Weight]] = {
-            weight.name: (folder / f"{name}.onnx.data", weight)
-            for name, graph in graphs.items()
-            for weight in graph.weights
-        }
-        products = [weight for _, weight in self._places.values() if not weight.scheme.table]
-        rounding = any(w.half or w.scheme.shared_scale(w.shape[1]) for w in products if len(w.shape) == 2)
-        self.ways = 2 if rounding else 1  # W
-
-    def read(self, name: str) -> Float32:
-        """The whole tensor; matrices are (out, in)."""
-        _, weight = self._places[name]
-        return weight.scheme.decode(self._parts(name), weight.shape)
-
-    def rows(self, name: str, ids: Int64) -> Float32:
-        """Rows of a table (V, D) → (T, D)."""
-        _, weight = self._places[name]
-        parts = {key: part[ids] for key, part in self._parts(name).items()}
-        return weight.scheme.decode(parts, (len(ids), weight.shape[1]))
+        super().__init__(folder, graphs, progress)
+        products = [w for w in self.weights.values() if len(w.shape) == 2 and not w.scheme.table]
+        self.ways = 2 if any(w.half or w.scheme.shared_scale(w.shape[1]) for w in products) else 1  # W
 
     def linear(self, name: str, x: Float32, *, bias: bool) -> Float32:
         """x (W, T, in) → (W, T, out)"""
-        weight = self._places[f"{name}.weight"][1]
+        weight = self.weights[f"{name}.weight"]
         if weight.half:
             x = np.stack([x[0], _half(x[1])])
         elif self.ways == 2:
@@ -148,11 +132,6 @@ class _Stored:
         y = x @ self.read(f"{name}.weight").T
         y = np.asarray(y + self.read(f"{name}.bias") if bias else y, np.float32)
         return np.stack([y[0], _half(y[1])]) if weight.half else y
-
-    def _parts(self, name: str) -> dict[str, NDArray[Any]]:
-        path, weight = self._places[name]
-        self._progress(weight.num_bytes)
-        return {p.key: np.asarray(np.memmap(path, p.dtype, "r", p.offset, p.shape)) for p in weight.parts}
 
 
 def _half(x: Float32) -> Float32:
@@ -163,7 +142,7 @@ def _half(x: Float32) -> Float32:
 # --- the model -------------------------------------------------------------------------------------
 
 
-def _decode(stored: _Stored, config: ModelConfig, sequences: Sequence[_Sequence], embeds: Float32) -> Float32:
+def _decode(stored: _Products, config: ModelConfig, sequences: Sequence[_Sequence], embeds: Float32) -> Float32:
     """Hidden states (W, B, D) of the sequences' last tokens; embeds (W, V, D) of the picture in those that have it."""
     decoder = config.decoder
     C, G = decoder.head_dim, decoder.num_heads // decoder.num_kv_heads
@@ -207,7 +186,7 @@ def _paths(sequences: Sequence[_Sequence]) -> tuple[list[Int64], NDArray[np.bool
     return paths, seen
 
 
-def _head(stored: _Stored, hidden: Float32) -> tuple[Float32, float]:
+def _head(stored: _Products, hidden: Float32) -> tuple[Float32, float]:
     """hidden (W, B, D) → logits (W, B), and what a logit moves by when the hidden state is another altogether.
 
     That is the head's slope times the length of the hidden state, spread over all directions: a change as large as the
@@ -220,7 +199,7 @@ def _head(stored: _Stored, hidden: Float32) -> tuple[Float32, float]:
     return logits, float(lengths.mean()) / math.sqrt(hidden.shape[2])
 
 
-def _image_embeds(stored: _Stored, config: ModelConfig, pixels: NDArray[np.uint8]) -> Float32:
+def _image_embeds(stored: _Products, config: ModelConfig, pixels: NDArray[np.uint8]) -> Float32:
     """pixels (H, W, 3) → (W, V, D)"""
     vision, eps = config.vision, config.vision.layer_norm_eps
     patches, places = _patches(pixels, config)
@@ -270,7 +249,7 @@ def _rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
     return np.asarray(x / np.sqrt(np.mean(x * x, axis=2, keepdims=True) + np.float32(eps)) * weight, np.float32)
 
 
-def _layer_norm(stored: _Stored, name: str, x: Float32, eps: float) -> Float32:
+def _layer_norm(stored: _Products, name: str, x: Float32, eps: float) -> Float32:
     x = x - x.mean(axis=2, keepdims=True)
     x = x / np.sqrt(np.mean(x * x, axis=2, keepdims=True) + np.float32(eps))
     return np.asarray(x * stored.read(f"{name}.weight") + stored.read(f"{name}.bias"), np.float32)
@@ -313,7 +292,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _picture(config: ModelConfig) -> NDArray[np.uint8]:
+def picture(config: ModelConfig) -> NDArray[np.uint8]:
     """(H, W, 3): lines of dark bars on paper, in a size that the model takes as it is."""
     factor, image = config.image.factor, config.image
     rows, columns = GRID

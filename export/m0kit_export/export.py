@@ -8,7 +8,6 @@ compute is `graphs`, how weights become fewer bits is `m0kit_quant`, what the fo
     quantize_artifact(Path("m0-fp32"), Path("m0-int4"), recipe=Recipe.default("int4"))
 """
 
-import hashlib
 import math
 import platform
 import shutil
@@ -22,9 +21,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx.external_data_helper import ExternalDataInfo
 from tqdm import tqdm
 
 from m0kit.artifact.manifest import (
@@ -40,11 +37,12 @@ from m0kit.files import destination, flush, named_errors, occupied, recover, rep
 from m0kit.terminal import say
 from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.answers import known_answers, open_tokenizer
-from m0kit_export.builder import Graph, Weight
+from m0kit_export.builder import Graph
 from m0kit_export.calibrate import calibrate, read_pairs
 from m0kit_export.folder import find_folder
 from m0kit_export.graphs import build_graphs, check_recipe, kept_decoders, schemes_of
 from m0kit_export.sources import ArtifactSource, CheckpointSource, Source
+from m0kit_export.stored import check_weights, write_weights
 from m0kit_quant import nf4
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
@@ -54,7 +52,6 @@ from m0kit_quant.scheme import Scheme
 from m0kit_quant.weights import Weights
 
 _SPARE_BYTES = 64 << 20  # for the tokenizer, graphs, manifest and the file system's own needs
-_CHUNK = 16 << 20
 _FP32 = Recipe.default("fp32")
 
 
@@ -92,7 +89,8 @@ def export_artifact(
         read_pairs(calibration)
     source = CheckpointSource.open(checkpoint, adapters, revision, cache_dir, qlora)
     check_recipe(recipe, source.config)
-    with _written_aside(output, overwrite) as folder:
+    with replacing(output, overwrite=overwrite) as folder:
+        _check_place(output, overwrite)
         if calibration is None:
             return _write(source, folder, output, recipe, None, progress)
         plain = folder.with_name("fp32")
@@ -123,7 +121,8 @@ def quantize_artifact(
     if calibration is not None:
         read_pairs(calibration)
     source = ArtifactSource.open(folder)  # hashes every file
-    with _written_aside(output, overwrite) as aside:
+    with replacing(output, overwrite=overwrite) as aside:
+        _check_place(output, overwrite)
         if calibration is None:
             return _write(source, aside, output, recipe, None, progress)
         statistics = calibrate(folder, calibration, progress=progress)
@@ -165,14 +164,14 @@ def _write(
             hashes: dict[str, str] = {}
             for name, graph in graphs.items():
                 path = folder / f"{name}.onnx.data"
-                hashes |= _write_weights(path, graph, weights, bar, importance)
+                hashes |= write_weights(path, graph, weights, bar, importance)
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             kept = kept_decoders(source.config.decoder, recipe, frequencies.decoder)
             for name, graph in kept.items():
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
-                _check_weights(folder, f"{name}.onnx", hashes, bar)
+                check_weights(folder, f"{name}.onnx", hashes, bar)
             (folder / TOKENIZER).write_bytes(source.tokenizer)
             _begin("computing known answers", bar, num_bytes, progress)
             known = known_answers(folder, source.config, graphs, bar.update)
@@ -286,56 +285,6 @@ def _check_seen(calibration: Calibration, graphs: dict[str, Graph]) -> None:
         )
 
 
-def _write_weights(
-    path: Path, graph: Graph, weights: Weights, bar: Any, importance: Mapping[str, NDArray[np.float32]]
-) -> dict[str, str]:
-    """Write every part in its place; returns the sha256 of each by its initializer's name."""
-    hashes = {}
-    with open(path, "wb") as file:
-        for weight in graph.weights:
-            parts = _encoded(weight, weights, importance.get(weight.name))
-            for part in weight.parts:
-                stored = parts[part.key]
-                if stored.shape != part.shape or stored.dtype != part.dtype:
-                    raise AssertionError(f"{part.name}: {stored.dtype} {stored.shape} does not fit its place")
-                raw = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
-                file.seek(part.offset)
-                file.write(raw.data)
-                hashes[part.name] = hashlib.sha256(raw.data).hexdigest()
-                bar.update(part.num_bytes)
-    return hashes
-
-
-def _encoded(weight: Weight, weights: Weights, importance: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
-    values = weights.read(weight.name).reshape(weight.shape)
-    try:
-        return weight.scheme.encode(values, importance)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{weight.name} {error}; store it as fp32, or look for the reason in the checkpoint or its adapters."
-        ) from None
-
-
-def _check_weights(folder: Path, name: str, hashes: Mapping[str, str], bar: Any) -> None:
-    """Follow the written graph's own references into its data file and compare what is there."""
-    for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        place = ExternalDataInfo(tensor)
-        found, left = hashlib.sha256(), int(place.length or 0)
-        with open(folder / place.location, "rb") as file:
-            file.seek(place.offset or 0)
-            while left and (piece := file.read(min(left, _CHUNK))):
-                found.update(piece)
-                left -= len(piece)
-                bar.update(len(piece))
-        if left or found.hexdigest() != hashes[tensor.name]:
-            raise OutputError(
-                f"{folder / place.location}: {tensor.name} reads back differently from what was "
-                "written. The disk may be failing; export to another place."
-            )
-
-
 def _tools() -> dict[str, str]:
     """Versions of what can change a weight."""
     tools = {"python": platform.python_version()}
@@ -345,14 +294,6 @@ def _tools() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return tools
-
-
-@contextmanager
-def _written_aside(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name when the block ends well, and vanishes when not."""
-    with replacing(output, overwrite=overwrite) as folder:
-        _check_place(output, overwrite)
-        yield folder
 
 
 def _check_room(folder: Path, output: Path, num_bytes: int) -> None:

@@ -28,7 +28,7 @@ from m0kit_export.skeleton import lora_config, peft_at_work, skeleton
 from m0kit_export.tensors import read_tensor
 from m0kit_quant.recipe import EMBEDDING
 
-_MERGED_ROWS = 1 << 14  # tokens of an embedding merged at once
+MERGED_ROWS = 1 << 14  # tokens of an embedding merged at once
 
 
 class AdapterStack:
@@ -107,8 +107,8 @@ def _merge_rows(
 ) -> dict[str, torch.Tensor]:
     """An embedding through PEFT some tokens at a time: whole, its update alone would take another 2 GB."""
     merged = tensors["weight"]  # the caller's own, changed in place
-    for start in range(0, len(merged), _MERGED_ROWS):
-        rows = slice(start, start + _MERGED_ROWS)
+    for start in range(0, len(merged), MERGED_ROWS):
+        rows = slice(start, start + MERGED_ROWS)
         part = {
             key: value[:, rows] if ".lora_embedding_A" in key else value[rows] if ".base_layer." in key else value
             for key, value in state.items()

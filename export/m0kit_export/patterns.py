@@ -25,7 +25,7 @@ _MAX_LETTERS: Final = 1 << 16
 
 _PLAIN: Final = re.compile(r"[\w.-]*")  # a name: nothing in it is tried twice
 # How PEFT 0.21 uses each (tuners_utils.check_target_module_exists, other.get_pattern_key): {} is the pattern.
-_USES: Final = {
+USES: Final = {
     "target_modules": "{}",  # the whole name
     "exclude_modules": "{}",
     "modules_to_save": r"(^|.*\.){}($|\..*)",
@@ -33,7 +33,7 @@ _USES: Final = {
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
 }
-_BESIDES: Final = ("embed_tokens", "lm_head")  # PEFT also asks whether these are meant, when it saves
+BESIDES: Final = ("embed_tokens", "lm_head")  # PEFT also asks whether these are meant, when it saves
 _ALL_LINEAR: Final = "all-linear"  # PEFT's word for it, which is no pattern
 
 # A line for each pattern that is done: null, or what is wrong with it. The limit keeps what compiles here from
@@ -77,8 +77,8 @@ def try_patterns(raw: Mapping[str, Any], names: Sequence[str], where: str) -> No
     tried = [(option, pattern) for option, pattern in found if not _PLAIN.fullmatch(pattern)]
     if not tried:
         return
-    work: dict[str, Any] = {"patterns": [(_USES[option].format(pattern), pattern) for option, pattern in tried]}
-    work |= {"names": [*names, *_BESIDES], "seconds": DEADLINE_S}
+    work: dict[str, Any] = {"patterns": [(USES[option].format(pattern), pattern) for option, pattern in tried]}
+    work |= {"names": [*names, *BESIDES], "seconds": DEADLINE_S}
     done = _answers(json.dumps(work).encode())
     for (option, pattern), wrong in zip(tried, done, strict=False):
         if wrong is not None:

@@ -18,14 +18,15 @@ from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
 from m0kit.precision import SCHEMES
 from m0kit.reading.inputs import parse_content
-from m0kit_export import answers as module
-from m0kit_export.answers import IMAGE_QUERIES, QUERIES, known_answers
+from m0kit_export.answers import IMAGE_QUERIES, QUERIES, known_answers, picture
 from m0kit_export.export import export_artifact
 from m0kit_export.graphs import build_graphs
+from m0kit_export.stored import StoredWeights
 from m0kit_parity.reference import Reference
 from m0kit_parity.samples.checkpoints import model_config
 from m0kit_quant import int4
 from m0kit_quant.recipe import Recipe
+from m0kit_quant.scheme import Parts
 
 # Of logits around 2, by two ways through float32 with different orders of sums.
 FLOATS = 2e-5
@@ -71,11 +72,13 @@ def test_they_tell_pairs_apart(tiny_artifact: Path) -> None:
     assert np.std(logits) > 10 * known.tolerance["fp32"]
 
 
-def without_zero_points(self: Any, name: str) -> Any:
+real = StoredWeights.parts
+
+
+def without_zero_points(self: StoredWeights, name: str) -> Parts:
     """What the file holds, read as ONNX Runtime up to 1.28 computed it: every zero point is 8."""
-    path, weight = self._places[name]
-    parts = {p.key: np.memmap(path, p.dtype, "r", p.offset, p.shape) for p in weight.parts}
-    if "zero_point" in parts and not weight.scheme.table:
+    parts = real(self, name)
+    if "zero_point" in parts and not self.weights[name].scheme.table:
         parts["zero_point"] = np.full_like(parts["zero_point"], 0x88)
     return parts
 
@@ -88,7 +91,7 @@ def test_a_kernel_that_loses_zero_points_is_beyond_the_tolerance(
     graphs = build_graphs(manifest.model, Recipe.from_dict(manifest.recipe, "test"))
     right = known_answers(folder, manifest.model, graphs)
     assert right == manifest.known_answers
-    monkeypatch.setattr(module._Stored, "_parts", without_zero_points)
+    monkeypatch.setattr(StoredWeights, "parts", without_zero_points)
     wrong = known_answers(folder, manifest.model, graphs)
     off = [abs(a.logit - b.logit) for a, b in zip(right.pairs, wrong.pairs, strict=True)]
     assert max(off) > 2 * right.tolerance["fp32"]
@@ -134,7 +137,7 @@ def test_the_picture_needs_no_resizing(low: int, high: int) -> None:
     config = model_config("tiny")
     config = replace(config, image=replace(config.image, min_pixels=low, max_pixels=high))
     assert isinstance(config, ModelConfig)
-    height, width, channels = module._picture(config).shape
+    height, width, channels = picture(config).shape
     assert (height % 28, width % 28, channels) == (0, 0, 3)
     assert low <= height * width <= high
 
@@ -142,13 +145,13 @@ def test_the_picture_needs_no_resizing(low: int, high: int) -> None:
 def test_a_model_that_computes_nothing_finite_is_refused(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(tiny_artifact)
     graphs = build_graphs(manifest.model, Recipe.from_dict(manifest.recipe, "test"))
-    real = module._Stored.read
+    real = StoredWeights.read
 
     def huge(self: Any, name: str) -> Any:
         values = real(self, name)
         return values * np.float32(3e38) if name == "model.norm.weight" else values
 
-    monkeypatch.setattr(module._Stored, "read", huge)
+    monkeypatch.setattr(StoredWeights, "read", huge)
     with pytest.raises(CheckpointError, match="scores a plain pair as NaN or infinity"):
         known_answers(tiny_artifact, manifest.model, graphs)
 

@@ -77,7 +77,7 @@ def inputs_of_products(reference: Reference) -> Iterator[dict[str, list[NDArray[
 
         return note
 
-    roots = {"visual": reference._core.visual, "model": reference._core.language_model, "score": reference._score}
+    roots = {"visual": reference.core.visual, "model": reference.core.language_model, "score": reference.head}
     handles = [
         module.register_forward_pre_hook(hook(f"{root}.{path}"))
         for root, top in roots.items()
@@ -407,7 +407,7 @@ def test_what_is_wrong_is_said_before_minutes_of_work(
     def begun(*_: object, **__: object) -> None:
         pytest.fail("began to work")
 
-    monkeypatch.setattr(export, "_write_weights", begun)
+    monkeypatch.setattr(export, "write_weights", begun)
     monkeypatch.setattr(export, "calibrate", begun)
     bad = write_lines(tmp_path / "bad.jsonl", "{")
     (tmp_path / "file").write_text("data")

@@ -264,7 +264,7 @@ def test_disk_space_is_checked_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, 64 << 20))
-    monkeypatch.setattr(export, "_write_weights", lambda *_: pytest.fail("began to write"))
+    monkeypatch.setattr(export, "write_weights", lambda *_: pytest.fail("began to write"))
     with pytest.raises(OutputError, match=r"the artifact takes 0\.06 GiB; 0\.06 GiB are free there"):
         export_artifact(tiny, tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
@@ -314,7 +314,7 @@ def test_a_folder_without_write_permission_is_named(tmp_path: Path, tiny: Path) 
                 for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, for nobody's eyes else
                     folder.chmod(folder.stat().st_mode | 0o011)
                 os.seteuid(65534)
-            with pytest.raises(OutputError, match="no permission"), export._written_aside(locked / "out", False):
+            with pytest.raises(OutputError, match="no permission"), files.replacing(locked / "out"):
                 pass
             code = 0
         finally:
@@ -329,7 +329,7 @@ def test_a_folder_without_write_permission_is_named(tmp_path: Path, tiny: Path) 
 def test_a_byte_that_changes_between_writing_and_reading_back_is_caught(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    write = export._write_weights
+    write = export.write_weights
 
     def damaged(path: Path, graph: Any, *rest: Any) -> dict[str, str]:
         hashes = write(path, graph, *rest)
@@ -340,21 +340,21 @@ def test_a_byte_that_changes_between_writing_and_reading_back_is_caught(
             path.write_bytes(content)
         return hashes
 
-    monkeypatch.setattr(export, "_write_weights", damaged)
+    monkeypatch.setattr(export, "write_weights", damaged)
     with pytest.raises(OutputError, match=rf"{name}\.onnx\.data: .* reads back differently"):
         export_artifact(tiny, tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_data_file_cut_short_is_caught(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = export._write_weights
+    write = export.write_weights
 
     def damaged(path: Path, *rest: Any) -> dict[str, str]:
         hashes = write(path, *rest)
         os.truncate(path, path.stat().st_size - 1)
         return hashes
 
-    monkeypatch.setattr(export, "_write_weights", damaged)
+    monkeypatch.setattr(export, "write_weights", damaged)
     with pytest.raises(OutputError, match="reads back differently"):
         export_artifact(tiny, tmp_path / "out", progress=False)
 
@@ -492,7 +492,7 @@ def test_ctrl_c_stays_one_when_a_library_turns_it_into_an_error(
             raise comes_out_as("the file is damaged") from None
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(export, "_write_weights", swallowing)
+    monkeypatch.setattr(export, "write_weights", swallowing)
     with pytest.raises(KeyboardInterrupt):
         export_artifact(tiny, tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
@@ -505,7 +505,7 @@ def test_errors_that_nobody_interrupted_stay_what_they_are(
     def failing(*_: object) -> None:
         raise CheckpointError("the file is damaged")
 
-    monkeypatch.setattr(export, "_write_weights", failing)
+    monkeypatch.setattr(export, "write_weights", failing)
     with pytest.raises(CheckpointError, match="the file is damaged"):
         export_artifact(tiny, tmp_path / "out", progress=False)
 

@@ -126,7 +126,7 @@ def run_vision(sides: Sides, sizes: Sequence[tuple[int, int]], patches: Sequence
 @torch.inference_mode()
 def torch_vision(sides: Sides, sizes: Sequence[tuple[int, int]], patches: Sequence[Array]) -> Array:
     grids = torch.tensor([[1, h, w] for h, w in sizes])
-    out = sides.torch._core.visual(torch.from_numpy(np.concatenate(patches)), grid_thw=grids)
+    out = sides.torch.core.visual(torch.from_numpy(np.concatenate(patches)), grid_thw=grids)
     return np.asarray(out.pooler_output.numpy())
 
 
@@ -227,9 +227,9 @@ def presents(sides: Sides) -> list[str]:
 def torch_decode(sides: Sides, prompts: Sequence[Prompt]) -> Array:
     rows = []
     for prompt in prompts:
-        embeds = sides.torch._core.language_model.embed_tokens(torch.from_numpy(prompt.ids))
+        embeds = sides.torch.core.language_model.embed_tokens(torch.from_numpy(prompt.ids))
         embeds[torch.from_numpy(prompt.index)] = torch.from_numpy(prompt.embeds)
-        out = sides.torch._core.language_model(
+        out = sides.torch.core.language_model(
             inputs_embeds=embeds[None],
             position_ids=torch.from_numpy(prompt.positions)[:, None],
             use_cache=False,
@@ -452,7 +452,7 @@ def test_without_pasts_every_decoder_is_the_decoder(sides: Sides, kv: str) -> No
 
 def test_head_agrees_with_pytorch(sides: Sides) -> None:
     hidden = np.random.default_rng(0).standard_normal((17, sides.config.decoder.hidden_size), np.float32)
-    expected = sides.torch._logit(torch.from_numpy(hidden)).numpy()
+    expected = sides.torch.head(torch.from_numpy(hidden)).detach()[:, 0].numpy()
     assert_close(sides.head.run({"hidden": hidden}, ["logit"])["logit"], expected)
 
 

@@ -332,7 +332,7 @@ def test_a_merge_reads_one_module_and_leaves_the_random_state_alone(
 def test_an_embedding_merged_some_tokens_at_a_time_is_the_same(
     form: str, rows: int, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "_MERGED_ROWS", rows)
+    monkeypatch.setattr(merge, "MERGED_ROWS", rows)
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     truth = merge_whole(model, (adapter, 0.5 if "dora" not in form else 1.0))
     stack = open_stack(checkpoint, (adapter, 0.5 if "dora" not in form else 1.0))

@@ -1,6 +1,7 @@
 """Patterns of adapters are tried where they can be stopped, and told by name."""
 
 import re
+import subprocess
 import warnings
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_what_is_no_pattern_is_told_by_name(option: str, wrong: str) -> None:
 
 
 def test_names_alone_cost_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "_answers", None)  # what would start one
+    monkeypatch.setattr(subprocess, "Popen", None)
     raw = {
         "target_modules": ["q_proj"],
         "modules_to_save": ["score.0"],
@@ -114,7 +115,7 @@ def test_peft_is_asked_the_same_of_every_pattern(option: str, monkeypatch: pytes
     own = [text for text in ("(q|v)_proj", "(layers|blocks)", "(merger|ln_q)") if text in str(value)]
     asked = {one for one in seen if any(text in one[1] for text in own)}
     assert asked
-    used = patterns._USES[option].format(value if isinstance(value, str) else next(iter(value)))
+    used = patterns.USES[option].format(value if isinstance(value, str) else next(iter(value)))
     how = "whole" if option in ("target_modules", "exclude_modules") else "start"
     assert {(kind, text) for kind, text, _ in asked} == {(how, used)}
-    assert {string for _, _, string in asked} <= {*names, *patterns._BESIDES}
+    assert {string for _, _, string in asked} <= {*names, *patterns.BESIDES}

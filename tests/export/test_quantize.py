@@ -466,7 +466,7 @@ def test_the_manifest_tells_the_recipe(in_precision: Callable[[str], Path]) -> N
 def test_a_byte_of_any_part_that_changes_before_it_is_read_back_is_caught(
     tmp_path: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, graph: str, tensor: str, key: str
 ) -> None:
-    write = export._write_weights
+    write = export.write_weights
 
     def damaged(path: Path, written: Any, *rest: Any) -> dict[str, str]:
         hashes = write(path, written, *rest)
@@ -478,7 +478,7 @@ def test_a_byte_of_any_part_that_changes_before_it_is_read_back_is_caught(
             path.write_bytes(content)
         return hashes
 
-    monkeypatch.setattr(export, "_write_weights", damaged)
+    monkeypatch.setattr(export, "write_weights", damaged)
     name = f"{tensor}.{key}" if key else tensor
     with pytest.raises(OutputError, match=rf"{graph}\.onnx\.data: {name} reads back differently"):
         quantize_artifact(tiny_artifact, tmp_path / "out", recipe=Recipe.default("int4"), progress=False)

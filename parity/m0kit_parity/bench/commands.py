@@ -83,8 +83,7 @@ def pairs(
         artifacts = {precision: root / precision for precision in precisions}
         for precision, artifact in artifacts.items():
             export_artifact(root / "wide", artifact, recipe=Recipe.default(precision))
-        loads = workloads(prompts_of(root / precisions[0]))
-        loads = {name: load for name, load in loads.items() if not only or any(text in name for text in only)}
+        loads = workloads(prompts_of(root / precisions[0]), only)
         results = whole_pairs(
             root / "wide", artifacts, loads, peers=peer_names, repeats=repeats, threads=threads, scratch=root / "peers"
         )

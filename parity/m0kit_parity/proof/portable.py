@@ -18,20 +18,18 @@ from numpy.typing import NDArray
 
 from m0kit.artifact.manifest import Manifest
 from m0kit.errors import DependencyError, M0kitError
+from m0kit.precision import SCHEMES
 from m0kit.quiet import silence_openvino
 from m0kit.scoring.sessions import Graph, GraphOpener
 
 Array = NDArray[Any]
 
-# What a scheme's products are where no standard operator can say them; the other schemes need none.
-_OPERATORS: Final = {"int8": "MatMulIntegerToFloat", "int4": "MatMulNBits", "nf4": "MatMulBnb4"}
-
 
 def require_standard(engine: str, artifact: Path, manifest: Manifest) -> None:
     """Raises M0kitError for an artifact with operators that only ONNX Runtime has, and another engine."""
-    foreign = [scheme for scheme in manifest.schemes if scheme in _OPERATORS]
-    if ENGINES[engine] is not None and foreign:
-        named = " and ".join(f"{scheme} weights (operator com.microsoft.{_OPERATORS[scheme]})" for scheme in foreign)
+    operators = {name: operator for name in manifest.schemes if (operator := SCHEMES[name].operator)}
+    if ENGINES[engine] is not None and operators:
+        named = " and ".join(f"{name} weights (operator com.microsoft.{each})" for name, each in operators.items())
         raise M0kitError(
             f"{artifact}: the engine {engine} cannot run {named}, which only ONNX Runtime has. "
             "Leave --engine out, which is onnxruntime, or give another artifact: fp32, fp16 and bf16 run everywhere."

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.artifact import ports
+from m0kit.artifact.ports import present_names
 from m0kit.config import ModelConfig
 from m0kit.errors import ArtifactDamagedError, RecordDamagedError, ScoreError
 from m0kit.keeping.cache import Cache, Once
@@ -190,7 +191,7 @@ class GraphEngine:
         """States of documents in one run, whatever is kept; those that are finite go into the cache."""
         if not documents:
             return []
-        names = [f"present.{i}.{name}" for i in range(self.config.decoder.num_layers) for name in ("key", "value")]
+        names = [name for layer in range(self.config.decoder.num_layers) for name in present_names(layer)]
         out = self._decode([Part(document, []) for document in documents], names)
         states, row = [], 0
         for document in documents:

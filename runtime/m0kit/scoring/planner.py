@@ -2,7 +2,7 @@
 
 A *run* is one call of the decoder on packed tokens. Pairs with the same document form a group: the document's
 prefix stands once in the run, or is a past that was computed before, followed by the suffix of each pair. Tables of
-pieces tell the graphs' attention which rows ask and which answer (columns: `m0kit_export.graphs`).
+pieces tell the graphs' attention which rows ask and which answer (columns: `m0kit.artifact.ports`).
 
     layout = layout_groups([Group(770, [(770, 12), (769, 15)])])       # one document of 770 tokens, two queries
 """
@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from m0kit.artifact.ports import PIECE_COLUMNS
 
 _T = TypeVar("_T")
 
@@ -46,7 +48,7 @@ class Layout:
     num_tokens: int  # before filling up
     num_pairs: int
     fill: int  # rows at the end that belong to nobody, each of which sees itself alone
-    pieces: NDArray[np.int64]  # (N, 9) q0 q1 a0 a1 b0 b1 p0 p1 past
+    pieces: NDArray[np.int64]  # (N, 9) `PIECE_COLUMNS`
     last_index: NDArray[np.int64]  # (B,) row of each pair's last token
     last_pieces: NDArray[np.int64]  # (B, 9)
 
@@ -119,4 +121,4 @@ def _cut(first: int, length: int, before: int) -> Iterator[tuple[int, int]]:
 
 
 def _table(rows: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
-    return np.asarray(rows, np.int64).reshape(-1, 9)
+    return np.asarray(rows, np.int64).reshape(-1, len(PIECE_COLUMNS))
