@@ -900,6 +900,14 @@ def test_the_command_tells_what_it_did(artifact: Path, source: Path) -> None:
     assert said == f"{output}: 51 rows, 1 could not be scored: see {output}.errors.jsonl\n"
 
 
+def test_what_a_job_has_to_say_is_a_note(artifact: Path, source: Path) -> None:
+    output = source.parent / "out.jsonl"
+    child = command(artifact, source, "-o", output, env={**os.environ, "XDG_CACHE_HOME": "/dev/null"})
+    note, done = child.communicate()[1].splitlines()
+    assert note.startswith(f"note: {source.parent}/.out.jsonl.partial: there is no folder to keep the key in")
+    assert done == f"{output}: 50 rows"
+
+
 def test_progress_is_lines_where_there_is_no_terminal(
     artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
