@@ -34,7 +34,8 @@ from m0kit.files import destination
 from m0kit.jobs.engine import Engine, dependencies, ended, local_engine
 from m0kit.jobs.journal import FORMAT, Journal, Ranges
 from m0kit.jobs.output import Summary, error_file, finish
-from m0kit.jobs.rows import PARQUET_NAMES, Scored, count, identity, is_parquet, parquet
+from m0kit.jobs.parquet import PARQUET_NAMES, is_parquet, require_pyarrow
+from m0kit.jobs.rows import Scored, count, identity
 from m0kit.jobs.windows import Work
 from m0kit.reading.lines import JSON_NAMES
 from m0kit.terminal import bar, say
@@ -108,7 +109,7 @@ def score_file(
 def _check_places(source: Path, output: Path) -> None:
     for path, error in ((source, InputError), (output, OutputError)):
         if is_parquet(path):
-            parquet(path)
+            require_pyarrow(path)
         elif path.suffix.lower() not in JSON_NAMES:
             known = ", ".join((*JSON_NAMES, *PARQUET_NAMES))
             raise error(f"{path}: JSON lines or Parquet is told from the name, which must end with {known}. Rename it.")
