@@ -320,6 +320,15 @@ def test_a_recipe_can_be_used(text: str, workplace: Path) -> None:
     assert 0 < good < 1
 
 
+def test_the_layers_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == ["m0kit"])
+    (page,) = (page for page in RUN if page.name == "docs/architecture.md")
+    (told,) = (text for kind, text in page.fenced if kind == "text")
+    checked = re.findall(r"\w+", " ".join(layer for layer in layers if layer != "__main__"))
+    assert re.findall(r"\w+", told) == checked
+
+
 def test_targets_and_extras_exist() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = {line.split()[1] for line in OTHERS if line.startswith("make ") and "=" not in line.split()[1]}
@@ -348,6 +357,15 @@ def test_a_page_can_be_reached_from_the_readme(page: Page) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.text.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Page) -> None:
+    roots = [ROOT, *(ROOT / name for name in ("runtime", "export", "quant", "parity"))]
+    named = re.findall(
+        r"`((?:[\w-]+/)+[\w-]+\.(?:py|toml|mjs|md|svg)|(?:runtime|export|quant|parity|tests)/(?:\w+/)*)`", page.text
+    )
+    assert not [name for name in named if name not in GENERATED and not any((root / name).exists() for root in roots)]
 
 
 def test_methods_that_the_pages_name_exist() -> None:

@@ -38,7 +38,7 @@ _LIMITS: Final = {
     sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 10,
 }
 # Steps of SQLite's machine. Looking through a whole index takes 2 for each byte of it; 10⁸ take some 3 seconds.
-_STEPS: Final = 20_000_000
+STEPS: Final = 20_000_000
 _STEPS_PER_BYTE: Final = 100
 _LOOK_EVERY: Final = 1_000_000
 
@@ -105,10 +105,10 @@ class _Steps:
     def look(self) -> bool:
         """SQLite asks whether to stop."""
         self.taken += _LOOK_EVERY
-        if self.taken <= _STEPS:
+        if self.taken <= STEPS:
             return False
         try:
-            return self.taken > _STEPS + _STEPS_PER_BYTE * os.stat(self._path).st_size
+            return self.taken > STEPS + _STEPS_PER_BYTE * os.stat(self._path).st_size
         except OSError:
             return True
 

@@ -42,12 +42,13 @@ def abandon(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-def _living() -> list[Watched]:
+def living() -> list[Watched]:
+    """What is told in a child that is forked now."""
     return [thing for ref in list(_watched) if (thing := ref()) is not None]  # in one step: other threads add to it
 
 
 def _before() -> None:
-    for thing in _living():
+    for thing in living():
         if (lock := getattr(thing, "fork_lock", None)) is not None and lock.acquire(timeout=_WAIT_S):
             _held.append(lock)
 
@@ -59,7 +60,7 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     _held.clear()  # each makes its own anew
-    for thing in _living():
+    for thing in living():
         thing.after_fork()
 
 

@@ -69,6 +69,15 @@ def page(name: str, size: tuple[int, int] | None = None) -> Image.Image:
         return image.convert("RGB").resize(size or image.size)
 
 
+def test_every_example_stands_in_the_docs() -> None:
+    usage = (EXAMPLES.parent / "docs" / "usage.md").read_text("utf-8")
+    programs = [
+        path for path in EXAMPLES.rglob("*") if path.suffix in (".py", ".mjs") and "node_modules" not in path.parts
+    ]
+    assert len(programs) >= 6
+    assert not [path for path in programs if f"../{path.relative_to(EXAMPLES.parent).as_posix()}" not in usage]
+
+
 def test_texts_are_reranked(artifact: Path) -> None:
     best, *others = run("rerank_texts.py", artifact).splitlines()
     assert best.endswith("In the kitchen you find a large green plate.")

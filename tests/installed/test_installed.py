@@ -24,7 +24,7 @@ from tests.installed._environment import (
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "onnx", "safetensors", "ml-dtypes", "optimum", "openvino")
 # Files of the runtime's tests of which nothing can run there, and why. One that is new here is a loss to look at.
-SKIPPED_WHOLE = {"tests/runtime/test_ray_engine.py": "needs Ray, pyarrow and psutil"}
+SKIPPED_WHOLE = {"tests/runtime/jobs/test_ray_engine.py": "needs Ray, pyarrow and psutil"}
 # What single tests may miss: what the runtime is held against, and extras that `[cpu]` does not bring.
 MISSING = (
     "torch",
@@ -113,7 +113,7 @@ class TestAPythonBetween(Installed):
     """What loads, scores and prints; the rest differs little between two Pythons that pass all of it."""
 
     version = "3.12"
-    tests = ("tests/artifacts", "tests/runtime/test_cli.py", "tests/runtime/test_reranker.py")
+    tests = ("tests/artifacts", "tests/runtime/cli/test_commands.py", "tests/runtime/test_reranker.py")
 
 
 @pytest.mark.slow

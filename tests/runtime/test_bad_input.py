@@ -280,7 +280,7 @@ def test_an_engine_that_runs_out_of_memory_says_what_to_lower(artifact: Path) ->
     def opener(folder: Path, name: str) -> sessions.Graph:
         graph = sessions.open_graph(folder, name)
         if name == "decoder":
-            graph._session = Full()
+            graph.session = Full()
         return graph
 
     with pytest.raises(M0kitError, match=r"^the decoder graph failed.*lower max_pixels") as caught:

@@ -246,7 +246,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 @pytest.fixture
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "_STEPS", 1_000_000)
+    monkeypatch.setattr(database, "STEPS", 1_000_000)
 
 
 @pytest.mark.usefixtures("_few_steps")

@@ -296,12 +296,12 @@ def test_what_is_watched_is_not_kept_alive() -> None:
     class Thing:
         def after_fork(self) -> None: ...
 
-    before = len(forks._watched)
+    before = len(forks.living())
     thing = Thing()
     forks.watch(thing)
-    assert len(forks._watched) == before + 1
+    assert len(forks.living()) == before + 1
     del thing
-    assert len(forks._watched) == before
+    assert len(forks.living()) == before
 
 
 def test_a_graph_of_the_parent_refuses_to_run_in_a_child(artifact: Path) -> None:

@@ -22,7 +22,7 @@ import click
 from m0kit.artifact.ports import KV, Kept
 from m0kit.cli.options import ARTIFACT, JSON, PARTLY, require_place
 from m0kit.precision import SCHEMES
-from m0kit.terminal import say, show, show_json
+from m0kit.terminal import say, show, show_json, show_text
 from m0kit_parity.bench import growth as growing
 from m0kit_parity.bench import ranking as ranked
 from m0kit_parity.bench.adding import adding, adding_table
@@ -83,8 +83,7 @@ def pairs(
         artifacts = {precision: root / precision for precision in precisions}
         for precision, artifact in artifacts.items():
             export_artifact(root / "wide", artifact, recipe=Recipe.default(precision))
-        loads = workloads(prompts_of(root / precisions[0]))
-        loads = {name: load for name, load in loads.items() if not only or any(text in name for text in only)}
+        loads = workloads(prompts_of(root / precisions[0]), only)
         results = whole_pairs(
             root / "wide", artifacts, loads, peers=peer_names, repeats=repeats, threads=threads, scratch=root / "peers"
         )
@@ -158,7 +157,7 @@ def ranking(artifact: Path, threads: int, as_json: bool) -> None:
     if as_json:
         show_json(results)
     else:
-        show(*table(ranked.ranking_table(results)).split("\n"))
+        show_text(table(ranked.ranking_table(results)))
 
 
 @bench.command()
@@ -220,7 +219,7 @@ def store_command(max_records: int, adds: int, as_json: bool) -> None:
     if as_json:
         show_json([asdict(one) for one in found])
     else:
-        show(*table(adding_table(found)).split("\n"))
+        show_text(table(adding_table(found)))
 
 
 def _tell(

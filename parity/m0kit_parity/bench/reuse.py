@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -293,31 +292,13 @@ def _read(folder: Path, keys: Sequence[bytes], config: DecoderConfig, kv: Kept) 
 
 
 def _ask(reranker: Reranker, names: Sequence[str], query: str) -> tuple[float, float, float, float]:
-    """One query on all pages → seconds, of these loading, its share, of these looking pages up."""
-    with calls_of(Store, "get") as got, calls_of(Pasts, "feeds") as fed, calls_of(Store, "document") as looked:
-        seconds = _seconds(lambda: reranker.score([(query, {"id": name}) for name in names]))
-    loading = sum(got) + sum(fed)
-    return seconds, loading, loading / seconds, sum(looked)
-
-
-@contextmanager
-def calls_of(owner: type, method: str) -> Iterator[list[float]]:
-    """Meanwhile, the seconds of every call of a method."""
-    original: Callable[..., Any] = getattr(owner, method)
-    seconds: list[float] = []
-
-    def wrapper(*arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return original(*arguments, **options)
-        finally:
-            seconds.append(time.perf_counter() - start)
-
-    setattr(owner, method, wrapper)
-    try:
-        yield seconds
-    finally:
-        setattr(owner, method, original)
+    """One query on all pages → seconds, of these reading states, its share, of these looking pages up."""
+    assert reranker.store is not None
+    records, documents = reranker.store.record_reads, reranker.store.document_reads
+    before = records.seconds, documents.seconds
+    seconds = _seconds(lambda: reranker.score([(query, {"id": name}) for name in names]))
+    loading = records.seconds - before[0]
+    return seconds, loading, loading / seconds, documents.seconds - before[1]
 
 
 def indexing(

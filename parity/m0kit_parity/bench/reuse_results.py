@@ -46,7 +46,7 @@ class Asking:
 
     pages: str  # "cold", "warm" in a fresh process's eyes; "next": a second query, checksums are known
     seconds: float
-    loading: float  # of these, in reading and gathering records
+    loading: float  # of these, in reading records and checking them
     share: float
     lookup: float  # of these, in looking up the pages themselves
 

@@ -4,17 +4,14 @@ times = take_turns({"ours": timed(ours), "theirs": timed(theirs)}, repeats=3)
 compare("a page", times, "theirs")
 """
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from m0kit.errors import M0kitError
+from m0kit.machine.detect import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +76,7 @@ def compare(workload: str, times: Mapping[str, Sequence[float]], baseline: str) 
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    cpu = platform.processor() or platform.machine()
-    flags: set[str] = set()
-    if Path("/proc/cpuinfo").is_file():
-        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in lines}
-        cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
-        flags = set(fields.get("flags", "").split())
-    wide = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if name in flags]
-    packages = {}
-    for package in ("m0kit", "onnxruntime", "torch", "transformers", "numpy"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {"cpu": cpu, "features": wide, "cores": os.cpu_count(), "memory": memory, **packages}
+    return describe("torch", "transformers")
 
 
 def told(about: Mapping[str, Any]) -> str:

@@ -55,12 +55,21 @@ def page_of(visual_tokens: int, seed: int = 0) -> bytes:
     return encode(draw_page(lines, (28 * visual_tokens // rows, 28 * rows), seed))
 
 
-def workloads(prompts: PromptBuilder, mixed: Sequence[int] = (8, 32)) -> dict[str, list[Pair]]:
-    """The pairs of `m0kit bench pairs`."""
-    loads: dict[str, list[Pair]] = {f"text, {n} tokens": [(QUERY, text_of(prompts, n))] for n in (64, 256, 1024)}
-    loads["page, 768 visual tokens"] = [(QUERY, page_of(768))]
-    for count in mixed:
-        rng = random.Random(count)
-        lengths = [rng.randint(24, 600) for _ in range(count)]
-        loads[f"{count} texts, 24–600 tokens"] = [(QUERY, text_of(prompts, n, seed)) for seed, n in enumerate(lengths)]
+def workloads(prompts: PromptBuilder, only: Sequence[str] = ()) -> dict[str, list[Pair]]:
+    """The pairs of `m0kit bench pairs`: all workloads, or those whose name holds one of the texts."""
+    loads: dict[str, list[Pair]] = {}
+
+    def wanted(name: str) -> bool:
+        return not only or any(text in name for text in only)
+
+    for n in (64, 256, 1024):
+        if wanted(name := f"text, {n} tokens"):
+            loads[name] = [(QUERY, text_of(prompts, n))]
+    if wanted(name := "page, 768 visual tokens"):
+        loads[name] = [(QUERY, page_of(768))]
+    for count in (8, 32):
+        if wanted(name := f"{count} texts, 24–600 tokens"):
+            rng = random.Random(count)
+            lengths = [rng.randint(24, 600) for _ in range(count)]
+            loads[name] = [(QUERY, text_of(prompts, n, seed)) for seed, n in enumerate(lengths)]
     return loads

@@ -1,6 +1,6 @@
 """A table of strings, the first row its heading: as text, and as Markdown. Owns both forms, and no content.
 
-show(*table([["name", "s"], ["a", "12.5"]]).split("\n"))
+show_text(table([["name", "s"], ["a", "12.5"]]))
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,6 @@
 Exit codes: 0 all well, 3 some lines or measurements failed and the others are reported; others as for every command.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import click
 from m0kit.artifact.hub import resolve
 from m0kit.artifact.manifest import read_manifest
 from m0kit.artifact.ports import Kept
-from m0kit.cli.options import PARTLY, require_place, tell
+from m0kit.cli.options import JSON, PARTLY, require_place, tell
 from m0kit.cli.page import write as write_page
 from m0kit.errors import InputError
-from m0kit.terminal import say, show, show_json
+from m0kit.terminal import say, show_json, show_text
+from m0kit_parity.bench.options import THREADS
 from m0kit_parity.bench.timing import machine
 from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, compare
 from m0kit_parity.evaluate.judged import builtin_sets, read_judged
@@ -38,9 +38,9 @@ from m0kit_parity.evaluate.render import to_html, to_json, to_text
     type=click.Choice(["fp16", "int8"]),
     help="Repeatable: also what keeping the documents' keys and values so does to the ranking.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write one self-contained page.")
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
+@THREADS
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of each artifact.")
 @click.option("--no-speed", is_flag=True, help="Do not measure seconds.")
 @click.option("--strict", is_flag=True, help="Stop at the first line or measurement that fails.")
@@ -90,7 +90,7 @@ def evaluate(
     if as_json:
         show_json(to_json(evaluation))
     else:
-        show(*to_text(evaluation).split("\n"))
+        show_text(to_text(evaluation))
     ctx.exit(PARTLY if evaluation.errors else 0)
 
 

@@ -65,7 +65,7 @@ def figures(
                 continue
             say(f"{name}: measuring")
             try:
-                with Child(partial(_measurer, name, shop, docs)) as ask:
+                with Child(partial(measurer, name, shop, docs)) as ask:
                     parts, plots = ask()
             except M0kitError as error:
                 say(f"error: {name}: {error}")
@@ -77,7 +77,7 @@ def figures(
     ctx.exit(PARTLY if failed else 0)
 
 
-def _measurer(name: str, shop: Workshop, docs: Path) -> Callable[[], Any]:
+def measurer(name: str, shop: Workshop, docs: Path) -> Callable[[], Any]:
     """What runs in a figure's process."""
     from m0kit_parity.figures.published import measure
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from m0kit.files import writing
 from m0kit_parity.drawing.table import Rows, markdown
 
 JSON: Final = "figures.json"
@@ -57,7 +58,8 @@ class Page:
     def write(self, texts: Mapping[str, tuple[str, str]]) -> None:
         """Both files; `texts` are title and explanation of every figure, in order."""
         kept = {name: asdict(self.figures[name]) for name in texts if name in self.figures}
-        (self.folder / JSON).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        with writing(self.folder / JSON) as file:
+            file.write(json.dumps(kept, indent=1, ensure_ascii=False).encode() + b"\n")
         sections = [_INTRODUCTION]
         for name, (title, text) in texts.items():
             sections += [f"## {title}", text]
@@ -65,7 +67,8 @@ class Page:
                 sections += self._section(self.figures[name])
             else:
                 sections.append("Not measured yet.")
-        (self.folder / MARKDOWN).write_text("\n\n".join(sections) + "\n", "utf-8")
+        with writing(self.folder / MARKDOWN) as file:
+            file.write("\n\n".join(sections).encode() + b"\n")
 
     def _section(self, figure: Measured) -> list[str]:
         parts = [part if isinstance(part, str) else markdown(part) for part in figure.parts]

@@ -39,6 +39,7 @@ from m0kit_parity.small import corpus, evaluate, pages
 from m0kit_parity.small.files import SMALL
 
 Parts = list[Rows | str]
+DEEP: Final = ("256", "page")  # workloads at full depth
 _STAGES: Final = ("image_embeds", "hidden", "logit", "score")
 
 
@@ -79,7 +80,7 @@ def depth(shop: Workshop) -> Found:
     The same with the layers of the published model (`m0kit bench pairs --layers 28` measures 28 + 28), one turn.
     """
     artifacts = {precision: shop.artifact("big", precision) for precision in ("int8", "int4")}
-    parts = _side_by_side(shop, shop.checkpoint("big"), artifacts, ("256", "page"), (), 1)
+    parts = _side_by_side(shop, shop.checkpoint("big"), artifacts, DEEP, (), 1)
     return Found([*parts, _layers(shop)])
 
 
@@ -124,7 +125,7 @@ def quality(shop: Workshop) -> Found:
     kinds = [(precision, "") for precision in SCHEMES] + [(precision, "calibrated") for precision in ("int8", "int4")]
     models: tuple[Model, ...] = ("small", "outliers")
     artifacts = [
-        shop.artifact(model, precision, *(["--calibrate", calibration] if name else []), name=name)
+        shop.artifact(model, precision, calibration=calibration if name else None)
         for model in models
         for precision, name in kinds
     ]
@@ -284,17 +285,17 @@ def parity(shop: Workshop) -> Found:
     Largest share of each fp32 tolerance used over the built-in cases (`m0kit parity run CHECKPOINT ARTIFACT`). Token
     ids, positions and patches must be equal to the bit, and every ranking the reference's.
     """
-    code = ("--adapter", SMALL / "adapters" / "code")
     rows = [["", "pairs", *(stage.replace("_", " ") for stage in _STAGES), "verdict"]]
-    models: tuple[tuple[str, Model, str, tuple[object, ...]], ...] = (
-        (f"{_named(shop, 'big')}: random", "big", "", ()),
-        ("small: trained, with its `code` adapter", "small", "code", code),
+    models: tuple[tuple[str, Model, str], ...] = (
+        (f"{_named(shop, 'big')}: random", "big", ""),
+        ("small: trained, with its `code` adapter", "small", "code"),
     )
     options = [word for case in shop.sizes.cases for word in ("--cases", case)]
-    for label, model, name, adapters in models:
-        artifact = shop.artifact(model, "fp32", *adapters, name=name)
-        words = ["parity", "run", shop.checkpoint(model), artifact, *adapters, *options, "--threads", shop.threads]
-        report = json.loads(run_m0kit(*words, "--json").output)
+    for label, model, adapter in models:
+        artifact = shop.artifact(model, "fp32", adapter=adapter)
+        adapters = ["--adapter", SMALL / "adapters" / adapter] if adapter else []
+        words = [shop.checkpoint(model), artifact, *adapters, *options, "--threads", shop.threads, "--json"]
+        report = json.loads(run_m0kit("parity", "run", *words).output)
         found = [pair for case in report["cases"] for pair in case["pairs"]]
         stages = [stage for pair in found for stage in pair["stages"]]
         shares = [max(stage["share"] for stage in stages if stage["stage"] == name) for name in _STAGES]
@@ -311,9 +312,8 @@ def ranking(shop: Workshop) -> Found:
     """
     found = {}
     for name in ("", "code", "score"):
-        adapters = ("--adapter", SMALL / "adapters" / name) if name else ()
         label = f"+ `{name}` adapter" if name else "base"
-        found[label] = rank(shop.artifact("small", "fp32", *adapters, name=name), shop.threads, shop.sizes.queries)
+        found[label] = rank(shop.artifact("small", "fp32", adapter=name), shop.threads, shop.sizes.queries)
     base = found["base"]
     rows = [["", *base], ["queries", *(f"{base[kind]['queries']:.0f}" for kind in base)]]
     sides = [("chance", "chance", base), ("BM25", "bm25", base), *((label, "m0kit", found[label]) for label in found)]
@@ -324,7 +324,8 @@ def ranking(shop: Workshop) -> Found:
 def installed(_shop: Workshop) -> Found:
     """Installed size
 
-    Of `m0kit[cpu]` with all that it brings; pip and setuptools are not counted, nor what Python compiles.
+    After `pip install 'm0kit[cpu]'`, with all that it brings; pip and setuptools are not counted, nor what Python
+    compiles.
     """
     sizes = dict(sorted(_sizes("m0kit[cpu]").items(), key=lambda item: -item[1]))
     most = list(sizes)[:6]
@@ -377,8 +378,7 @@ def _side_by_side(
     repeats: int,
 ) -> Parts:  # fmt: skip
     """A row for each side, a column for each workload; below it what failed."""
-    loads = workloads(prompts_of(next(iter(artifacts.values()))))
-    loads = {name: load for name, load in loads.items() if any(part in name for part in only)}
+    loads = workloads(prompts_of(next(iter(artifacts.values()))), only)
     results = whole_pairs(
         checkpoint, artifacts, loads, peers=peers, repeats=repeats, threads=shop.threads, scratch=shop.folder / "peers"
     )
@@ -458,7 +458,7 @@ def _gigabytes(artifact: Path) -> float:
 
 def _layers(shop: Workshop) -> str:
     config = model_config(shop.sizes.big)
-    return f"{config.decoder.num_layers} decoder layers and {config.vision.depth} vision blocks of full width."
+    return f"{config.decoder.num_layers} decoder layers and {config.vision.depth} vision blocks."
 
 
 def _named(shop: Workshop, model: Model) -> str:

@@ -65,18 +65,29 @@ class Workshop:
                 write_injected(SMALL / "base", folder, OUTLIERS)
         return folder
 
-    def artifact(self, model: Model, precision: str, *options: object, name: str = "") -> Path:
-        """The artifact of a checkpoint, exported with options; `name` tells those with options apart."""
-        folder = self.place(model, precision, name)
-        if not folder.is_dir():
-            self.export(model, precision, *options, name=name)
+    def artifact(self, model: Model, precision: str, *, adapter: str = "", calibration: Path | None = None) -> Path:
+        """The artifact of a checkpoint, with one of the embedded adapters, or calibrated on a file of pairs."""
+        folder = self.place(model, precision, adapter or ("calibrated" if calibration else ""))
+        if folder.is_dir():
+            return folder
+        if model == "big":
+            self.export(model, precision)  # a process of its own gives its memory back
+            return folder
+        from m0kit_export.adapter import AdapterSpec
+        from m0kit_export.export import export_artifact
+        from m0kit_quant.recipe import Recipe
+
+        adapters = [AdapterSpec(SMALL / "adapters" / adapter)] if adapter else []
+        recipe = Recipe.default(precision)
+        export_artifact(
+            self.checkpoint(model), folder, adapters=adapters, recipe=recipe, calibration=calibration, progress=False
+        )
         return folder
 
     def export(self, model: Model, precision: str, *options: object, name: str = "") -> Ran:
-        """Make it anew, and say what that cost."""
-        folder = self.place(model, precision, name)
-        checkpoint = self.checkpoint(model)
-        return run_m0kit("export", checkpoint, "-o", folder, "--precision", precision, "--overwrite", *options)
+        """Make it anew by `m0kit export` with options, and say what that cost; `name` tells it apart."""
+        words = (self.checkpoint(model), "-o", self.place(model, precision, name), "--precision", precision)
+        return run_m0kit("export", *words, "--overwrite", *options)
 
     def place(self, model: Model, precision: str, name: str = "") -> Path:
         """Where an artifact is, or would be."""

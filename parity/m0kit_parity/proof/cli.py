@@ -31,7 +31,7 @@ from m0kit.cli.page import Contents
 from m0kit.cli.page import write as write_page
 from m0kit.errors import CheckpointError, M0kitError
 from m0kit.files import sha256_of
-from m0kit.terminal import say, show, show_json
+from m0kit.terminal import say, show, show_json, show_text
 from m0kit_parity.child import Child
 from m0kit_parity.proof.cases import Case, builtin_cases, pairs_file, published_groups
 from m0kit_parity.proof.compare import Verdict
@@ -394,7 +394,7 @@ def _finish(report: Report, html: Path | None, as_json: bool) -> None:
     if as_json:
         show_json(to_json(report), indent=1)
     else:
-        show(*to_text(report).split("\n"))
+        show_text(to_text(report))
     if report.verdict is Verdict.FAIL:
         click.get_current_context().exit(1)
 

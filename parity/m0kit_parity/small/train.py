@@ -17,7 +17,6 @@ Batches are padded on the right and run without a mask: attention is causal, so 
 import argparse
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
+from m0kit.files import writing
 from m0kit.terminal import show_json
 from m0kit_parity.small import corpus, evaluate, model, pages
 from m0kit_parity.small.tokenizer import write_tokenizer
@@ -326,9 +326,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "numbers": (self.lesson, self.step, self.total, self.seconds, self.all_seconds, self.running),
         }
-        temporary = self.work / "state.pt.part"
-        torch.save(state, temporary)
-        os.replace(temporary, self.work / "state.pt")
+        with writing(self.work / "state.pt") as file:
+            torch.save(state, file)
 
     def resume(self) -> None:
         state = torch.load(self.work / "state.pt", weights_only=True)

@@ -3,15 +3,14 @@
 write(Path("ranking.html"), ranking_page("slm markdown", given, results, order, {"artifact": "m0-int8"}))
 """
 
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from m0kit import __version__
 from m0kit.artifact.manifest import read_manifest
 from m0kit.cli.page import Contents, about, page, text, verdict
+from m0kit.machine.detect import describe
 from m0kit.scoring.schedule import Result
 
 MAX_ROWS: Final = 200  # documents in the list, and in that of those without a score
@@ -43,8 +42,6 @@ def ranking_page(
 
 def made_by(artifact: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a ranking depends on, for the end of its page."""
-    import onnxruntime  # which only those who score need
-
     manifest = read_manifest(artifact)
     return {
         "artifact": str(artifact),
@@ -54,9 +51,7 @@ def made_by(artifact: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "base": manifest.provenance.get("base"),
         "adapters": [adapter.get("name") for adapter in manifest.provenance.get("adapters", [])],
         "settings": settings,
-        "m0kit": __version__,
-        "onnxruntime": onnxruntime.__version__,
-        "machine": platform.platform(),
+        **describe(),
         "written": datetime.now(UTC).isoformat(" ", "seconds"),
     }
 

@@ -14,7 +14,7 @@ least work per byte, and ages what was not asked for.
 
 import heapq
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Cache:
         self.num_bytes = 0
         self.hits = self.misses = self.dropped = 0
         self._entries: dict[Any, _Entry] = {}
-        self._heap: list[tuple[float, int, Any]] = []  # of ranks, some outdated
+        self.order: list[tuple[float, int, Any]] = []  # of ranks, some outdated
         self._age = 0.0  # the rank of what went last: newcomers start above it
         self._serial = 0
         self.fork_lock = threading.Lock()
@@ -63,6 +63,9 @@ class Cache:
             self._place(key, entry)
             return entry.value
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self._entries))
+
     def __contains__(self, key: Any) -> bool:
         """Whether it is there, which counts as no use."""
         return key in self._entries
@@ -82,7 +85,7 @@ class Cache:
             self.num_bytes += num_bytes
             self._place(key, entry)
             while self.num_bytes > self.max_bytes:
-                rank, _, least = heapq.heappop(self._heap)
+                rank, _, least = heapq.heappop(self.order)
                 known = self._entries.get(least)
                 if known is not None and known.rank == rank:
                     del self._entries[least]
@@ -93,11 +96,11 @@ class Cache:
     def _place(self, key: Any, entry: _Entry) -> None:
         entry.rank = self._age + entry.uses * entry.cost / max(entry.num_bytes, 1)
         self._serial += 1
-        heapq.heappush(self._heap, (entry.rank, self._serial, key))
-        if len(self._heap) > 4 * len(self._entries) + 64:  # mostly outdated ranks
-            self._heap = [(e.rank, n, k) for n, (k, e) in enumerate(self._entries.items())]
-            self._serial = len(self._heap)
-            heapq.heapify(self._heap)
+        heapq.heappush(self.order, (entry.rank, self._serial, key))
+        if len(self.order) > 4 * len(self._entries) + 64:  # mostly outdated ranks
+            self.order = [(e.rank, n, k) for n, (k, e) in enumerate(self._entries.items())]
+            self._serial = len(self.order)
+            heapq.heapify(self.order)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +123,10 @@ class Once:
         """Threads that computed something are not there."""
         self.fork_lock = threading.Lock()
         self._flights = {}
+
+    def __len__(self) -> int:
+        """Values that are being computed."""
+        return len(self._flights)
 
     def get(
         self,

@@ -6,16 +6,12 @@ the bytes (`segments`), nor when anything is added, moved or dropped (`store`).
     catalogue = Catalogue(folder, writable=True)
     with catalogue.transaction() as emptied:
         catalogue.publish(pieces, {7: 4096})
-    row = catalogue.place(False, key)
+    piece = catalogue.piece(False, key)
 
-Nothing that is done for one document looks at all of them: triggers count what each segment holds, and a record is
-marked as cold once for each use. Opening for writing reads the database once, to be sure of it; so does opening for
-reading, once per change that it has not seen (`m0kit.verified`).
-
-It may come from somebody else, or from a failing disk. It is only used with exactly those tables. What the trees
-of SQLite do not hold twice has a check of its own: a document's row a sum, a number that nothing else tells its mirror.
-
-In a forked child it has a connection of its own, for reading only.
+Nothing that is done for one document looks at all of them. Opening for writing reads the database once, to be sure of
+it; so does opening for reading, once per change that it has not seen (`m0kit.verified`). It may come from somebody
+else, or from a failing disk, and is only used with exactly those tables. In a forked child it has a connection of its
+own, for reading only.
 """
 
 import json
@@ -325,11 +321,12 @@ class Catalogue:
         """Of contents that no document needs."""
         return int(self.rows(f"SELECT COUNT(*) FROM pieces WHERE {OWNERLESS}")[0][0])
 
-    def place(self, content: bool, key: bytes) -> tuple[Any, ...] | None:
-        """The row of a piece, if there is one, for `piece`."""
-        return next(iter(self.rows("SELECT * FROM pieces WHERE content = ? AND key = ?", content, key)), None)
+    def piece(self, content: bool, key: bytes) -> Piece | None:
+        """Where a piece lies, if there is one."""
+        found = self.rows("SELECT * FROM pieces WHERE content = ? AND key = ?", content, key)
+        return self._piece(found[0]) if found else None
 
-    def piece(self, row: Sequence[Any]) -> Piece:
+    def _piece(self, row: Sequence[Any]) -> Piece:
         """A row of `pieces`, which has the types that it should have."""
         content, key, segment, start, size, crc, used, _ = row
         if not (
@@ -346,7 +343,7 @@ class Catalogue:
     def pieces(self, segment: int) -> list[Piece]:
         """In the order in which they lie."""
         rows = self.rows("SELECT * FROM pieces WHERE segment = ?", segment)
-        return sorted(map(self.piece, rows), key=lambda piece: piece.start)
+        return sorted(map(self._piece, rows), key=lambda piece: piece.start)
 
     def segments(self) -> list[tuple[int, int]]:
         """(number, size) of each, in order."""

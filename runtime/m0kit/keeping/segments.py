@@ -35,7 +35,7 @@ ALIGN: Final = 4096
 MOST: Final = 10**15  # above every number; names that m0kit would not give are left alone
 _NAME: Final = re.compile(r"\d{6,15}\.kv")
 # Names are looked up in an open folder where the system can do that; elsewhere each is looked at before.
-_IN_FOLDER: Final = {os.open, os.stat, os.unlink} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
+IN_FOLDER: Final = {os.open, os.stat, os.unlink} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 
 
 class Piece(NamedTuple):
@@ -202,7 +202,7 @@ class Segments:
         found = os.lstat(self.folder)
         if not stat.S_ISDIR(found.st_mode):
             raise _foreign(self.folder, stat.S_ISLNK(found.st_mode))
-        if not _IN_FOLDER:
+        if not IN_FOLDER:
             yield None
             return
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | OWN)

@@ -161,10 +161,11 @@ class Store:
         with _told(path, writable):
             if os.path.lexists(self.segments.folder):
                 self.segments.numbers()
-            # SQLite lets a reader "begin exclusively" and only complains later.
-            for place in (path, self.segments.folder, path / INDEX, path / LOCK) if writable else ():
+        # SQLite lets a reader "begin exclusively" and only complains later.
+        for place in (path, self.segments.folder, path / INDEX, path / LOCK) if writable else ():
+            with _told(place):
                 if os.path.exists(place) and not os.access(place, os.W_OK):
-                    raise _unwritable(place, PermissionError(errno.EACCES, ""))
+                    raise PermissionError(errno.EACCES, "")
         self.catalogue = Catalogue(path, writable)
         self.identity, self.max_bytes = self.catalogue.identity, self.catalogue.max_bytes
         self._segment_bytes = min(SEGMENT_BYTES, SEGMENT_BYTES if self.max_bytes is None else self.max_bytes // 32)
@@ -265,7 +266,7 @@ class Store:
 
     def has(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of the records are there."""
-        return {key for key in keys if self.catalogue.place(False, key) is not None}
+        return {key for key in keys if self.catalogue.piece(False, key) is not None}
 
     def get(self, key: bytes) -> NDArray[np.uint8] | None:
         """The record's bytes (N,), read-only and mapped, not copied; None if it is not there.
@@ -279,14 +280,12 @@ class Store:
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
         for key in keys:
-            if (row := self.catalogue.place(False, key)) is None:
-                continue
-            piece = self.catalogue.piece(row)
-            with self.catalogue.fork_lock:
-                mapped = self.segments.mapped(piece) if piece.size else None
-            if mapped is not None:
-                with suppress(OSError):  # where pages are larger than what pieces are aligned to
-                    mapped.madvise(mmap.MADV_WILLNEED, piece.start, piece.size)
+            if (piece := self.catalogue.piece(False, key)) is not None and piece.size:
+                with self.catalogue.fork_lock:
+                    mapped = self.segments.mapped(piece)
+                if mapped is not None:
+                    with suppress(OSError):  # where pages are larger than what pieces are aligned to
+                        mapped.madvise(mmap.MADV_WILLNEED, piece.start, piece.size)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Note that records were used now. A read-only or busy database is left alone: this only guides `prune`."""
@@ -438,13 +437,11 @@ class Store:
 
     def _load(self, content: bool, key: bytes) -> NDArray[np.uint8] | None:
         before = None
-        while (row := self.catalogue.place(content, key)) is not None:
-            place = row[:6]
-            is_known = place in self._whole
-            piece = Piece._make(row) if is_known else self.catalogue.piece(row)
+        while (piece := self.catalogue.piece(content, key)) is not None:
+            place = piece[:6]
             with self.catalogue.fork_lock:
                 view = self.segments.view(piece)
-            if view is not None and (is_known or piece.fits(view)):
+            if view is not None and (place in self._whole or piece.fits(view)):
                 self._whole.add(place)
                 return view
             if place == before:
@@ -593,17 +590,13 @@ def _told(path: Path, writing: bool = True) -> Iterator[None]:
     except M0kitError:  # some of ours are OSErrors too
         raise
     except OSError as error:
-        if writing:
-            raise _unwritable(path, error) from error
-        what = f"{error.filename or path}: cannot be read: {error.strerror}"
-        raise StoreError(f"{what}. See to it that you may read it.") from error
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-    advice = "Make room" if full else "See to it that you may write there"
-    what = error.strerror or os.strerror(error.errno or 0)
-    return OutputError(f"{path}: cannot be written: {what}. Nothing is lost. {advice}, then try again.")
+        what = error.strerror or os.strerror(error.errno or 0)
+        if not writing:
+            what = f"{error.filename or path}: cannot be read: {what}. See to it that you may read it."
+            raise StoreError(what) from error
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+        advice = "Make room" if full else "See to it that you may write there"
+        raise OutputError(f"{path}: cannot be written: {what}. Nothing is lost. {advice}, then try again.") from error
 
 
 def _counted(reads: Reads, read: Callable[[], _Found | None], num_bytes: Callable[[_Found], int]) -> _Found | None:

@@ -1,6 +1,8 @@
 """The tables of an index's database, what holds in them while it is sound, and the limits of what they take.
 
 Owns the format's version: the tables of a database are compared with these, letter by letter, before it is used.
+Triggers count what each segment holds, and a record is marked as cold once for each use. What the trees of SQLite do
+not hold twice has a check of its own: a document's row a sum, a number that nothing else tells its mirror.
 
     database.require_schema(db, SCHEMA)
     is_sound = not any(db.execute(query).fetchall() for query in UNSOUND)

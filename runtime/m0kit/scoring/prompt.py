@@ -81,14 +81,14 @@ class PromptBuilder:
         except ValueError as error:
             raise ArtifactDamagedError(f"{tokenizer_file}: {error}. Export again.") from error
         self._encoder = Encoder(tokenizer)
-        self._config = config
-        self._documents = Cache(_REMEMBERED)
+        self.config = config
+        self.remembered = Cache(_REMEMBERED)
 
     def with_limits(self, config: PromptConfig) -> "PromptBuilder":
         """The same tokenizer under another configuration."""
         other = copy.copy(self)
-        other._config = config
-        other._documents = Cache(_REMEMBERED)
+        other.config = config
+        other.remembered = Cache(_REMEMBERED)
         return other
 
     def build(self, query: str | ImageTokens, document: "str | ImageTokens | PromptDocument") -> Prompt:
@@ -98,7 +98,7 @@ class PromptBuilder:
         score token, which costs the query its end. Text next to text is tokenised as one string, so tokens
         may span the seam; the part of the document's prefix that is used then ends before the seam.
         """
-        config = self._config
+        config = self.config
         if not isinstance(document, PromptDocument):
             document = self.document(document)
         prefix, kept = document.prefix, config.max_length - 1
@@ -131,15 +131,15 @@ class PromptBuilder:
     def document(self, document: str | ImageTokens) -> PromptDocument:
         """What a document fixes, whatever the query will be; remembered for the next query."""
         key = hashlib.sha256(document.encode()).digest() if isinstance(document, str) else document
-        known: PromptDocument | None = self._documents.get(key)
+        known: PromptDocument | None = self.remembered.get(key)
         if known is None:
             known = self._build_document(document)
             num_bytes = known.prefix.nbytes + sys.getsizeof(known.text)
-            self._documents.put(key, known, num_bytes=num_bytes, cost=len(known.prefix))
+            self.remembered.put(key, known, num_bytes=num_bytes, cost=len(known.prefix))
         return known
 
     def _build_document(self, document: str | ImageTokens) -> PromptDocument:
-        config = self._config
+        config = self.config
         if isinstance(document, ImageTokens):
             before = self._encoder.all(config.document_header) + self._image(document)
             text, truncated = config.query_header, False
@@ -155,7 +155,7 @@ class PromptBuilder:
         return PromptDocument(prefix, text, len(before), truncated)
 
     def _image(self, image: ImageTokens) -> list[int]:
-        config = self._config
+        config = self.config
         return [config.vision_start_id, *[config.image_pad_id] * image.num_tokens, config.vision_end_id]
 
 

@@ -49,7 +49,7 @@ class OnnxRuntimeGraph:
 
     def __init__(self, session: Any, name: str, run_options: Any, ports: GraphPorts | None = None) -> None:
         """`ports`: what must come out, where that is known."""
-        self._session = session
+        self.session = session
         self._name = name
         self._run_options = run_options
         self._inputs = ports.inputs if ports else ()
@@ -58,18 +58,18 @@ class OnnxRuntimeGraph:
 
     def after_fork(self) -> None:
         """The session's threads are the parent's."""
-        forks.abandon(self._session)
-        self._session = None
+        forks.abandon(self.session)
+        self.session = None
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """Raises M0kitError when the engine fails, out of memory above all, and in a forked child.
 
         Raises ArtifactDamagedError where something comes out in another shape than the graph's ports tell.
         """
-        if self._session is None:
+        if self.session is None:
             raise M0kitError(f"the {self._name} graph was opened before this process was forked. Open it again here.")
         try:
-            results = self._session.run(list(outputs), dict(feeds), self._run_options)
+            results = self.session.run(list(outputs), dict(feeds), self._run_options)
         except Exception as error:  # it raises its own, and whatever the C++ library beneath it throws
             shapes = ", ".join(f"{n} {a.shape}" for n, a in feeds.items() if not n.startswith("past"))
             raise M0kitError(

@@ -164,7 +164,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, width: int = _WIDTH) -> None:
         """`width`: characters per token of a first try in `start`."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._width = width
         self._model: Any = tokenizer.model
         self._vocabulary: tuple[dict[str, int], int] | None = None
@@ -177,7 +177,7 @@ class Encoder:
         """The ids of a text. Raises InputError for one that the tokenizer cannot take."""
         try:
             with _caught():
-                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+                ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         except _LibraryError:
             raise InputError(_UNTAKEN) from None
         return ids
@@ -209,7 +209,7 @@ class Encoder:
         """The text of these ids. Raises InputError as `all` does."""
         try:
             with _caught():
-                text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+                text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
         except _LibraryError:
             raise InputError(_UNTAKEN) from None
         return text
@@ -222,8 +222,8 @@ class Encoder:
             end = next((end for end in places if is_starter(text[end])), None)
         if end is None:
             return []
-        part = self._tokenizer.normalizer.normalize_str(text[:end])
-        pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(part)
+        part = self.tokenizer.normalizer.normalize_str(text[:end])
+        pieces = self.tokenizer.pre_tokenizer.pre_tokenize_str(part)
         last = len(pieces)
         while last and BLANKS.issuperset(part[slice(*pieces[last - 1][1])]):
             last -= 1
@@ -241,7 +241,7 @@ class Encoder:
         # The piece reaches to the last line end among the blanks, wherever that is; without one, the last blank may
         # belong to what follows.
         blanks = blanks[: line_end + 1] if line_end >= 0 else blanks[:-1]
-        letters = "".join(letters for letters, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(blanks))
+        letters = "".join(letters for letters, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(blanks))
         return ids + self._certain_of_piece(letters, count - len(ids))
 
     def _certain_of_piece(self, letters: str, count: int) -> list[int]:
@@ -275,7 +275,7 @@ class Encoder:
     def _tokens(self) -> tuple[dict[str, int], int]:
         """The vocabulary, and how many letters, which are bytes, the longest token has."""
         if self._vocabulary is None:  # rarely needed; a second thread would only make the same
-            found = self._tokenizer.get_vocab(with_added_tokens=False)
+            found = self.tokenizer.get_vocab(with_added_tokens=False)
             self._vocabulary = found, max(map(len, found))
         return self._vocabulary
 

@@ -24,8 +24,8 @@ from m0kit_parity.samples import checkpoints
 def test_pairs_compares_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny shape and vocabulary, because the wide one takes a minute to write."""
     write = checkpoints.write_checkpoint
-    loads = {f"text, {n} tokens": [(QUERY, f"a text, {n}")] for n in (64, 256)}
-    monkeypatch.setattr(commands, "workloads", lambda _prompts: loads)
+    made = {("64 tokens",): {"text, 64 tokens": [(QUERY, "a text")]}}
+    monkeypatch.setattr(commands, "workloads", lambda _prompts, only: made[only])
     monkeypatch.setattr(checkpoints, "write_checkpoint", lambda folder, _shape, **_options: write(folder, "tiny"))
     options = ("--repeats", 1, "--only", "64 tokens", "--threads", 1, "--precision", "int8", "--precision", "fp32")
     done = json.loads(invoke("pairs", *options, "--json").stdout)
@@ -164,7 +164,7 @@ def test_pairs_says_which_peer_crashed_and_exits_with_3(
     monkeypatch: pytest.MonkeyPatch, fakes: Any, tmp_path: Path
 ) -> None:
     write = checkpoints.write_checkpoint
-    monkeypatch.setattr(commands, "workloads", lambda _prompts: {"short": LOADS["short"]})
+    monkeypatch.setattr(commands, "workloads", lambda _prompts, _only: {"short": LOADS["short"]})
     monkeypatch.setattr(checkpoints, "write_checkpoint", lambda folder, _shape, **_options: write(folder, "tiny"))
     monkeypatch.setattr(commands, "require_packages", lambda _names: None)
     monkeypatch.setattr(pairs, "open_peer", fakes.peer)

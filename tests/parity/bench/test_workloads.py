@@ -45,3 +45,9 @@ def test_workloads_are_those_that_are_promised(prompts: PromptBuilder) -> None:
         lengths = [len(prompts.build(*pair).token_ids) for pair in load]
         assert len(set(lengths)) > len(lengths) // 2
         assert 24 <= min(lengths) <= max(lengths) <= 600
+
+
+def test_only_the_workloads_asked_for_are_made(prompts: PromptBuilder) -> None:
+    """Of which others may not fit: headers alone can fill more than the 24 tokens of the mixed ones."""
+    assert list(workloads(prompts, ("64 ", "page"))) == ["text, 64 tokens", "page, 768 visual tokens"]
+    assert workloads(prompts, ("nothing",)) == {}

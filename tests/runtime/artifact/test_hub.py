@@ -206,7 +206,7 @@ def cached_artifact(artifact: Path, home: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_scores_from_a_cache_are_those_of_the_folder(
-    cached_artifact: Path, artifact: Path, reranker: Reranker, picture: Callable[..., Image.Image], memory: Any
+    cached_artifact: Path, artifact: Path, picture: Callable[..., Image.Image], memory: Any
 ) -> None:
     pairs = [("q", "text"), ("q", picture(56, 84))]
     for opened in (
@@ -214,7 +214,7 @@ def test_scores_from_a_cache_are_those_of_the_folder(
         Reranker.load("org/name", threads=1, memory=memory, revision=COMMIT),
         Reranker.load(cached_artifact, threads=1, memory=memory, kv="int8"),
     ):
-        wanted = reranker if opened.kv == "fp32" else Reranker.load(artifact, threads=1, kv="int8")
+        wanted = Reranker.load(artifact, threads=1, kv=opened.kv)
         assert opened.score(pairs, raw=True).tolist() == wanted.score(pairs, raw=True).tolist()
 
 

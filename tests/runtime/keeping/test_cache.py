@@ -46,7 +46,7 @@ class Model(RuleBasedStateMachine):
             return
         self.values[key] = value, num_bytes, cost, 1
         self.place(key)
-        gone = self.values.keys() - self.cache._entries.keys()
+        gone = self.values.keys() - set(self.cache)
         if gone:
             left = [rank for known, rank in self.ranks.items() if known not in gone]
             last = max(self.ranks[known] for known in gone)
@@ -81,14 +81,14 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def it_holds_what_it_should_and_no_more_than_its_limit(self) -> None:
-        assert self.cache._entries.keys() == self.values.keys()
+        assert set(self.cache) == self.values.keys()
         assert len(self.cache) == len(self.values)
         assert self.cache.num_bytes == sum(entry[1] for entry in self.values.values()) <= LIMIT
         assert (self.cache.hits, self.cache.misses, self.cache.dropped) == (self.hits, self.misses, self.dropped)
 
     @invariant()
     def what_it_notes_does_not_grow_with_the_number_of_questions(self) -> None:
-        assert len(self.cache._heap) <= 4 * len(KEYS) + 64
+        assert len(self.cache.order) <= 4 * len(KEYS) + 64
 
 
 Model.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
@@ -183,8 +183,8 @@ def test_threads_share_a_cache() -> None:
         thread.join()
     assert not failures, failures
     assert cache.hits + cache.misses == 4 * num_gets
-    assert cache.num_bytes == sum(10 + key.number % 7 for key in cache._entries) <= 400
-    assert all(cache.get(key) == ("value of", key.number) for key in list(cache._entries))
+    assert cache.num_bytes == sum(10 + key.number % 7 for key in cache) <= 400
+    assert all(cache.get(key) == ("value of", key.number) for key in list(cache))
 
 
 # --- computed once ---------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_what_several_threads_want_is_computed_by_one() -> None:
     wanting = Wanting()
     assert together(*[wanting.work] * 4) == [["A", "B", "A"]] * 4
     assert wanting.computed == [["a", "b"]]
-    assert wanting.once._flights == {}
+    assert len(wanting.once) == 0
 
 
 @pytest.mark.parametrize("failure", [ValueError("mine"), KeyboardInterrupt("mine")], ids=repr)
@@ -237,7 +237,7 @@ def test_what_fails_fails_for_its_own_thread_alone(failure: BaseException) -> No
     assert outcomes.count(failure) == 1
     assert outcomes.count(["A", "B", "A"]) == 3
     assert wanting.computed == [["a", "b"]] * 2
-    assert wanting.once._flights == {}
+    assert len(wanting.once) == 0
 
 
 def test_what_landed_meanwhile_is_not_computed_again() -> None:
@@ -268,4 +268,4 @@ def test_threads_that_want_each_others_values_never_wait_in_a_ring() -> None:
         return run
 
     assert together(*map(work, range(6))) == [True] * 6
-    assert once._flights == {}
+    assert len(once) == 0

@@ -15,7 +15,7 @@ from m0kit.keeping.segments import New, Segments
 def segments(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Segments:
     """Both ways: the second is that of Windows, which cannot look a name up in an open folder."""
     if not request.param:
-        monkeypatch.setattr(module, "_IN_FOLDER", False)
+        monkeypatch.setattr(module, "IN_FOLDER", False)
         monkeypatch.setattr(module, "OWN", module.OWN & ~getattr(os, "O_NOFOLLOW", 0))
     (tmp_path / "segments").mkdir()
     return Segments(tmp_path)

@@ -1035,11 +1035,11 @@ def test_a_reader_follows_a_record_that_moved(folder: Path, monkeypatch: pytest.
         first = store.catalogue.pieces(1)
         store.remove(["da"])
         # What a reader is left with that looked just before `compact` finished.
-        looks = iter([tuple(piece) for piece in first if piece.key == key_of("b")])
-        place = reader.catalogue.place
+        looks = iter([piece for piece in first if piece.key == key_of("b")])
+        piece = reader.catalogue.piece
         store.compact()
         assert not reader.segments.path(first[0].segment).exists()
-        monkeypatch.setattr(reader.catalogue, "place", lambda *of: next(looks, None) or place(*of))
+        monkeypatch.setattr(reader.catalogue, "piece", lambda *of: next(looks, None) or piece(*of))
         assert content(reader, "b") == record_of("b", 5000)
         assert next(looks, None) is None, "the stale look was used"
 

@@ -33,7 +33,7 @@ def test_prompt_positions_are_transformers_positions(reference: "Reference", mix
     token_ids, grid_thw = tokens(mix)
     torch = pytest.importorskip("torch")
     ids = torch.from_numpy(token_ids)[None]
-    expected, _ = reference._core.get_rope_index(
+    expected, _ = reference.core.get_rope_index(
         ids,
         mm_token_type_ids=(ids == PAD).int(),
         image_grid_thw=torch.from_numpy(grid_thw) if len(grid_thw) else None,

@@ -349,9 +349,9 @@ def test_what_is_remembered_of_documents_is_bounded(tokenizer_file: Path) -> Non
     builder = PromptBuilder(tokenizer_file, prompt_config())
     for i in range(30):
         builder.document(f"{i} " + "the tide " * 300_000)
-    assert len(builder._documents) == 30  # what was cut is not kept
-    assert builder._documents.num_bytes < 30 * 200_000
+    assert len(builder.remembered) == 30  # what was cut is not kept
+    assert builder.remembered.num_bytes < 30 * 200_000
     first = builder.document("a document")
     assert builder.document("a document") is first
     assert builder.document(ImageTokens(4)) is builder.document(ImageTokens(4))
-    assert builder._documents.max_bytes == 32 << 20
+    assert builder.remembered.max_bytes == 32 << 20

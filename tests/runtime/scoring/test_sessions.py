@@ -33,7 +33,7 @@ def test_a_graph_runs_on_the_cpu(artifact: Path, config: ModelConfig, device: st
 
 def test_threads_are_given_to_the_engine(artifact: Path) -> None:
     graph = open_graph(artifact, "head", threads=1)
-    assert graph._session.get_session_options().intra_op_num_threads == 1
+    assert graph.session.get_session_options().intra_op_num_threads == 1
 
 
 @pytest.mark.parametrize("device", ["", "tpu", "CPU", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "gpu"])
@@ -102,10 +102,10 @@ def test_inner_results_appear_as_outputs_and_change_nothing(reranker: Reranker, 
     np.testing.assert_allclose(layers.hidden, plain.hidden, atol=1e-5)  # fp32, perhaps fused otherwise
     assert all(np.ptp(layer) > 0.1 for layer in layers.layers)
     assert np.abs(np.diff(layers.layers, axis=0)).max(axis=1).min() > 0.1
-    session = open_graph(artifact, "decoder", also=["layers.0", "layers.1"])._session
+    session = open_graph(artifact, "decoder", also=["layers.0", "layers.1"]).session
     names = [port.name for port in session.get_outputs()]
     assert names[-2:] == ["layers.0", "layers.1"]
-    assert names[:-2] == [port.name for port in open_graph(artifact, "decoder")._session.get_outputs()]
+    assert names[:-2] == [port.name for port in open_graph(artifact, "decoder").session.get_outputs()]
 
 
 @pytest.mark.parametrize("content", [b"", b"not protobuf at all", b"\x08\x0d"])
@@ -133,7 +133,7 @@ def test_what_is_not_the_engines_failure_stays_what_it_is(artifact: Path, config
             raise KeyboardInterrupt
 
     graph = open_graph(artifact, "head")
-    graph._session = Broken()
+    graph.session = Broken()
     with pytest.raises(KeyboardInterrupt):
         graph.run({"hidden": hidden(config)}, ["logit"])
 
@@ -167,7 +167,7 @@ def test_the_engine_prints_nothing_of_what_it_raises(artifact: Path, capfd: pyte
     """It would print the names of nodes, which are a file's, as they are."""
     graph = open_graph(artifact, "decoder")
     feed = {}
-    for port in graph._session.get_inputs():
+    for port in graph.session.get_inputs():
         shape = [size if isinstance(size, int) else 4 for size in port.shape]
         kind = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}[port.type]
         feed[port.name] = np.full(shape, 10**6, kind)
@@ -184,7 +184,7 @@ def test_ports_are_those_that_the_manifest_tells(artifact: Path, config: ModelCo
     for name in ports:
         open_graph(artifact, name, threads=1, ports=ports)
     also = open_graph(artifact, "decoder", threads=1, ports=ports, also=["layers.0"])
-    assert "layers.0" in {port.name for port in also._session.get_outputs()}
+    assert "layers.0" in {port.name for port in also.session.get_outputs()}
     told = {"head": ports["vision"]}
     said = r"head\.onnx: has other inputs than the manifest tells: hidden float32 \[B, 64\] in place of patches float32"
     with pytest.raises(ArtifactDamagedError, match=said):

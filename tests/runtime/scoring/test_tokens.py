@@ -292,7 +292,7 @@ def test_where_the_library_gives_up_the_text_is_named(small: Tokenizer, kind: ty
         decode = encode
 
     encoder = Encoder(small)
-    encoder._tokenizer = Broken()  # type: ignore[assignment]
+    encoder.tokenizer = Broken()  # type: ignore[assignment]
     for ask in (lambda: encoder.all("a"), lambda: encoder.start("a", 3), lambda: encoder.decode([1])):
         with pytest.raises(InputError, match=r"^the tokenizer cannot take the text"):
             ask()
