@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.quant._weights import random_weights
+from tests.quant.weights import random_weights
 
 from m0kit.config import ModelConfig
 from m0kit_export.graphs import build_graphs, schemes_of

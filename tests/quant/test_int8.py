@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
-from tests.quant import _graphs
+from tests.quant import product_graphs
 from tests.quant.conftest import Made
 
 from m0kit_quant import int8
@@ -235,7 +235,7 @@ def test_activations_are_within_half_a_step_around_their_zero_point() -> None:
 def test_the_graph_quantises_the_same_to_the_bit(seed: int, rows: int, columns: int) -> None:
     x = activations(seed, rows, columns)
     weight = random(3, columns, seed=seed)
-    _, integers, scale = _graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
+    _, integers, scale = product_graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
     q, a = quantize_activation(x)
     assert np.array_equal(scale, a)
     assert np.array_equal(integers, q)
@@ -245,7 +245,7 @@ def test_the_graph_quantises_the_same_to_the_bit(seed: int, rows: int, columns: 
 def test_the_graph_quantises_extreme_rows_the_same(name: str) -> None:
     x = EXTREMES[name]
     weight = random(3, x.shape[1])
-    _, integers, scale = _graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
+    _, integers, scale = product_graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
     q, a = quantize_activation(x)
     assert np.array_equal(scale, a)
     assert np.array_equal(integers, q)
@@ -268,7 +268,7 @@ def test_the_product_is_that_of_exact_fractions() -> None:
 def test_onnx_runtime_gives_the_model_product(seed: int, rows: int, columns: int, outputs: int) -> None:
     weight, x = random(outputs, columns, seed=seed), activations(seed, rows, columns)
     parts = INT8.encode(weight)
-    (y,) = _graphs.linear(INT8, parts, weight.shape, x)
+    (y,) = product_graphs.linear(INT8, parts, weight.shape, x)
     expected = int8.product(x, parts["int8"], parts["scale"])
     # Integers are exact in both; then each rounds at most four times: the sum, its scale, the row's, the result.
     np.testing.assert_allclose(y, expected, rtol=4 * 2.0**-24, atol=0)
@@ -349,7 +349,7 @@ def test_onnx_runtime_is_exact_on_the_planted_pattern() -> None:
     q, _ = quantize_activation(x)
     values, _ = quantize(weight)
     ones = np.ones(len(weight), np.float32)
-    (y,) = _graphs.linear(INT8, {"int8": values, "scale": ones}, weight.shape, x * np.float32(127))
+    (y,) = product_graphs.linear(INT8, {"int8": values, "scale": ones}, weight.shape, x * np.float32(127))
     # x is now 127·2ⁱ, so a row's scale is 2ⁱ; with scales of 1 the product is the integer sum itself.
     rows = np.exp2(np.arange(len(x)))[:, None]
     assert np.array_equal(y.astype(np.float64) / rows, exact(q, values).astype(np.float64))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tests._hub import cached
+from tests.hub import cached
 
 from m0kit.artifact.manifest import read_manifest, write_manifest
 from m0kit.cli.commands import cli
