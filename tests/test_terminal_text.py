@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tests._alone import ALONE
+from tests.alone import ALONE
 
 from m0kit import terminal
 from m0kit.artifact.manifest import read_manifest, write_manifest
@@ -106,6 +106,8 @@ CASES: dict[tuple[str, ...], list[Case]] = {
         Case(lambda p: [p.artifact, "--query", "q", f"--{NASTY}"]),
         Case(lambda p: [p.artifact, "--query", "q", "--top-n", NASTY]),
         Case(lambda p: [p.artifact, "--query-image", p.missing, p.documents]),
+        Case(lambda p: [p.artifact, "--query", NASTY, p.documents, "--html", p.missing]),
+        Case(lambda p: [p.artifact, "--query", "q", p.documents, "--html", p.missing / "page.html"]),
     ],
     ("score",): [
         Case(lambda p: [p.artifact, p.pairs]),

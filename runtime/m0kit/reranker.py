@@ -115,21 +115,11 @@ class Reranker(OpenArtifact):
         return results
 
     def predict(
-        self,
-        inputs: Any = None,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        activation_fn: Callable[[Any], Any] | None = None,
-        apply_softmax: bool | None = False,
-        convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
-        device: Any = None,
-        pool: Any = None,
-        chunk_size: int | None = None,
-        **older: Any,
-    ) -> Any:
+        self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
+        show_progress_bar: bool | None = None, activation_fn: Callable[[Any], Any] | None = None,
+        apply_softmax: bool | None = False, convert_to_numpy: bool = True, convert_to_tensor: bool = False,
+        device: Any = None, pool: Any = None, chunk_size: int | None = None, **older: Any,
+    ) -> Any:  # fmt: skip
         """CrossEncoder's name for `score`: float32 (B,) for several pairs, one number for a single pair.
 
         `inputs` (once `sentences`): a list or another iterable of pairs, an array (B, 2), or one pair.
@@ -157,21 +147,11 @@ class Reranker(OpenArtifact):
         return tensor if convert_to_tensor else list(tensor)
 
     def rank(
-        self,
-        query: Any,
-        documents: Iterable[Any],
-        top_k: int | None = None,
-        return_documents: bool = False,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        activation_fn: Callable[[Any], Any] | None = None,
-        device: Any = None,
-        pool: Any = None,
-        chunk_size: int | None = None,
-        **older: Any,
-    ) -> list[dict[str, Any]]:
+        self, query: Any, documents: Iterable[Any], top_k: int | None = None, return_documents: bool = False,
+        prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
+        show_progress_bar: bool | None = None, activation_fn: Callable[[Any], Any] | None = None, device: Any = None,
+        pool: Any = None, chunk_size: int | None = None, **older: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """CrossEncoder's ranking: [{"corpus_id", "score", "text"?}], best first, scores as float.
 
         `top_k`: how many at most, all for None; ValueError where it is negative. The rest is as in `predict`. With an
@@ -215,14 +195,13 @@ class Reranker(OpenArtifact):
         top_n = _top(top_n, "top_n")
         documents = as_list(documents, "documents", "a list of documents")
         results = self.results([(query, document) for document in documents])
-        return [
-            {
-                "index": i,
-                "relevance_score": results[i].score,
-                **({"document": documents[i]} if return_documents else {}),
-            }
-            for i in best_first([result.logit for result in results])[:top_n]
-        ]
+        order = best_first([result.logit for result in results])[:top_n]
+        found = [{"index": i, "relevance_score": results[i].score} for i in order]
+        return (
+            [{**one, "document": documents[i]} for one, i in zip(found, order, strict=True)]
+            if return_documents
+            else found
+        )
 
     def compute_score(
         self, pairs: Sequence[Any], batch_size: int = 8, max_length: int | None = None,

@@ -26,7 +26,7 @@ _ROW: Final = 46  # a name and what is drawn below it
 _LEGEND: Final = 20
 _SIDE: Final = WIDTH - LEFT - RIGHT  # of the plotting area
 _MOST: Final = 1.5  # of a limit: what is shown of shares
-_LETTERS: Final = 44  # of a name that has a line for itself and a figure
+_LETTERS: Final = 30  # of a name that shares its line with a figure, in the larger letters of a phone
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ def bars(rows: Sequence[Bar], x_label: str, least: float = 0) -> str:
     high += (high - low) / 40  # so that what ends there is seen to end
     x = scale(low, high, 16, WIDTH - RIGHT)
     parts = [tick_x(x(v), height - BOTTOM, f"{v:,g}".replace("-", "−")) for v in ticks(low, high)]
+    parts.append(f'<line x1="{x(0):.1f}" y1="{TOP}" x2="{x(0):.1f}" y2="{height - BOTTOM}" stroke="var(--ink)"/>')
     for i, row in enumerate(rows):
         y = TOP + _ROW * i + 33
         parts.append(_row(row.name, row.shown, y))
@@ -94,7 +95,6 @@ def bars(rows: Sequence[Bar], x_label: str, least: float = 0) -> str:
         ]
         if row.limit is not None:
             parts.append(_limit(x(row.limit), y - 11, y + 11))
-    parts.append(f'<line x1="{x(0):.1f}" y1="{TOP}" x2="{x(0):.1f}" y2="{height - BOTTOM}" stroke="var(--ink)"/>')
     return svg(height, parts, x_label, "", x_label)
 
 
@@ -137,23 +137,25 @@ def lines(
         y = scale(10.0**first, 10.0**last, bottom, TOP, log=True)
         parts += [tick_y(y(10.0**e), _power(e)) for e in range(first, last + 1)]
     else:
-        top = max(*ys, 0.0) or 1.0
+        top = 1.05 * max(*ys, 0.0) or 1.0
         y = scale(min(*ys, 0.0), top, bottom, TOP)
         parts += [tick_y(y(v), f"{v:,g}") for v in ticks(min(*ys, 0.0), top)]
     legend = bottom + BOTTOM + 12
+    names = list(series) if len(series) > 1 else []  # what one line alone is, the axes say
     if limit is not None:
         parts.append(_limit(LEFT, y(limit), y(limit), WIDTH - RIGHT))
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{y(limit) + 16:.1f}" text-anchor="end">limit {limit:g}</text>')
     for i, (name, line) in enumerate(series.items()):
         color = f"var(--series-{i % 6})"
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in line)
-        at = legend + _LEGEND * i
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
-            f'<line x1="{LEFT}" y1="{at}" x2="{LEFT + 24}" y2="{at}" stroke="{color}" stroke-width="2"/>'
-            f'<text x="{LEFT + 32}" y="{at + 4}">{text(name)}</text>'
-        )
-    height = legend + _LEGEND * len(series)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        if names:
+            at = legend + _LEGEND * i
+            parts.append(
+                f'<line x1="{LEFT}" y1="{at}" x2="{LEFT + 24}" y2="{at}" stroke="{color}" stroke-width="2"/>'
+                f'<text x="{LEFT + 32}" y="{at + 4}">{text(name)}</text>'
+            )
+    height = legend + _LEGEND * len(names)
     return svg(height, parts, x_label, y_label, f"{y_label} by {x_label}", bottom=bottom)
 
 

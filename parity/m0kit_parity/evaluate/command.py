@@ -16,9 +16,9 @@ from m0kit.artifact.ports import Kept
 from m0kit.cli.options import JSON, PARTLY, require_place, tell
 from m0kit.cli.page import write as write_page
 from m0kit.errors import InputError
+from m0kit.machine.detect import describe
 from m0kit.terminal import say, show_json, show_text
-from m0kit_parity.bench.options import THREADS
-from m0kit_parity.bench.timing import machine
+from m0kit_parity.bench.options import PACKAGES, THREADS
 from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, compare
 from m0kit_parity.evaluate.judged import builtin_sets, read_judged
 from m0kit_parity.evaluate.render import to_html, to_json, to_text
@@ -65,7 +65,7 @@ def evaluate(
     {"text": …} or {"image": …} with a path relative to the file. Without "relevance", quality is agreement with
     the baseline.
     """
-    about = {**machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
+    about = {**describe(*PACKAGES), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
     require_place(html)
     folders = [resolve(artifact, what="artifact") for artifact in artifacts]
     if pairs is None:

@@ -9,11 +9,13 @@ weights out, and reading them back would be counted as scoring. So each process 
     evaluation, notes = compare([Path("m0-fp32"), Path("m0-int8")], builtin_sets(), threads=4)
 """
 
+import itertools
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -35,6 +37,7 @@ TEXT_TOKENS: Final = 256
 VISUAL_TOKENS: Final = 768
 TIMED_PAIRS: Final = 4
 _STATUS: Final = Path("/proc/self/status")
+_T = TypeVar("_T")
 Key = tuple[str, int]  # set, query within it
 
 
@@ -68,7 +71,7 @@ def compare(
     errors: dict[Key, str] = {}
     logits: list[dict[Key, list[float]]] = []
     notes: dict[str, None] = {}
-    with _bar(len(sides) * sum(map(len, sets.values())), "query", "scoring") as told:
+    with bar(total=len(sides) * sum(map(len, sets.values())), unit="query", desc="scoring", leave=False) as told:
         for i, kv in sides:
             logits.append(_score(artifacts[i], kv, sets, threads, told, strict, errors, notes))
     every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
@@ -81,8 +84,14 @@ def compare(
     if loads is None:
         loads = judged_workloads([query for _, query in every])
     problems = [*bad, *errors.values()]
-    memory = _memories(artifacts, loads, threads, max_pixels, strict, problems)
-    seconds = _seconds(artifacts, loads, threads, max_pixels, strict, problems, repeats) if speed else {}
+    memory: dict[tuple[str, int], list[Memory]] = {}
+    seconds: dict[tuple[str, int], list[float]] = {}
+    if _STATUS.is_file():
+        watch = partial(measure_memory, threads=threads, max_pixels=max_pixels)
+        memory = _measured("memory", watch, artifacts, loads, 1, strict, problems)
+    if speed:
+        clock = partial(measure_seconds, threads=threads, max_pixels=max_pixels)
+        seconds = _measured("speed", clock, artifacts, loads, repeats, strict, problems)
     timings: list[timing.Timing] = []
     for load in loads:
         if (load, 0) in seconds:  # without the baseline there is nothing to compare with
@@ -108,7 +117,7 @@ def compare(
                 manifest.num_bytes,
                 manifest.fingerprint,
                 quality,
-                {load: memory[load, i] for load in loads if (load, i) in memory and not is_kept},
+                {load: memory[load, i][0] for load in loads if (load, i) in memory and not is_kept},
                 {t.workload: t for t in timings if t.side == labels[i] and not is_kept},
                 kv,
             )
@@ -203,50 +212,23 @@ def _score(
     return logits
 
 
-def _memories(
-    artifacts: Sequence[Path], loads: Mapping[str, Sequence[Pair]], threads: int, max_pixels: int | None,
-    strict: bool, problems: list[str],
-) -> dict[tuple[str, int], Memory]:  # fmt: skip
-    """(workload, artifact) → memory; what failed is added to `problems`."""
-    found: dict[tuple[str, int], Memory] = {}
-    if not _STATUS.is_file():
-        return found
-    with _bar(len(loads) * len(artifacts), "process", "memory") as told:
-        for load, pairs in loads.items():
-            for i, artifact in enumerate(artifacts):
-                try:
-                    found[load, i] = measure_memory(artifact, pairs, threads, max_pixels)
-                except M0kitError as error:
-                    if strict:
-                        raise
-                    problems.append(f"{load}: {error}")
-                told.update()
-    return found
-
-
-def _seconds(
-    artifacts: Sequence[Path], loads: Mapping[str, Sequence[Pair]], threads: int, max_pixels: int | None,
-    strict: bool, problems: list[str], repeats: int,
-) -> dict[tuple[str, int], list[float]]:  # fmt: skip
-    """(workload, artifact) → seconds of each turn; an artifact that fails takes no further turns at that workload."""
-    found: dict[tuple[str, int], list[float]] = {}
+def _measured(
+    what: str, measure: Callable[[Path, Sequence[Pair]], _T], artifacts: Sequence[Path],
+    loads: Mapping[str, Sequence[Pair]], turns: int, strict: bool, problems: list[str],
+) -> dict[tuple[str, int], list[_T]]:  # fmt: skip
+    """(workload, artifact) → what each turn measured; what failed is in `problems`, and takes no further turns."""
+    found: dict[tuple[str, int], list[_T]] = {}
     failed: set[tuple[str, int]] = set()
-    with _bar(len(loads) * len(artifacts) * repeats, "process", "speed") as told:
-        for load, pairs in loads.items():
-            for _ in range(repeats):
-                for i, artifact in enumerate(artifacts):
-                    told.update()
-                    if (load, i) in failed:
-                        continue
-                    try:
-                        found.setdefault((load, i), []).append(measure_seconds(artifact, pairs, threads, max_pixels))
-                    except M0kitError as error:
-                        if strict:
-                            raise
-                        problems.append(f"{load}: {error}")
-                        failed.add((load, i))
-    return {key: times for key, times in found.items() if key not in failed}
-
-
-def _bar(total: int, unit: str, what: str) -> Any:
-    return bar(total=total, unit=unit, desc=what, leave=False)
+    with bar(total=len(loads) * len(artifacts) * turns, unit="process", desc=what, leave=False) as told:
+        for (load, pairs), _, (i, artifact) in itertools.product(loads.items(), range(turns), enumerate(artifacts)):
+            told.update()
+            if (load, i) in failed:
+                continue
+            try:
+                found.setdefault((load, i), []).append(measure(artifact, pairs))
+            except M0kitError as error:
+                if strict:
+                    raise
+                problems.append(f"{load}: {error}")
+                failed.add((load, i))
+    return {key: measured for key, measured in found.items() if key not in failed}

@@ -146,6 +146,8 @@ def _verdict(evaluation: Evaluation) -> tuple[Grade, str, str]:
         change = f"{'gains' if loss < 0 else 'loses'} {abs(loss):.2f} points{allowed}"
         told[None if limit is None else loss <= limit].append(f"{a.label} {change}")
     sentence = f"Of nDCG@10, {name}: {', '.join([*told[False], *told[True]] or told[None])}."
+    if evaluation.errors:
+        sentence += f" {len(evaluation.errors)} lines or measurements failed and are left out."
     if told[False]:
         return "fail", "Over the limit", sentence
     return ("pass", "Within limits", sentence) if told[True] else ("none", "No limit applies", sentence)
@@ -173,26 +175,14 @@ def charts(evaluation: Evaluation) -> list[str]:
     """Ranking, size and speed, a row for each artifact in each; axes begin at zero."""
     name = list(evaluation.sets)[-1]
     others = evaluation.artifacts[1:]
-    parts = {a.label: {k: q for k, q in a.quality.items() if k != name} for a in others}
     found = []
     if others and evaluation.judged:
-        rows = [
-            plot.Bar(
-                a.label,
-                a.quality[name].loss,
-                _shown(a.quality[name].loss, ".2f")
-                + (f" (limit {limit:g})" if (limit := evaluation.limit(a)) is not None else ""),
-                limit,
-                {k: q.loss for k, q in parts[a.label].items() if q.loss is not None},
-            )
-            for a in others
-        ]
-        note = (
-            "Bar: "
-            + name
-            + (", rings: each set" if len(evaluation.sets) > 1 else "")
-            + ", dashed: limit. Below 0: gained."
-        )
+        rows = []
+        for a in others:
+            parts = {k: q.loss for k, q in a.quality.items() if k != name and q.loss is not None}
+            loss = a.quality[name].loss
+            rows.append(plot.Bar(a.label, loss, _shown(loss, ".2f"), evaluation.limit(a), parts))
+        note = f"Bar: {name}, rings: each set, dashed: limit. Below 0 is gained."
         found.append(("Ranking lost", plot.bars(rows, "points of nDCG@10 lost", least=1.0), note))
     elif others:
         rows = [plot.Bar(a.label, q.spearman, _shown(q.spearman, ".4f")) for a in others for q in [a.quality[name]]]
@@ -242,9 +232,9 @@ def _change(change: Change, contents: Contents, opened: str) -> str:
         arrow = f"{'▲' if moved > 0 else '▼'} {abs(moved)}" if moved else ""
         relevance = [str(change.query.relevance[i])] if change.query.relevance else []
         scores = [f"{change.before[i]:.4f}", f"{change.after[i]:.4f}"]
-        rows.append([str(after[i]), arrow, *relevance, *scores, contents.shown(change.query.documents[i])])
+        rows.append([str(after[i]), arrow, contents.shown(change.query.documents[i]), *relevance, *scores])
     judged = ["relevance"] if change.query.relevance else []
-    heading = ["rank", "moved", *judged, "score before", "after", "document"]
+    heading = ["rank", "moved", "document", *judged, "score before", "after"]
     what = f"Spearman {change.spearman:.3f}"
     if change.ndcg:
         what = f"nDCG@10 {change.ndcg[0]:.3f} → {change.ndcg[1]:.3f}"

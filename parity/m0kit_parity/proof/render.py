@@ -31,7 +31,7 @@ def to_text(report: Report) -> str:
     rows = [["case", "pairs", *stages, "verdict"], ["", "", *limits, ""]]
     rows += [[c.name, str(len(c.pairs)), *(_cell(c.worst(s)) for s in stages), c.verdict.value] for c in report.cases]
     out = [
-        "\n".join(line.rstrip() for line in table(rows).split("\n")),
+        table(rows),
         "",
         "Share of each tolerance used, worst pair of the case; – where a case has no such stage.",
     ]

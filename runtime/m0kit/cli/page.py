@@ -179,7 +179,8 @@ code { font: .85em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 .plots { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; max-width: 36rem; } figure h3 { margin-bottom: 0; }
 figcaption { color: var(--faint); font-size: .85rem; }
-svg.plot { display: block; height: auto; width: 100%; } svg.plot text { fill: var(--ink); font-size: 13px; }
+svg.plot { display: block; height: auto; width: 100%; } svg.plot text { fill: var(--ink);
+ font-size: 13px; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 details { border-top: 1px solid var(--grid); padding: .5rem 0; } summary { cursor: pointer; }
 details.about { margin-top: 3rem; }
 .excerpt { display: block; max-width: 46rem; overflow-wrap: anywhere; white-space: pre-wrap; }
@@ -193,7 +194,9 @@ details.about { margin-top: 3rem; }
 .score { white-space: nowrap; } .score b { font-size: 1.05rem; }
 .bar { display: block; height: 8px; margin-top: .2rem; width: 100%; }
 .name { font-weight: 600; overflow-wrap: anywhere; }
-@media (max-width: 34rem) { .ranking li { grid-template-columns: 2rem minmax(0, 1fr); }
+td .excerpt { min-width: 15rem; }
+@media (max-width: 34rem) { svg.plot text { font-size: 15px; }
+ .ranking li { grid-template-columns: 2rem minmax(0, 1fr); }
  .ranking .what { grid-column: 2; } }
 @media print { body { font-size: 11pt; max-width: none; padding: 0; } h2, h3, summary { break-after: avoid; }
  tr, figure, .ranking li, .verdict { break-inside: avoid; } .wide { overflow: visible; }

@@ -116,7 +116,7 @@ def test_no_label_meets_another() -> None:
     for svg in charts:
         boxes = []
         for text in ET.fromstring(svg).iter(f"{SVG}text"):
-            x, y, width = float(text.attrib["x"]), float(text.attrib["y"]), 7 * len(text.text or "")
+            x, y, width = float(text.attrib["x"]), float(text.attrib["y"]), 8 * len(text.text or "")
             x -= {"end": width, "middle": width / 2}.get(text.attrib.get("text-anchor", ""), 0)
             boxes.append((x, x + width, y))
         for a, b in combinations(boxes, 2):

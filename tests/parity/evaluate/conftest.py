@@ -36,11 +36,11 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Measuring processes replaced by figures; returns the measurements asked for, in order."""
     asked: list[tuple[str, str, int]] = []
 
-    def memory(artifact: Path, pairs: Sequence[Any], *_: Any) -> Memory:
+    def memory(artifact: Path, pairs: Sequence[Any], **_: Any) -> Memory:
         asked.append(("memory", artifact.name, len(pairs)))
-        return Memory(loaded=10.0, peak=30.0, private=20.0, seconds=1.0)
+        return Memory(opened=0.1, loaded=10.0, peak=30.0, private=20.0, seconds=1.0)
 
-    def seconds(artifact: Path, pairs: Sequence[Any], *_: Any) -> float:
+    def seconds(artifact: Path, pairs: Sequence[Any], **_: Any) -> float:
         asked.append(("seconds", artifact.name, len(pairs)))
         return {"base": 2.0, "tuned": 0.5}.get(artifact.name, 1.0) * len(asked)
 

@@ -93,10 +93,10 @@ def test_a_measurement_that_fails_costs_the_others_nothing(
 ) -> None:
 
     def failing(what: str, works: Callable[..., Any]) -> Callable[..., Any]:
-        def measure(artifact: Path, *rest: Any) -> Any:
+        def measure(artifact: Path, *rest: Any, **options: Any) -> Any:
             if artifact == tuned:
                 raise M0kitError(f"{what} of tuned failed")
-            return works(artifact, *rest)
+            return works(artifact, *rest, **options)
 
         return measure
 

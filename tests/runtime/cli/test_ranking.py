@@ -13,7 +13,7 @@ from PIL import Image
 from m0kit.cli.ranking import MAX_ROWS, made_by, ranking_page
 from m0kit.errors import InputError
 from m0kit.plain import plain
-from m0kit.reranker import Result
+from m0kit.scoring.schedule import Result
 
 NASTY = "<img src=x onerror=alert(1)>\"'&\x1b[2J\u202e"
 
