@@ -6,6 +6,7 @@ Exit codes: 0 all well, 3 some lines or measurements failed and the others are r
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -65,7 +66,7 @@ def evaluate(
     {"text": …} or {"image": …} with a path relative to the file. Without "relevance", quality is agreement with
     the baseline.
     """
-    about = {**describe(*PACKAGES), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
+    about = {"threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
     require_place(html)
     folders = [resolve(artifact, what="artifact") for artifact in artifacts]
     if pairs is None:
@@ -83,6 +84,7 @@ def evaluate(
             folders, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
             about=about, bad=list(bad.values()), kvs=kvs,
         )  # fmt: skip
+    evaluation = replace(evaluation, about={**describe(*PACKAGES), **evaluation.about})  # it imports ONNX Runtime
     say(*(f"note: {note}" for note in notes))
     tell("error", map(_place_and_reason, evaluation.errors))
     if html:
