@@ -33,14 +33,17 @@ Maker = Callable[[], Callable[..., Any]]
 class Child:
     """Calls in another process. After an error other than one that m0kit raises on purpose there, it is over."""
 
-    def __init__(self, make: Maker, patience_s: float | None = PATIENCE_S) -> None:
-        """Start it and wait until `make()` has returned there. Raises M0kitError as a call does."""
+    def __init__(self, make: Maker, patience_s: float | None = PATIENCE_S, *, nested: bool = False) -> None:
+        """Start it and wait until `make()` has returned there; `nested`: it may start such processes itself.
+
+        Raises M0kitError as a call does.
+        """
         self.patience_s = patience_s
         self._over: M0kitError | None = None
         self._busy = True  # has not answered yet
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(make, theirs), daemon=not nested)
         with _quietly():
             self._process.start()
         theirs.close()

@@ -65,7 +65,7 @@ def figures(
                 continue
             say(f"{name}: measuring")
             try:
-                with Child(partial(measurer, name, shop, docs)) as ask:
+                with Child(partial(measurer, name, shop, docs), nested=True) as ask:
                     parts, plots = ask()
             except M0kitError as error:
                 say(f"error: {name}: {error}")
