@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from m0kit_parity.bench.measure import Ran, run_m0kit
+from m0kit_parity.samples.checkpoints import write_checkpoint
 from m0kit_parity.small.files import SMALL
 
 Model = Literal["small", "outliers", "big"]
@@ -52,9 +53,6 @@ class Workshop:
 
     def checkpoint(self, model: Model) -> Path:
         """`big` is random, of full width; `outliers` is the small one with channels made larger."""
-        from m0kit_parity.samples.checkpoints import write_checkpoint
-        from m0kit_parity.samples.outliers import write_injected
-
         folder = self.folder / model
         if model == "small":
             return SMALL / "base"
@@ -62,6 +60,8 @@ class Workshop:
             if model == "big":
                 write_checkpoint(folder, self.sizes.big, progress=True)
             else:
+                from m0kit_parity.samples.outliers import write_injected  # and with it PyTorch
+
                 write_injected(SMALL / "base", folder, OUTLIERS)
         return folder
 
