@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from tests.quant import product_graphs
+from tests.quant import product_graphs, products
 
 from m0kit_quant import int8
-from m0kit_quant.int4 import BLOCKS, Int4, dequantize, pack, product, quantize, unpack
+from m0kit_quant.int4 import BLOCKS, Int4, dequantize, pack, quantize, unpack
 
 Float32 = NDArray[np.float32]
 # Errors are compared as float32 sums: of two that are closer than this either may win.
@@ -298,7 +298,7 @@ def apart(stored: Int4) -> NDArray[np.float64]:
 def test_onnx_runtime_gives_the_model_product(block: int, blocks: int, rows: int) -> None:
     stored, x = sample(block, blocks, rows=max(rows, 2))
     x = x[-rows:]
-    y, expected = product_graphs.four_bits(stored, x, 4), product(x, stored)
+    y, expected = product_graphs.four_bits(stored, x, 4), products.int4(x, stored)
     w = np.abs(dequantize(stored)).astype(np.float64)
     bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
     # An input within a few roundings of the middle of two steps may go to either: then a whole step of it more.
@@ -315,7 +315,7 @@ def test_that_bound_is_far_below_what_rounded_activations_change() -> None:
     stored, x = sample(64, 3)
     exact = x.astype(np.float64) @ dequantize(stored).T
     bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
-    off = np.abs(product(x, stored) - exact)
+    off = np.abs(products.int4(x, stored) - exact)
     assert np.median(off[2:] / bound[2:]) > 50
     # Half a step of its block for each input.
     steps = np.abs(x.reshape(len(x), 3, 64)).max(axis=2, keepdims=True).astype(np.float64) / 127
@@ -333,7 +333,7 @@ def test_without_packing_the_operator_rounds_no_activations() -> None:
 
 def test_a_row_of_the_product_depends_on_itself_alone() -> None:
     stored, x = sample(32, 5)
-    whole = product(x, stored)
+    whole = products.int4(x, stored)
     for row in range(len(x)):
-        assert np.array_equal(product(x[row : row + 1], stored)[0], whole[row])
+        assert np.array_equal(products.int4(x[row : row + 1], stored)[0], whole[row])
     assert not whole[0].any()

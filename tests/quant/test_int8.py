@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
-from tests.quant import product_graphs
+from tests.quant import product_graphs, products
 from tests.quant.conftest import Made
 
 from m0kit_quant import int8
@@ -255,7 +255,7 @@ def test_the_product_is_that_of_exact_fractions() -> None:
     weight, x = random(4, 37), activations(1, 5, 37)
     values, scale = quantize(weight)
     q, a = quantize_activation(x)
-    y = int8.product(x, values, scale)
+    y = products.int8(x, values, scale)
     assert (y.dtype, y.shape) == (np.float32, (5, 4))
     for row in range(5):
         for out in range(4):
@@ -269,7 +269,7 @@ def test_onnx_runtime_gives_the_model_product(seed: int, rows: int, columns: int
     weight, x = random(outputs, columns, seed=seed), activations(seed, rows, columns)
     parts = INT8.encode(weight)
     (y,) = product_graphs.linear(INT8, parts, weight.shape, x)
-    expected = int8.product(x, parts["int8"], parts["scale"])
+    expected = products.int8(x, parts["int8"], parts["scale"])
     # Integers are exact in both; then each rounds at most four times: the sum, its scale, the row's, the result.
     np.testing.assert_allclose(y, expected, rtol=4 * 2.0**-24, atol=0)
 
@@ -277,7 +277,7 @@ def test_onnx_runtime_gives_the_model_product(seed: int, rows: int, columns: int
 def test_the_product_is_near_the_true_one() -> None:
     weight, x = random(64, 256), random(50, 256, seed=1, scale=1)
     exact = x.astype(np.float64) @ weight.T
-    error = np.square(int8.product(x, *quantize(weight)) - exact).sum() / np.square(exact).sum()
+    error = np.square(products.int8(x, *quantize(weight)) - exact).sum() / np.square(exact).sum()
     # Steps of about 1/45 (weights, 2.9 deviations over 64) and 1/45 (inputs, 2.8 over 127) of a deviation, over √12.
     assert error**0.5 < 0.018
 
