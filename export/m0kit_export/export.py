@@ -79,7 +79,8 @@ def export_artifact(
     """
     # What is wrong with the place, the folder or the pairs is said before PyTorch comes, and what is wrong with the
     # recipe before minutes of work.
-    _look_at_place(output, overwrite)
+    recover(output)  # what a killed run left there may hold the old artifact
+    _check_place(output, overwrite)
     find_folder(checkpoint, revision, cache_dir)
     for adapter in adapters:
         adapter.check()
@@ -117,7 +118,8 @@ def quantize_artifact(
     check_recipe(recipe, read_manifest(folder).model)
     if destination(output) == destination(folder):
         raise OutputError(f"{output}: is the artifact that is read. Choose another folder.")
-    _look_at_place(output, overwrite)
+    recover(output)  # what a killed run left there may hold the old artifact
+    _check_place(output, overwrite)
     if calibration is not None:
         read_pairs(calibration)
     source = ArtifactSource.open(folder)  # hashes every file
@@ -304,19 +306,13 @@ def _check_room(folder: Path, output: Path, num_bytes: int) -> None:
         )
 
 
-def _look_at_place(output: Path, overwrite: bool) -> None:
-    """Before anything heavy; what a killed run left there is cleared away first, since it may hold the old artifact."""
-    recover(output)
-    with named_errors(output):
-        _check_place(output, overwrite)
-
-
 def _check_place(output: Path, overwrite: bool) -> None:
     """Raises OutputError when nothing may be written there."""
-    if occupied(output):
-        if not overwrite:
-            raise OutputError(f"{output}: exists and is not empty. Choose another folder, or --overwrite.")
-        if not (output / MANIFEST).is_file():
-            raise OutputError(f"{output}: is not an artifact, so it is not overwritten. Choose another folder.")
-    if destination(output).is_mount():
-        raise OutputError(f"{output}: is a mount point, which no folder can replace. Choose a folder inside it.")
+    with named_errors(output):
+        if occupied(output):
+            if not overwrite:
+                raise OutputError(f"{output}: exists and is not empty. Choose another folder, or --overwrite.")
+            if not (output / MANIFEST).is_file():
+                raise OutputError(f"{output}: is not an artifact, so it is not overwritten. Choose another folder.")
+        if destination(output).is_mount():
+            raise OutputError(f"{output}: is a mount point, which no folder can replace. Choose a folder inside it.")

@@ -15,6 +15,7 @@ replaces instead of adding: DoRA's magnitudes, `modules_to_save`, trained biases
 resized embeddings, and PiSSA or OLoRA, whose base is changed as well. There only w = 1 is accepted.
 """
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from m0kit_export.checkpoint import Checkpoint
 from m0kit_export.folder import file_sha256, find_licence, read_json_object
 from m0kit_export.names import canonical_name, expected_shapes, is_nested, spelled, unwrapped
 from m0kit_export.patterns import try_patterns
-from m0kit_export.skeleton import UNDERSTOOD, lora_config, peft_at_work, skeleton
+from m0kit_export.skeleton import peft_at_work, skeleton
 from m0kit_export.tensors import FLOATS, check_tensors, read_header, read_tensor
 from m0kit_quant.recipe import EMBEDDING
 
@@ -60,13 +61,13 @@ _Whole = Annotated[int, Meta(ge=0)]
 _Number = int | float
 
 
-class Config(TypedDict, total=False):
-    """What is used of adapter_config.json, of PEFT 0.5 to 0.21 and of ms-swift; other fields are `_check_options`'."""
+class _Options(TypedDict, total=False):
+    """Those of LoraConfig that say what a trained adapter is and that the tests hold against PEFT.
 
-    peft_type: str | None
-    swift_type: str | None
-    task_type: str | None
-    base_model_name_or_path: str | None
+    Any other one that differs from its default (replicated layers, routed experts, quantised kernels, methods to come)
+    is refused rather than guessed.
+    """
+
     r: Annotated[int, Meta(ge=1, lt=1 << 31)]
     lora_alpha: _Number
     use_rslora: bool | None
@@ -83,6 +84,15 @@ class Config(TypedDict, total=False):
     modules_to_save: _Patterns | None
     trainable_token_indices: list[_Whole] | Annotated[dict[str, list[_Whole]], Meta(max_length=_MAX_NAMES)] | None
     init_lora_weights: bool | str | None
+
+
+class _Config(_Options, total=False):
+    """What is used of adapter_config.json, of PEFT 0.5 to 0.21 and of ms-swift; other fields are `_check_options`'."""
+
+    peft_type: str | None
+    swift_type: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
     ensure_weight_tying: bool | None
 
 
@@ -159,11 +169,19 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """adapter_config.json of a folder, its form and options checked. Raises AdapterError that names the adapter."""
     raw = read_json_object(folder / CONFIG, AdapterError)
     try:
-        fitting(raw, Config)
+        fitting(raw, _Config)
     except ValueError as error:
         raise AdapterError(f"{CONFIG} of adapter {name}: {error}. Correct it, or save the adapter again") from None
     _check_options(name, raw)
     return raw
+
+
+def lora_config(raw: Mapping[str, Any], **overrides: Any) -> peft.LoraConfig:
+    """A config's options for PEFT, some of them replaced."""
+    options = {option: raw[option] for option in _Options.__annotations__ if option in raw}
+    # Two tasks make PEFT keep a full copy of the head; the others only choose a forward.
+    options["task_type"] = raw.get("task_type") if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else None
+    return peft.LoraConfig(**copy.deepcopy({**options, **overrides}))  # PEFT writes into its lists
 
 
 def peft_name(key: str, shape: Sequence[int]) -> str | None:
@@ -200,7 +218,7 @@ def _check_options(name: str, raw: Mapping[str, Any]) -> None:
         raise AdapterError(f"adapter {name} is of PEFT type {kind!r:.40}; m0kit merges LORA (with rsLoRA, DoRA)")
     defaults = {f.name: getattr(peft.LoraConfig(), f.name) for f in fields(peft.LoraConfig)}
     for option, value in raw.items():
-        if option in UNDERSTOOD | _WITHOUT_EFFECT or value == defaults.get(option) or not value:
+        if option in {*_Options.__annotations__, *_WITHOUT_EFFECT} or value == defaults.get(option) or not value:
             continue
         raise AdapterError(
             f"adapter {name} uses {option}={value!r:.60}, which m0kit does not merge. Merge it with PEFT "

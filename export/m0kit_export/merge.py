@@ -22,9 +22,9 @@ from torch import nn
 from m0kit.errors import AdapterError
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.checkpoint import Checkpoint
-from m0kit_export.lora import ADAPTER, BASE_CHANGING_INITS, Adapter, Unit, open_adapter
+from m0kit_export.lora import ADAPTER, BASE_CHANGING_INITS, Adapter, Unit, lora_config, open_adapter
 from m0kit_export.names import canonical_name
-from m0kit_export.skeleton import lora_config, peft_at_work, skeleton
+from m0kit_export.skeleton import peft_at_work, skeleton
 from m0kit_export.tensors import read_tensor
 from m0kit_quant.recipe import EMBEDDING
 

@@ -255,10 +255,9 @@ def _rope(text: _Section) -> tuple[float, tuple[int, int, int]]:
     thetas = {float(section.number("rope_theta")) for section in (rope, text) if section.get("rope_theta") is not None}
     if len(thetas) > 1:
         raise CheckpointError(f"{text.where}: rope_theta has two values, {sorted(thetas)}. Remove the wrong one")
-    first, second, third = rope.triple("mrope_section")
-    named = _Section(rope.where, {f"mrope_section[{i}]": s for i, s in enumerate((first, second, third))}, {})
-    sections = (named.whole("mrope_section[0]"), named.whole("mrope_section[1]"), named.whole("mrope_section[2]"))
-    return (thetas.pop() if thetas else _ROPE_THETA), sections
+    parts = {f"mrope_section[{i}]": part for i, part in enumerate(rope.triple("mrope_section"))}
+    first, second, third = map(_Section(rope.where, parts, {}).whole, parts)
+    return (thetas.pop() if thetas else _ROPE_THETA), (first, second, third)
 
 
 def vision_config(raw: Mapping[str, Any]) -> VisionConfig:
@@ -321,14 +320,12 @@ def _read_token_ids(folder: Path, raw: Mapping[str, Any], text: str, file: str) 
 def _read_image_config(folder: Path) -> tuple[list[str], ImageConfig]:
     """(file names, preprocessing). transformers 5 nests it in processor_config.json."""
     found: dict[str, ImageConfig] = {}
-    if (folder / "preprocessor_config.json").exists():
-        found["preprocessor_config.json"] = _image_config(
-            "preprocessor_config.json", read_json_object(folder / "preprocessor_config.json")
-        )
-    if (folder / "processor_config.json").exists():
-        nested = read_json_object(folder / "processor_config.json").get("image_processor")
-        if nested is not None:
-            found["processor_config.json"] = _image_config("processor_config.json", nested)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            raw = read_json_object(folder / name)
+            values = raw.get("image_processor") if name == "processor_config.json" else raw
+            if values is not None:
+                found[name] = _image_config(name, values)
     if not found:
         raise CheckpointError(f"{folder.name} has no preprocessor_config.json. Copy it from the published model")
     if len(set(found.values())) > 1:

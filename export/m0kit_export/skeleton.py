@@ -1,43 +1,24 @@
-"""PEFT at work on modules without weights: an adapter's options as PEFT takes them, and something to put it on.
+"""Something for PEFT to work on: modules without weights.
 
 Owns the skeleton, a model in which no module but those asked for exists, each of the class that PEFT goes by, and what
 becomes of PEFT's warnings and exceptions. Knows no files.
 
     with peft_at_work("tuned", raw):
-        model = peft.get_peft_model(skeleton({"score.0": {"weight": (64, 64)}}), lora_config(raw))
+        model = peft.get_peft_model(skeleton({"score.0": {"weight": (64, 64)}}), peft.LoraConfig(r=8))
 """
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
 from m0kit.errors import AdapterError
 from m0kit_export.names import canonical_name
 from m0kit_quant.recipe import EMBEDDING
-
-# Options of LoraConfig that say what a trained adapter is and that the tests hold against PEFT. Any other
-# one that differs from its default (replicated layers, routed experts, quantised kernels, methods to come)
-# is refused rather than guessed.
-UNDERSTOOD = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "init_lora_weights"),
-}
-
-
-def lora_config(raw: Mapping[str, Any], **overrides: Any) -> peft.LoraConfig:
-    """A config's options for PEFT, some of them replaced."""
-    options = {option: raw[option] for option in UNDERSTOOD if option in raw}
-    # Two tasks make PEFT keep a full copy of the head; the others only choose a forward.
-    options["task_type"] = raw.get("task_type") if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else None
-    return peft.LoraConfig(**copy.deepcopy({**options, **overrides}))  # PEFT writes into its lists
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Where an artifact's weights come from: a checkpoint with its adapters, or another artifact.
 
-Owns the two readings as one interface, tensor by tensor; merging itself is `merge`.
+Owns the two readings under the same names, tensor by tensor in float32; merging itself is `merge`.
 
     source = CheckpointSource.open("jinaai/jina-reranker-m0", [AdapterSpec.parse("./my-lora")])
     source.read("model.norm.weight")
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx
@@ -37,41 +37,6 @@ _FLOATS: Final = {
     onnx.TensorProto.FLOAT16: FLOATS["fp16"],
     onnx.TensorProto.BFLOAT16: FLOATS["bf16"],
 }
-
-
-class Source(Protocol):
-    """Weights with all that an artifact says of them."""
-
-    @property
-    def name(self) -> str:
-        """As the user gave it."""
-        ...
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Canonical names of all tensors."""
-        ...
-
-    @property
-    def tokenizer(self) -> bytes:
-        """What tokenizer.json holds."""
-        ...
-
-    @property
-    def frequencies(self) -> Frequencies: ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading it."""
-        ...
-
-    def read(self, name: str) -> Float32:
-        """One tensor, float32. Raises CheckpointError, AdapterError, ArtifactDamagedError."""
-        ...
-
-    def provenance(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -204,6 +169,9 @@ class ArtifactSource:
     def provenance(self) -> dict[str, Any]:
         was = dict(self.manifest.provenance)
         return {**was, "artifact": {"fingerprint": self.manifest.fingerprint, "scheme": self.manifest.scheme}}
+
+
+Source = CheckpointSource | ArtifactSource
 
 
 def stored_frequencies(folder: Path, config: ModelConfig) -> Frequencies:

@@ -124,22 +124,6 @@ def dequantize(stored: Int4) -> Float32:
     return np.asarray(((q - zero) * stored.scale[..., None]).reshape(len(q), -1), np.float32)
 
 
-def product(x: Float32, stored: Int4) -> Float32:
-    """The exact model of the product: x (T, K) → (T, N); activations rounded to int8 per row and block, float64 sums.
-
-    A block of activations has scale max|x| / 127 and rounds half to even.
-    """
-    num_rows, (num_outputs, num_blocks, half) = len(x), stored.packed.shape
-    blocks = x.reshape(num_rows, num_blocks, 2 * half)
-    a = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(LEVELS)
-    rounded = np.rint(np.divide(blocks, a, out=np.zeros_like(blocks), where=a > 0))
-    y = np.zeros((num_rows, num_outputs))
-    w = dequantize(stored).reshape(num_outputs, num_blocks, 2 * half).astype(np.float64)
-    for i in range(num_blocks):
-        y += (rounded[:, i].astype(np.float64) @ w[:, i].T) * a[:, i]
-    return y.astype(np.float32)
-
-
 def check_block(block: int, num_inputs: int) -> None:
     """Raises ValueError."""
     if block not in BLOCKS:

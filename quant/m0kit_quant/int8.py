@@ -127,13 +127,6 @@ def activation_nodes(b: Nodes, x: str) -> tuple[str, str]:
     return b.op("QuantizeLinear", x, flat, zero, axis=0), scale
 
 
-def product(x: Float32, values: NDArray[np.int8], scale: Float32) -> Float32:
-    """The exact model of the product: x (T, K) → (T, N), sums in int64, one rounding per scale."""
-    q, a = quantize_activation(x)
-    sums = (q.astype(np.int64) - ZERO_POINT) @ values.astype(np.int64)
-    return np.asarray((sums.astype(np.float64) * scale).astype(np.float32) * a, np.float32)
-
-
 def by_rows(fill: Callable[[int, int], None], num_rows: int, width: int) -> None:
     """Call fill(first, end) for stretches of rows, on all cores: numpy computes outside Python's lock."""
     step = max(1, _BLOCK_VALUES // max(width, 1))

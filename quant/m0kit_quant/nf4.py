@@ -155,15 +155,6 @@ def dequantize(weight: NF4) -> Float32:
     return values.reshape(weight.shape)
 
 
-def product(activations: Float32, weight: NF4) -> Float32:
-    """activations (T, in) times the transposed matrix: (T, out), as ONNX Runtime's MatMulBnb4 has it in fp32.
-
-    The operator, too, writes the whole matrix out in fp32 and multiplies; only the order of its sums is its own.
-    """
-    result: Float32 = activations @ dequantize(weight).T
-    return result
-
-
 def _check_part(name: str, array: NDArray[Any], dtype: type, size: int) -> None:
     if array.dtype != dtype or array.shape != (size,):
         raise ValueError(f"{name} must be {dtype.__name__} [{size}], got {array.dtype} {list(array.shape)}")

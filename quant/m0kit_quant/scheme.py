@@ -26,21 +26,12 @@ CONTRIB: Final = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 class Nodes(Protocol):
-    """What puts nodes into a graph. Values go by name; every method returns the name of its result."""
+    """What of a graph's builder a scheme needs. Values go by name; every method returns the name of its result."""
 
-    def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
-        """One node with one result; `domain=CONTRIB` for an operator of ONNX Runtime's own."""
-        ...
-
-    def const(self, value: Any, dtype: DTypeLike = np.int64) -> str:
-        """A small constant."""
-        ...
-
+    def op(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str: ...
+    def const(self, value: Any, dtype: DTypeLike = np.int64) -> str: ...
     def cast(self, x: str, dtype: DTypeLike, out: str | None = None) -> str: ...
-
-    def once(self, x: str, make: Callable[[str], tuple[str, str]]) -> tuple[str, str]:
-        """What `make` makes of x, the first time that it is wanted where nodes now go."""
-        ...
+    def once(self, x: str, make: Callable[[str], tuple[str, str]]) -> tuple[str, str]: ...
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """What the runtime must know of a model: dimensions, image limits, prompt. Pure data, validated at birth.
 
-Read from an artifact's manifest (`ModelConfig.from_dict`) and written by the exporter, which took the
-values from the checkpoint's own files. Owns no file access.
+Read from an artifact's manifest and written by the exporter, which took the values from the checkpoint's own files.
+Owns no file access.
 
-    >>> config = ModelConfig.from_dict(manifest["model"])       # doctest: +SKIP
-    >>> config.image.max_pixels                                 # doctest: +SKIP
-    602112
+    read_manifest(folder).model.image.max_pixels        # 602112
 
 Letters used for shapes everywhere in m0kit:
 B pairs · T tokens, packed · I images · P patches of 14×14 pixels before merging · V = P/4 visual tokens ·
@@ -14,11 +12,8 @@ E vision width · D decoder width · H query heads · K key/value heads · C hea
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
-
-from m0kit.schema import exactly
 
 # What no model comes near: some loops and tables are as long as a number says, before any file can deny it.
 _MOST: Final = {
@@ -156,7 +151,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """All of it. `to_dict` and `from_dict` are the JSON form in the manifest."""
+    """All of it. `to_dict` is its form in the manifest."""
 
     decoder: DecoderConfig
     vision: VisionConfig
@@ -174,11 +169,6 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """Raises ValueError that names the field when one is missing, unknown or of the wrong type."""
-        return exactly(raw, cls)
 
 
 def _require_sane(config: Any) -> None:

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.quant._weights import random_weights
+from tests.quant import products
+from tests.quant.weights import random_weights
 
 from m0kit.config import ModelConfig
 from m0kit_export.graphs import build_graphs, schemes_of
 from m0kit_parity.samples.checkpoints import model_config
 from m0kit_parity.samples.outliers import inject, outlier_scales
-from m0kit_quant import int4, int8, nf4
+from m0kit_quant import int4, nf4
 from m0kit_quant.calibration import Calibration, channel_scales, predicted_error
 from m0kit_quant.equalize import Rescaled, channel_groups, equalizing_scale
 from m0kit_quant.floats import Bf16Scheme
@@ -75,11 +76,11 @@ def observed(config: ModelConfig, inputs: dict[str, Float32]) -> Calibration:
 def multiplied(x: Float32, scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> NDArray[Any]:
     """x times the transposed matrix as the scheme has it."""
     if scheme.name == "int8":
-        return int8.product(x, parts["int8"], parts["scale"])
+        return products.int8(x, parts["int8"], parts["scale"])
     if scheme.name == "int4":
-        return int4.product(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
+        return products.int4(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
     if scheme.name == "nf4":
-        return nf4.product(x, nf4.NF4((shape[0], shape[1]), parts["nf4"], parts["absmax"]))
+        return products.nf4(x, nf4.NF4((shape[0], shape[1]), parts["nf4"], parts["absmax"]))
     return x @ scheme.decode(parts, shape).T
 
 

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from tests.quant import products
 
 from m0kit.errors import CheckpointError, DependencyError
 from m0kit_quant import int8, nf4
@@ -28,7 +29,6 @@ from m0kit_quant.nf4 import (
     NF4,
     bitsandbytes_functional,
     dequantize,
-    product,
     quantize,
     stored_sizes,
 )
@@ -247,7 +247,7 @@ def test_the_operator_reads_the_same_matrix_to_the_bit(shape: tuple[int, int]) -
 @pytest.mark.parametrize("shape", [(5, 64), (48, 56), (256, 1536)])
 def test_the_operator_multiplies_as_modelled(shape: tuple[int, int], num_rows: int) -> None:
     weight, activations = quantize(random(*shape)), random(num_rows, shape[1], seed=1, scale=1)
-    assert_same_product(run(operator(weight), activations), product(activations, weight), activations, weight)
+    assert_same_product(run(operator(weight), activations), products.nf4(activations, weight), activations, weight)
 
 
 @pytest.mark.parametrize("num_rows", [1, 17])
@@ -284,7 +284,7 @@ def test_the_comparison_of_products_can_fail() -> None:
     weight, activations = quantize(random(5, 64)), random(2, 64, seed=1, scale=1)
     swapped = NF4(weight.shape, (weight.packed >> 4) | (weight.packed << 4), weight.absmax)
     with pytest.raises(AssertionError):
-        assert_same_product(run(operator(swapped), activations), product(activations, weight), activations, weight)
+        assert_same_product(run(operator(swapped), activations), products.nf4(activations, weight), activations, weight)
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -334,8 +334,8 @@ def test_without_bitsandbytes_the_message_names_the_extra(monkeypatch: pytest.Mo
 def test_neither_rounding_nor_reading_needs_bitsandbytes_or_torch() -> None:
     script = """
 import sys, numpy as np
-from m0kit_quant.nf4 import NF4, dequantize, product, quantize
-product(np.ones((1, 64), np.float32), NF4((1, 64), np.zeros(32, np.uint8), np.ones(1, np.float32)))
+from m0kit_quant.nf4 import NF4, dequantize, quantize
+dequantize(NF4((1, 64), np.zeros(32, np.uint8), np.ones(1, np.float32)))
 quantize(np.ones((1, 64), np.float32))
 assert not {"torch", "bitsandbytes", "onnx"} & set(sys.modules)
 """

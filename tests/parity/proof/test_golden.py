@@ -17,6 +17,7 @@ import pytest
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit.errors import CheckpointError, InputError, OutputError
+from m0kit.schema import exactly
 from m0kit.trace import Trace
 from m0kit_parity.proof.cases import Case, Content, Group, draw_page, encode, text_content
 from m0kit_parity.proof.compare import Verdict, compare_pair
@@ -417,7 +418,7 @@ def test_pixels_that_decode_differently_here_are_named(tmp_path: Path) -> None:
 def test_the_same_model_is_accepted_and_another_one_named_with_the_command(tmp_path: Path) -> None:
     golden = recorded(tmp_path / "g")
     golden.require(MODEL)
-    golden.require(ModelConfig.from_dict(json.loads(json.dumps(MODEL.to_dict()))))
+    golden.require(exactly(json.loads(json.dumps(MODEL.to_dict())), ModelConfig))
     image = dataclasses.replace(MODEL.image, max_pixels=300_000)
     with pytest.raises(InputError, match=r"image\.max_pixels is 602112 there and 300000") as caught:
         golden.require(dataclasses.replace(MODEL, image=image))

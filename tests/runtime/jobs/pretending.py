@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit.jobs.engine import Engine
 from m0kit.jobs.rows import Scored

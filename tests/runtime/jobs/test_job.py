@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 from tests.runtime.jobs.pretending import (
     Rows,
     StoppedError,

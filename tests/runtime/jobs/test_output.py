@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests._alone import optional
+from tests.alone import optional
 from tests.runtime.jobs.pretending import leftovers, never, pretended, read, write
 
 from m0kit import Reranker

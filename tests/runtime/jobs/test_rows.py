@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit.errors import InputError
 from m0kit.jobs.rows import count, identity, read
