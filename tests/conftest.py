@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tests._alone import ALONE, DEVELOPMENT
+from tests.alone import ALONE, DEVELOPMENT
 from tests.artifacts.make import unpack
 
 from m0kit.errors import DependencyError

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tests._alone import ALONE
+from tests.alone import ALONE
 
 from m0kit import terminal
 from m0kit.artifact.manifest import read_manifest, write_manifest

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.export import _tiny
-from tests.export._artifacts import artifacts_of
+from tests.export import tiny_model
+from tests.export.artifacts import artifacts_of
 
 from m0kit.config import DecoderConfig, ModelConfig, VisionConfig
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
@@ -27,19 +27,19 @@ def broad_config() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def model() -> _tiny.Reranker:
-    return _tiny.make_model()
+def model() -> tiny_model.Reranker:
+    return tiny_model.make_model()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model: _tiny.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(model: tiny_model.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("checkpoint")
-    return open_checkpoint(_tiny.write_checkpoint(folder, _tiny.published_tensors(model)))
+    return open_checkpoint(tiny_model.write_checkpoint(folder, tiny_model.published_tensors(model)))
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _tiny.write_checkpoint(tmp_path_factory.mktemp("original") / "base")
+    return tiny_model.write_checkpoint(tmp_path_factory.mktemp("original") / "base")
 
 
 @pytest.fixture

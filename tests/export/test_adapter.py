@@ -6,9 +6,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from tests._hub import cached
-from tests.export import _tiny
+from tests.export import tiny_model
 from tests.export.test_merge import FORMS, save_adapter
+from tests.hub import cached
 
 from m0kit.errors import AdapterError
 from m0kit_export.adapter import AdapterSpec
@@ -96,7 +96,7 @@ def test_a_file_is_no_adapter_folder(here: Callable[..., None], tmp_path: Path) 
 @pytest.mark.parametrize(("text", "weight"), [("org/name", 1.0), ("org/name:0.5", 0.5)])
 def test_an_adapter_may_be_on_the_hub(
     checkpoint: Checkpoint,
-    model: _tiny.Reranker,
+    model: tiny_model.Reranker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     text: str,

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.quant import _products
+from tests.quant import products
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import KnownAnswer, read_manifest
@@ -129,7 +129,7 @@ def test_zero_points_outside_the_loop_of_a_product_count(block: int, rows: int) 
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
-    meant = _products.int4(x, stored)
+    meant = products.int4(x, stored)
     assert np.abs(found - meant).max() < 2e-3 * np.abs(meant).max()
 
 

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from tests.quant import _products
+from tests.quant import products
 
 from m0kit.artifact.ports import GraphPorts, Port
 from m0kit.scoring.sessions import open_graph
@@ -264,10 +264,10 @@ QUANTISED = [
 
 def product_of(scheme: str, x: NDArray[Any], parts: Parts, shape: tuple[int, int]) -> NDArray[Any]:
     if scheme == "int8":
-        return _products.int8(x, parts["int8"], parts["scale"])
+        return products.int8(x, parts["int8"], parts["scale"])
     if scheme == "int4":
-        return _products.int4(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
-    return _products.nf4(x, nf4.NF4(shape, parts["nf4"], parts["absmax"]))
+        return products.int4(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
+    return products.nf4(x, nf4.NF4(shape, parts["nf4"], parts["absmax"]))
 
 
 def varied(num_rows: int, width: int, seed: int = 1) -> NDArray[np.float32]:
@@ -401,7 +401,7 @@ def test_what_a_loop_rounded_inside_is_not_used_outside(tmp_path: Path) -> None:
     )
     x = varied(5, 8)
     (y,) = run(tmp_path, graph, {"inside.weight": weight, "outside.weight": weight}, x=x, times=np.array(2))
-    product = _products.int8(x, *int8.quantize(weight))
+    product = products.int8(x, *int8.quantize(weight))
     assert np.allclose(y, x + 3 * product, rtol=1e-5, atol=1e-5)
 
 

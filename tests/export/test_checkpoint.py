@@ -18,8 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.export import _tiny
-from tests.export._tiny import edit_json, linked
+from tests.export import tiny_model
+from tests.export.tiny_model import edit_json, linked
 from transformers import Qwen2VLConfig
 
 from m0kit.config import ModelConfig
@@ -32,6 +32,7 @@ Edit = Callable[[Path], object]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Q = "model.layers.1.self_attn.q_proj.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -48,7 +49,7 @@ def shard(folder: Path) -> dict[str, Any]:
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
-    _tiny.write_json(folder / INDEX, index)
+    tiny_model.write_json(folder / INDEX, index)
     (folder / WEIGHTS).unlink()
     return index
 
@@ -87,7 +88,7 @@ def test_all_forms_open_to_the_same_model(
 @pytest.mark.parametrize("form", ["published", "defaults_left_out", "nested", "by hand"])
 def test_dimensions_are_those_that_transformers_reads(tmp_path: Path, form: Any) -> None:
     if form == "by hand":
-        _tiny.write_checkpoint(tmp_path / "base")
+        tiny_model.write_checkpoint(tmp_path / "base")
     else:
         write_checkpoint(tmp_path / "base", "tiny", config_form=form)
     theirs = Qwen2VLConfig.from_pretrained(tmp_path / "base")
@@ -126,7 +127,7 @@ def test_every_text_field_may_be_left_out_when_it_is_transformers_default(folder
 
 
 def test_names_are_all_the_parameters_of_the_model(original: Path) -> None:
-    expected = {name: tuple(t.shape) for name, t in _tiny.published_tensors(_tiny.make_model()).items()}
+    expected = {name: tuple(t.shape) for name, t in tiny_model.published_tensors(tiny_model.make_model()).items()}
     checkpoint = open_checkpoint(original)
     assert {name: checkpoint.shape(name) for name in checkpoint.names} == expected
     assert expected_shapes(checkpoint.config) == expected
@@ -146,7 +147,7 @@ def test_the_head_is_known_under_both_its_names(folder: Path, original: Path) ->
 
 def test_lm_head_is_dropped_and_said_so(folder: Path) -> None:
     assert open_checkpoint(folder).dropped == ()
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(_tiny.VOCAB, _tiny.HIDDEN)}))
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(tiny_model.VOCAB, tiny_model.HIDDEN)}))
     checkpoint = open_checkpoint(folder)
     assert checkpoint.dropped == ("lm_head.weight",)
     assert "lm_head.weight" not in checkpoint.names
@@ -179,8 +180,8 @@ def test_image_limits_come_from_the_file_up_to_the_published_ones(folder: Path) 
 
 
 def test_processor_config_of_transformers_5_is_read(folder: Path, original: Path) -> None:
-    nested = {"image_processor": _tiny.preprocessor_config(), "processor_class": "Qwen2VLProcessor"}
-    _tiny.write_json(folder / "processor_config.json", nested)
+    nested = {"image_processor": tiny_model.preprocessor_config(), "processor_class": "Qwen2VLProcessor"}
+    tiny_model.write_json(folder / "processor_config.json", nested)
     assert open_checkpoint(folder).config == open_checkpoint(original).config  # both, and they agree
     (folder / "preprocessor_config.json").unlink()
     assert open_checkpoint(folder).config == open_checkpoint(original).config
@@ -274,8 +275,8 @@ def swap_two(raw: dict[str, Any]) -> None:
 
 
 def disagree(folder: Path) -> None:
-    nested = {"image_processor": {**_tiny.preprocessor_config(), "min_pixels": 6272}}
-    _tiny.write_json(folder / "processor_config.json", nested)
+    nested = {"image_processor": {**tiny_model.preprocessor_config(), "min_pixels": 6272}}
+    tiny_model.write_json(folder / "processor_config.json", nested)
 
 
 def headless(t: dict[str, torch.Tensor]) -> None:
@@ -378,16 +379,16 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         f"{WEIGHTS} holds model.layers.1.self_attn.q_norm.weight, which jina-reranker-m0 does not have",
     ),
     "layer too many": (
-        tensors(lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(_tiny.HIDDEN)})),
+        tensors(lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(tiny_model.HIDDEN)})),
         "model.layers.2.input_layernorm.weight",
     ),
     "tensor transposed": (
-        tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(_tiny.HIDDEN, _tiny.MLP)})),
+        tensors(lambda t: t.update({UP: torch.zeros(tiny_model.HIDDEN, tiny_model.MLP)})),
         r"model.layers.0.mlp.up_proj.weight in model.safetensors has shape \[48, 56\], config.json asks for \[56, 48\]",
     ),
     "tensor under two names": (tensors(twice), "the same tensor under two names"),
     "lm_head of another vocabulary": (
-        tensors(lambda t: t.update({"lm_head.weight": torch.zeros(5, _tiny.HIDDEN)})),
+        tensors(lambda t: t.update({"lm_head.weight": torch.zeros(5, tiny_model.HIDDEN)})),
         r"lm_head.weight in model.safetensors has shape \[5, 48\]",
     ),
     "no scoring head": (tensors(headless), r"the scoring head is missing \(score.0.weight.*\): this is a Qwen2-VL"),

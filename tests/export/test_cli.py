@@ -13,9 +13,9 @@ from pathlib import Path
 import onnx
 import pytest
 from PIL import Image
-from tests.export import _tiny
-from tests.export._without import TORCH, m0kit_without
+from tests.export import tiny_model
 from tests.export.test_merge import save_adapter
+from tests.export.without import TORCH, m0kit_without
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, verify_files
@@ -57,12 +57,12 @@ def m0kit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, model: _tiny.Reranker) -> Path:
-    return _tiny.write_checkpoint(tmp_path_factory.mktemp("cli") / "base", _tiny.published_tensors(model))
+def base(tmp_path_factory: pytest.TempPathFactory, model: tiny_model.Reranker) -> Path:
+    return tiny_model.write_checkpoint(tmp_path_factory.mktemp("cli") / "base", tiny_model.published_tensors(model))
 
 
 @pytest.fixture(scope="module")
-def adapter(base: Path, model: _tiny.Reranker) -> Path:
+def adapter(base: Path, model: tiny_model.Reranker) -> Path:
     return save_adapter(base.with_name("lora"), model, {"target_modules": ["q_proj", "v_proj"]})
 
 
@@ -151,10 +151,10 @@ def test_precision_and_overwrite(m0kit: Callable[..., Done], tmp_path: Path, bas
     assert (done.code, read_manifest(out).scheme) == (0, "fp16")
 
 
-def test_what_is_left_out_is_said(m0kit: Callable[..., Done], tmp_path: Path, model: _tiny.Reranker) -> None:
-    tensors = _tiny.published_tensors(model)
+def test_what_is_left_out_is_said(m0kit: Callable[..., Done], tmp_path: Path, model: tiny_model.Reranker) -> None:
+    tensors = tiny_model.published_tensors(model)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    base = _tiny.write_checkpoint(tmp_path / "base", tensors)
+    base = tiny_model.write_checkpoint(tmp_path / "base", tensors)
     done = m0kit("export", base, "-o", tmp_path / "out")
     assert "left out, scoring does not use it: lm_head.weight\n" in done.err
     assert "licence of the weights: not stated by the checkpoint\n" in done.err

@@ -22,7 +22,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
-from tests.export._killed import PRELUDE
+from tests.export.killed import PRELUDE
 from torch import nn
 
 from m0kit import Reranker, files

@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
-from tests.export._tiny import edit_json, linked
+from tests.export.tiny_model import edit_json, linked
 
 from m0kit.errors import CheckpointError
 from m0kit_export.checkpoint import open_checkpoint

@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tests.export import _tiny
+from tests.export import tiny_model
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -70,12 +70,14 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 class Published(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
-    """A transformers class with a config, for which PEFT has conversions of its own (unlike _tiny.Reranker)."""
+    """A transformers class with a config, for which PEFT has conversions of its own (unlike tiny_model.Reranker)."""
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__(config)
         self.lm_head = nn.Identity()
-        self.score = nn.Sequential(nn.Linear(_tiny.HIDDEN, _tiny.HIDDEN), nn.ReLU(), nn.Linear(_tiny.HIDDEN, 1))
+        self.score = nn.Sequential(
+            nn.Linear(tiny_model.HIDDEN, tiny_model.HIDDEN), nn.ReLU(), nn.Linear(tiny_model.HIDDEN, 1)
+        )
 
 
 def save_adapter(folder: Path, model: nn.Module, options: Mapping[str, Any], seed: int = 1) -> Path:
@@ -104,7 +106,7 @@ def merge_whole(model: nn.Module, *adapters: tuple[Path, float]) -> Tensors:
                 if isinstance(layer, LoraLayer) and weight != 1.0:
                     layer.set_scale("default", weight)
             merged = adapted.merge_and_unload()
-    return _tiny.published_tensors(merged)
+    return tiny_model.published_tensors(merged)
 
 
 def open_stack(checkpoint: Checkpoint, *adapters: Path | tuple[Path, float]) -> AdapterStack:
@@ -125,7 +127,7 @@ def assert_same(stack: AdapterStack, truth: Tensors, base: Tensors) -> None:
 
 def edit_config(folder: Path, **changes: Any) -> None:
     raw = json.loads((folder / CONFIG).read_text())
-    _tiny.write_json(folder / CONFIG, {**raw, **changes})
+    tiny_model.write_json(folder / CONFIG, {**raw, **changes})
 
 
 def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors | None]) -> None:
@@ -135,45 +137,45 @@ def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors | None]) -> Non
 
 
 def rename_to_old(tensors: Tensors) -> Tensors:
-    return {_tiny.old_name(key): tensor for key, tensor in tensors.items()}
+    return {tiny_model.old_name(key): tensor for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_merged_tensor_is_what_peft_makes_of_the_whole_model(
-    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    form: str, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     truth = merge_whole(model, (adapter, 1.0))
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 @pytest.mark.parametrize("form", ["dora", "head and norms in full", "embedding", "all linear"])
 def test_adapters_trained_on_a_transformers_class_merge_alike(form: str, tmp_path: Path) -> None:
-    model = Published(Qwen2VLConfig(**_tiny.published_config())).float()
+    model = Published(Qwen2VLConfig(**tiny_model.published_config())).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    base = _tiny.published_tensors(model)
-    checkpoint = open_checkpoint(_tiny.write_checkpoint(tmp_path / "checkpoint", base))
+    base = tiny_model.published_tensors(model)
+    checkpoint = open_checkpoint(tiny_model.write_checkpoint(tmp_path / "checkpoint", base))
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     assert_same(open_stack(checkpoint, adapter), merge_whole(model, (adapter, 1.0)), base)
 
 
 @pytest.mark.parametrize("form", ["all linear", "embedding", "all biases", "some tokens", "all of vision in full"])
 def test_adapters_with_names_from_before_transformers_4_52_merge_alike(
-    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    form: str, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     truth = merge_whole(model, (adapter, 1.0))
     edit_tensors(adapter, rename_to_old)
     if form == "all linear":  # PEFT saved the full names it found
         targets = json.loads((adapter / CONFIG).read_text())["target_modules"]
-        edit_config(adapter, target_modules=[_tiny.old_name(f"{t}.").rstrip(".") for t in targets])
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+        edit_config(adapter, target_modules=[tiny_model.old_name(f"{t}.").rstrip(".") for t in targets])
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 def test_expressions_match_the_names_that_the_adapter_was_trained_with(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     options = {
         "target_modules": r"model\.language_model\.layers\.\d\.self_attn\.[qk]_proj",
@@ -187,20 +189,20 @@ def test_expressions_match_the_names_that_the_adapter_was_trained_with(
         target_modules=r"model\.layers\.\d\.self_attn\.[qk]_proj",
         alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 19},
     )
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 def test_renamed_tensors_under_a_config_that_was_not_renamed_still_fit(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["regular expression"])
     truth = merge_whole(model, (adapter, 1.0))
     edit_tensors(adapter, rename_to_old)
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 def test_an_alpha_that_only_the_other_naming_knows_is_refused(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     edit_config(adapter, alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 19})
@@ -209,18 +211,18 @@ def test_an_alpha_that_only_the_other_naming_knows_is_refused(
 
 
 def test_a_pattern_that_no_naming_knows_is_ignored_as_peft_ignores_it(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, {**FORMS["plain"], "alpha_pattern": {"lm_head": 3}})
     truth = merge_whole(model, (adapter, 1.0))
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 @pytest.mark.parametrize(
     "form", ["dora", "embedding", "patches", "low-rank biases", "head and norms in full", "some tokens"]
 )
 def test_keys_may_spell_out_the_name_of_the_adapter(
-    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    form: str, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     truth = merge_whole(model, (adapter, 1.0))
@@ -235,29 +237,29 @@ def test_keys_may_spell_out_the_name_of_the_adapter(
         return key.replace(".score.", ".score.modules_to_save.default.")
 
     edit_tensors(adapter, lambda tensors: {spell_out(key): tensor for key, tensor in tensors.items()})
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
-def test_half_precision_files_are_merged_in_fp32(model: _tiny.Reranker, tmp_path: Path) -> None:
-    base = {name: tensor.bfloat16() for name, tensor in _tiny.published_tensors(model).items()}
-    checkpoint = open_checkpoint(_tiny.write_checkpoint(tmp_path / "checkpoint", base))
+def test_half_precision_files_are_merged_in_fp32(model: tiny_model.Reranker, tmp_path: Path) -> None:
+    base = {name: tensor.bfloat16() for name, tensor in tiny_model.published_tensors(model).items()}
+    checkpoint = open_checkpoint(tiny_model.write_checkpoint(tmp_path / "checkpoint", base))
     rounded = copy.deepcopy(model).bfloat16().float()
     adapter = save_adapter(tmp_path / "a", model, FORMS["dora"])
     edit_tensors(adapter, lambda tensors: {key: tensor.half() for key, tensor in tensors.items()})
     truth = merge_whole(rounded, (adapter, 1.0))
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(rounded))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(rounded))
 
 
 @pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "b", "a")])
 def test_several_adapters_merge_one_after_another(
-    order: tuple[str, ...], model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    order: tuple[str, ...], model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     save_adapter(tmp_path / "a", model, {"target_modules": ["q_proj"], "modules_to_save": ["score"]}, seed=1)
     save_adapter(tmp_path / "b", model, {"target_modules": ["q_proj", "score.0"], "use_dora": True}, seed=2)
     save_adapter(tmp_path / "c", model, {"target_modules": ["fc1"], "modules_to_save": ["score"]}, seed=3)
     paths = [tmp_path / name for name in order]
     truth = merge_whole(model, *((path, 1.0) for path in paths))
-    assert_same(open_stack(checkpoint, *paths), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, *paths), truth, tiny_model.published_tensors(model))
     head = load_file(paths[-1] / WEIGHTS)["base_model.model.score.2.weight"]
     assert torch.equal(truth["score.2.weight"], head), "the later copy wins"
 
@@ -267,12 +269,12 @@ def test_several_adapters_merge_one_after_another(
     "form", ["all linear", "rslora", "embedding", "patches", "low-rank biases", "rank and alpha patterns"]
 )
 def test_a_weight_is_pefts_scale(
-    form: str, weight: float, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    form: str, weight: float, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     truth = merge_whole(model, (adapter, weight))
     stack = open_stack(checkpoint, (adapter, weight))
-    base = _tiny.published_tensors(model)
+    base = tiny_model.published_tensors(model)
     assert all(torch.equal(stack.merged(name), tensor) for name, tensor in truth.items())
     assert any(not torch.equal(base[name], truth[name]) for name in base) == (weight != 0.0)
 
@@ -290,7 +292,7 @@ def test_a_weight_is_pefts_scale(
     ],
 )
 def test_a_weight_is_refused_where_it_has_no_meaning(
-    form: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    form: str, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     with pytest.raises(AdapterError, match=r"adapter a cannot have weight 0\.5: .* weight 1"):
@@ -298,11 +300,11 @@ def test_a_weight_is_refused_where_it_has_no_meaning(
 
 
 def test_without_adapters_a_tensor_is_the_checkpoints_own_in_fp32(
-    model: _tiny.Reranker, checkpoint: Checkpoint
+    model: tiny_model.Reranker, checkpoint: Checkpoint
 ) -> None:
     stack = open_stack(checkpoint)
     tensor = stack.merged("model.norm.weight")
-    assert torch.equal(tensor, _tiny.published_tensors(model)["model.norm.weight"])
+    assert torch.equal(tensor, tiny_model.published_tensors(model)["model.norm.weight"])
     tensor.zero_()  # the caller's own: neither the file nor the next call may notice
     assert not torch.equal(stack.merged("model.norm.weight"), tensor)
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing\.weight'"):
@@ -310,7 +312,7 @@ def test_without_adapters_a_tensor_is_the_checkpoints_own_in_fp32(
 
 
 def test_a_merge_reads_one_module_and_leaves_the_random_state_alone(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = open_stack(checkpoint, save_adapter(tmp_path / "a", model, FORMS["all linear"]))
     read: list[str] = []
@@ -330,7 +332,12 @@ def test_a_merge_reads_one_module_and_leaves_the_random_state_alone(
 @pytest.mark.parametrize("form", ["embedding", "embedding by pattern", "embedding with dora"])
 @pytest.mark.parametrize("rows", [1, 7, 159, 160])
 def test_an_embedding_merged_some_tokens_at_a_time_is_the_same(
-    form: str, rows: int, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str,
+    rows: int,
+    model: tiny_model.Reranker,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(merge, "MERGED_ROWS", rows)
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
@@ -343,7 +350,7 @@ def test_an_embedding_merged_some_tokens_at_a_time_is_the_same(
 
 
 def test_provenance_names_hashes_and_licence_but_no_path(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "tuned", model, FORMS["plain"])
     (adapter / "README.md").write_text("---\nbase_model: x\nlicense: apache-2.0\n---\n")
@@ -468,7 +475,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], Callable[[Tensors], Any] | None, str]] 
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_an_adapter_that_does_not_fit_is_refused_by_name(
-    damage: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    damage: str, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     changes, edit, message = DAMAGED[damage]
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
@@ -493,35 +500,35 @@ LEFT_OUT: dict[str, tuple[str, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_what_scoring_has_no_use_for_is_left_out_and_said(
-    what: str, model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    what: str, model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     truth = merge_whole(model, (adapter, 1.0))
     key, shape = LEFT_OUT[what]
     edit_tensors(adapter, put(key, torch.ones(shape)))
     stack = open_stack(checkpoint, adapter)
-    assert_same(stack, truth, _tiny.published_tensors(model))
+    assert_same(stack, truth, tiny_model.published_tensors(model))
     assert stack.provenance()[0]["left_out"] == [key]
 
 
 def test_an_adapter_that_also_targets_the_lm_head_is_what_peft_makes_of_the_model_without_one(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     edit_tensors(adapter, put("base_model.model.lm_head.weight", torch.ones(160, 48)))
     edit_config(adapter, target_modules=["q_proj", "v_proj", "lm_head"], modules_to_save=["lm_head"])
     truth = merge_whole(model, (adapter, 1.0))
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 def test_a_tied_embedding_that_was_trained_is_taken_and_its_copy_left_out(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["embedding in full"])
     truth = merge_whole(model, (adapter, 1.0))
     edit_tensors(adapter, put("base_model.model.lm_head.weight", torch.ones(160, 48)))
     edit_config(adapter, ensure_weight_tying=True)
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 @pytest.mark.parametrize(
@@ -534,12 +541,12 @@ def test_a_tied_embedding_that_was_trained_is_taken_and_its_copy_left_out(
     ],
 )
 def test_options_without_effect_on_a_trained_adapter_are_taken(
-    options: dict[str, Any], model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    options: dict[str, Any], model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     truth = merge_whole(model, (adapter, 1.0))
     edit_config(adapter, **options)
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 @pytest.mark.parametrize("form", ["dora", "embedding", "head and norms in full", "some tokens"])
@@ -557,17 +564,17 @@ def test_options_without_effect_on_a_trained_adapter_are_taken(
     ],
 )
 def test_prefixes_may_be_missing_doubled_or_wrapped(
-    form: str, spell: Callable[[str], str], model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    form: str, spell: Callable[[str], str], model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS[form])
     truth = merge_whole(model, (adapter, 1.0))
     prefix = "base_model.model."
     edit_tensors(adapter, lambda tensors: {spell(key.removeprefix(prefix)): t for key, t in tensors.items()})
-    assert_same(open_stack(checkpoint, adapter), truth, _tiny.published_tensors(model))
+    assert_same(open_stack(checkpoint, adapter), truth, tiny_model.published_tensors(model))
 
 
 def test_options_of_newer_versions_that_are_switched_off_do_not_matter(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     edit_config(adapter, use_teleport=False, teleport_config=None)
@@ -575,7 +582,7 @@ def test_options_of_newer_versions_that_are_switched_off_do_not_matter(
 
 
 def test_a_low_rank_bias_on_a_module_without_bias_is_refused(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, {"target_modules": ["o_proj"], "lora_bias": True})
     with pytest.raises(AdapterError, match=r"lora_bias, but .*o_proj has no bias"):
@@ -583,7 +590,7 @@ def test_a_low_rank_bias_on_a_module_without_bias_is_refused(
 
 
 def test_biases_that_were_trained_but_never_saved_are_refused(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     edit_config(adapter, bias="lora_only")
@@ -592,7 +599,7 @@ def test_biases_that_were_trained_but_never_saved_are_refused(
 
 
 def test_a_folder_without_the_right_files_is_refused(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterError, match="no adapter folder 'nowhere'"):
         open_stack(checkpoint, tmp_path / "nowhere")
@@ -612,7 +619,7 @@ def test_a_folder_without_the_right_files_is_refused(
 
 
 def test_weights_that_overflow_are_refused_when_merged(
-    model: _tiny.Reranker, checkpoint: Checkpoint, tmp_path: Path
+    model: tiny_model.Reranker, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "a", model, FORMS["plain"])
     edit_tensors(adapter, lambda tensors: {key: tensor * 1e30 for key, tensor in tensors.items()})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.export import _tiny
+from tests.export import tiny_model
 from tests.export.test_merge import save_adapter
 
 from m0kit.artifact.manifest import read_manifest
@@ -50,7 +50,7 @@ def optimum_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _tiny.write_checkpoint(tmp_path_factory.mktemp("optimum") / "base")
+    return tiny_model.write_checkpoint(tmp_path_factory.mktemp("optimum") / "base")
 
 
 def test_the_folder_stays_a_namespace_that_the_wheel_carries() -> None:
@@ -84,7 +84,7 @@ def test_it_writes_what_the_exporter_writes(
     optimum_cli: Callable[..., Done], tmp_path: Path, base: Path, precision: str
 ) -> None:
     paths = [
-        save_adapter(tmp_path / f"lora{seed}", _tiny.make_model(), {"target_modules": ["q_proj"]}, seed)
+        save_adapter(tmp_path / f"lora{seed}", tiny_model.make_model(), {"target_modules": ["q_proj"]}, seed)
         for seed in (1, 2)
     ]
     options = ["--dtype", precision, "--adapter", paths[0], "--adapter", f"{paths[1]}:0.5"]

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.export import _four_bit, _tiny
+from tests.export import four_bit, tiny_model
 
 from m0kit.errors import CheckpointError, DependencyError
 from m0kit_export.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +30,7 @@ STATE = f"{Q}.quant_state.bitsandbytes__nf4"
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _four_bit.write_checkpoint(tmp_path_factory.mktemp("plain") / "base", torch.bfloat16)
+    return four_bit.write_checkpoint(tmp_path_factory.mktemp("plain") / "base", torch.bfloat16)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -48,18 +48,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_what_transformers_saves_is_read_as_transformers_dequantises_it(
     plain: Path, tmp_path: Path, name: str, shard_size: str
 ) -> None:
-    model = _four_bit.load_in_4bit(plain, torch.bfloat16, **OPTIONS[name])
-    _tiny.write_checkpoint(tmp_path / "base", {}, {})
+    model = four_bit.load_in_4bit(plain, torch.bfloat16, **OPTIONS[name])
+    tiny_model.write_checkpoint(tmp_path / "base", {}, {})
     (tmp_path / "base" / WEIGHTS).unlink()
     model.save_pretrained(tmp_path / "base", max_shard_size=shard_size)
     assert (tmp_path / "base" / INDEX).exists() == (shard_size == "40KB")
     checkpoint = open_checkpoint(tmp_path / "base")
-    packed = _four_bit.quantised_names(model)
+    packed = four_bit.quantised_names(model)
     assert set(checkpoint.packed) == packed
     assert len(packed) == 2 * 4 + 2 + 2 * 7 + (0 if name == "head plain" else 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = _tiny.published_tensors(model.dequantize(dtype=torch.bfloat16))
+        expected = tiny_model.published_tensors(model.dequantize(dtype=torch.bfloat16))
     assert set(checkpoint.names) == set(expected)
     for tensor in checkpoint.names:
         ours = checkpoint.read(tensor)
@@ -90,9 +90,9 @@ def quantisation(**changes: Any) -> dict[str, Any]:
 
 def write_packed(folder: Path, dtype: torch.dtype = torch.float32, double_quant: bool = False) -> tuple[Path, Tensors]:
     """(the tiny checkpoint in 4 bits, what it was made from)."""
-    tensors = {name: t.to(dtype) for name, t in _tiny.published_tensors(_tiny.make_model()).items()}
-    config = _tiny.published_config() | {"quantization_config": quantisation()}
-    return _tiny.write_checkpoint(folder, pack(tensors, double_quant), config), tensors
+    tensors = {name: t.to(dtype) for name, t in tiny_model.published_tensors(tiny_model.make_model()).items()}
+    config = tiny_model.published_config() | {"quantization_config": quantisation()}
+    return tiny_model.write_checkpoint(folder, pack(tensors, double_quant), config), tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -118,7 +118,7 @@ def test_pieces_may_lie_in_other_shards_than_their_weight(tmp_path: Path) -> Non
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    _tiny.write_json(folder / INDEX, index)
+    tiny_model.write_json(folder / INDEX, index)
     (folder / WEIGHTS).unlink()
     checkpoint = open_checkpoint(folder)
     assert {checkpoint.fingerprint().keys() >= {file} for file in parts} == {True}
@@ -225,8 +225,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edited(packed: Path, folder: Path, edit: Edit, quantization: Any = None) -> Path:
     tensors = load_file(packed / WEIGHTS)
     edit(tensors)
-    config = _tiny.published_config() | {"quantization_config": quantization or quantisation()}
-    return _tiny.write_checkpoint(folder, tensors, config)
+    config = tiny_model.published_config() | {"quantization_config": quantization or quantisation()}
+    return tiny_model.write_checkpoint(folder, tensors, config)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -259,12 +259,12 @@ def test_quantisation_that_is_another_is_refused(
 
 
 def test_quantisation_and_weights_must_go_together(packed: Path, tmp_path: Path) -> None:
-    tensors = _tiny.published_tensors(_tiny.make_model())
-    config = _tiny.published_config() | {"quantization_config": quantisation()}
+    tensors = tiny_model.published_tensors(tiny_model.make_model())
+    config = tiny_model.published_config() | {"quantization_config": quantisation()}
     with pytest.raises(CheckpointError, match="no tensor is stored in 4 bits"):
-        open_checkpoint(_tiny.write_checkpoint(tmp_path / "plain", tensors, config))
+        open_checkpoint(tiny_model.write_checkpoint(tmp_path / "plain", tensors, config))
     with pytest.raises(CheckpointError, match=r"model\.layers|visual|score"):
-        open_checkpoint(_tiny.write_checkpoint(tmp_path / "silent", load_file(packed / WEIGHTS)))
+        open_checkpoint(tiny_model.write_checkpoint(tmp_path / "silent", load_file(packed / WEIGHTS)))
     with pytest.raises(CheckpointError, match=r"quantization_config holds \[1\], expected an object"):
         open_checkpoint(edited(packed, tmp_path / "list", unchanged, [1]))
 
@@ -320,8 +320,8 @@ def test_any_value_in_a_state_is_refused_or_harmless(
 ) -> None:
     tensors = copy.copy(load_file(packed / WEIGHTS))
     state(**{field: value})(tensors)
-    config = _tiny.published_config() | {"quantization_config": quantisation()}
-    folder = _tiny.write_checkpoint(tmp_path_factory.getbasetemp() / "any", tensors, config)
+    config = tiny_model.published_config() | {"quantization_config": quantisation()}
+    folder = tiny_model.write_checkpoint(tmp_path_factory.getbasetemp() / "any", tensors, config)
     try:
         checkpoint: Checkpoint = open_checkpoint(folder)
     except CheckpointError:

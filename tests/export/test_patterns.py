@@ -7,7 +7,7 @@ from typing import Any
 
 import peft
 import pytest
-from tests.export import _tiny
+from tests.export import tiny_model
 
 from m0kit.errors import AdapterError
 from m0kit_export import patterns
@@ -104,7 +104,7 @@ def test_peft_is_asked_the_same_of_every_pattern(option: str, monkeypatch: pytes
 
         return watched
 
-    model = _tiny.make_model()
+    model = tiny_model.make_model()
     names = {name for name, _ in model.named_modules()}
     monkeypatch.setattr(re, "fullmatch", watch("whole", whole))
     monkeypatch.setattr(re, "match", watch("start", start))

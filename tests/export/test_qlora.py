@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tests.export import _four_bit, _tiny
+from tests.export import four_bit, tiny_model
 from transformers import BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _four_bit.write_checkpoint(tmp_path_factory.mktemp("blocks") / "base", torch.float32)
+    return four_bit.write_checkpoint(tmp_path_factory.mktemp("blocks") / "base", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def test_linear_layers_are_rounded_as_bitsandbytes_rounds_them(
     tmp_path: Path, dtype: torch.dtype, double_quant: bool
 ) -> None:
     """In widths of 48, 56 and 32: with rows that are no multiple of the block."""
-    tensors = {name: t.to(dtype) for name, t in _tiny.published_tensors(_tiny.make_model()).items()}
-    checkpoint = open_checkpoint(_tiny.write_checkpoint(tmp_path / "base", tensors))
+    tensors = {name: t.to(dtype) for name, t in tiny_model.published_tensors(tiny_model.make_model()).items()}
+    checkpoint = open_checkpoint(tiny_model.write_checkpoint(tmp_path / "base", tensors))
     base = QuantizedBase.of(checkpoint, double_quant=double_quant)
     assert Q in base.rounded
     assert base.config == checkpoint.config
@@ -66,7 +66,7 @@ def test_linear_layers_are_rounded_as_bitsandbytes_rounds_them(
 
 def test_double_quantisation_goes_over_many_blocks_of_scales(tmp_path: Path) -> None:
     """More than one block of 256 scales, the last one short."""
-    checkpoint = open_checkpoint(_four_bit.write_checkpoint(tmp_path / "base", torch.float32))
+    checkpoint = open_checkpoint(four_bit.write_checkpoint(tmp_path / "base", torch.float32))
     name = "visual.merger.mlp.0.weight"
     weight = checkpoint.read(name)
     assert weight.numel() / 64 > 2 * 256
@@ -91,14 +91,14 @@ def test_double_quantisation_goes_over_many_blocks_of_scales(tmp_path: Path) -> 
 def test_the_layers_are_those_that_transformers_replaces(
     checkpoint: Checkpoint, keep: tuple[str, ...], skipped: list[str] | None
 ) -> None:
-    model = _four_bit.make_model()
+    model = four_bit.make_model()
     replaced = replace_with_bnb_linear(
         model,
         modules_to_not_convert=get_keys_to_not_convert(model) if skipped is None else skipped,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
     base = QuantizedBase.of(checkpoint, double_quant=False, keep=keep)
-    assert set(base.rounded) == _four_bit.quantised_names(replaced)
+    assert set(base.rounded) == four_bit.quantised_names(replaced)
     assert len(base.rounded) == len(set(base.rounded)) > 10
 
 
@@ -116,12 +116,12 @@ def inputs() -> dict[str, torch.Tensor]:
     """Two prompts of one image (4×4 patches: 4 visual tokens) and some words."""
     generator = torch.Generator().manual_seed(3)
     words = torch.randint(0, 140, (2, 9), generator=generator)
-    image = torch.tensor([[_tiny.START, *[_tiny.PAD] * 4, _tiny.END]] * 2)
+    image = torch.tensor([[tiny_model.START, *[tiny_model.PAD] * 4, tiny_model.END]] * 2)
     ids = torch.cat([words[:, :2], image, words[:, 2:]], dim=1)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == _tiny.PAD).int(),
+        "mm_token_type_ids": (ids == tiny_model.PAD).int(),
         "pixel_values": torch.randn(32, 1176, generator=generator),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
     }
@@ -150,7 +150,7 @@ TOLERANCE = 3e-5
 def test_merged_weights_compute_what_the_adapter_computes_on_a_base_in_4_bits(
     folder: Path, checkpoint: Checkpoint, tmp_path: Path, form: str, double_quant: bool
 ) -> None:
-    trained = _four_bit.load_in_4bit(
+    trained = four_bit.load_in_4bit(
         folder,
         torch.float32,
         bnb_4bit_quant_type="nf4",
@@ -170,10 +170,10 @@ def test_merged_weights_compute_what_the_adapter_computes_on_a_base_in_4_bits(
 
     def merged(base: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
         stack = AdapterStack.open([AdapterSpec(tmp_path / "adapter")], base)
-        model = _four_bit.make_model()
+        model = four_bit.make_model()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(stack.merged(_tiny.old_name(name)))
+                parameter.copy_(stack.merged(tiny_model.old_name(name)))
         return hidden_and_score(model)
 
     base = QuantizedBase.of(checkpoint, double_quant=double_quant)
@@ -207,18 +207,20 @@ def test_modules_that_are_no_linear_layers_cannot_be_kept(checkpoint: Checkpoint
 
 
 def test_a_checkpoint_in_4_bits_is_not_rounded_again(folder: Path, tmp_path: Path) -> None:
-    _tiny.write_checkpoint(tmp_path / "base", {}, {})
+    tiny_model.write_checkpoint(tmp_path / "base", {}, {})
     (tmp_path / "base" / "model.safetensors").unlink()
-    _four_bit.load_in_4bit(folder, torch.float32, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "base")
+    four_bit.load_in_4bit(folder, torch.float32, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "base")
     packed = open_checkpoint(tmp_path / "base")
     with pytest.raises(CheckpointError, match="is stored in 4 bits already: adapters are merged on it as it is"):
         QuantizedBase.of(packed, double_quant=False)
 
 
 def test_values_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
-    tensors = _tiny.published_tensors(_tiny.make_model())
+    tensors = tiny_model.published_tensors(tiny_model.make_model())
     tensors[Q][3, 3] = math.nan
-    base = QuantizedBase.of(open_checkpoint(_tiny.write_checkpoint(tmp_path / "base", tensors)), double_quant=False)
+    base = QuantizedBase.of(
+        open_checkpoint(tiny_model.write_checkpoint(tmp_path / "base", tensors)), double_quant=False
+    )
     with pytest.raises(CheckpointError, match=f"{Q} in model.safetensors holds NaN"):
         base.read(Q)
 

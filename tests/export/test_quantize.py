@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.export._artifacts import artifacts_of
-from tests.export._killed import PRELUDE
-from tests.export._without import TORCH, m0kit_without
+from tests.export.artifacts import artifacts_of
+from tests.export.killed import PRELUDE
+from tests.export.without import TORCH, m0kit_without
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, verify_files

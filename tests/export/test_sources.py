@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tests._sealed import edit_manifest, put_file
+from tests.sealed import edit_manifest, put_file
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import TOKENIZER, FileEntry, read_manifest, write_manifest

@@ -44,7 +44,7 @@ _ADDRESS_BYTES: Final = 3 << 30  # thread stacks and arenas are address space, t
 _FILE_BYTES: Final = 256 << 20
 _CHUNK: Final = 250  # inputs of a child: a fork of a process with PyTorch in it takes 10 ms
 _MOST_DEATHS: Final = 8  # then a surface is given up: each may have cost a minute
-_MTIME_NS: Final = 10**18  # of all files that are laid: a job knows its input by it
+MTIME_NS: Final = 10**18  # of all files that are laid: a job knows its input by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,7 @@ class _Place:
                 os.mkfifo(path)
             else:
                 path.write_bytes(content)
-                os.utime(path, ns=(_MTIME_NS, _MTIME_NS))
+                os.utime(path, ns=(MTIME_NS, MTIME_NS))
                 kept[name] = content, _stamp(path)
         self.laid = kept
         return folder
@@ -290,7 +290,7 @@ class _Place:
             for name in names:
                 path = Path(folder, name)
                 status = path.lstat()
-                if stat.S_ISREG(status.st_mode) and status.st_mtime_ns != _MTIME_NS:
+                if stat.S_ISREG(status.st_mode) and status.st_mtime_ns != MTIME_NS:
                     with path.open("rb") as file:
                         if SECRET.encode() in file.read(1 << 24):
                             return str(path.relative_to(self.path / "input"))

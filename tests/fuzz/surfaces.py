@@ -40,7 +40,7 @@ from typing import Any, Final
 from unittest import mock
 
 from tests.fuzz import mutate
-from tests.fuzz.runner import _MTIME_NS, SECRET, Files, Link, Pipe, Surface, Wrong, committed, controls, remove_at_end
+from tests.fuzz.runner import MTIME_NS, SECRET, Files, Link, Pipe, Surface, Wrong, committed, controls, remove_at_end
 
 # A program that empties a file, where somebody runs it.
 EPS: Final = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(canary/victim) (w) file closefile\n"
@@ -127,8 +127,8 @@ def image() -> Surface:
         assert isinstance(content, Picture)
         pixels = resize(content, config, "pair 0: document")
         patches = patchify(pixels, config)
-        if patches.values.shape != (pixels.num_patches, 1176):
-            raise Wrong(f"{pixels.num_patches} patches of shape {patches.values.shape}")
+        if patches.values.shape != (int(pixels.grid_thw.prod()), 1176):
+            raise Wrong(f"{int(pixels.grid_thw.prod())} patches of shape {patches.values.shape}")
 
     seeds = committed("image")
     raws = [files["input"] for files in seeds.values() if isinstance(files["input"], bytes)]
@@ -416,7 +416,7 @@ def journal() -> Surface:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "rows.jsonl").write_bytes(source)
-        os.utime(folder / "rows.jsonl", ns=(_MTIME_NS, _MTIME_NS))
+        os.utime(folder / "rows.jsonl", ns=(MTIME_NS, MTIME_NS))
         _scored(folder, "rows.jsonl", stop_after=7)
         base: dict[str, bytes | Link | Pipe] = dict(tree(folder))
     stopped = base[partial]

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from packaging.requirements import Requirement
 from tests.artifacts.make import unpack
-from tests.installed._environment import (
+from tests.installed.environment import (
     ROOT,
     Environment,
     build_wheel,

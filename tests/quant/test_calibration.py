@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.quant import _products
-from tests.quant._weights import random_weights
+from tests.quant import products
+from tests.quant.weights import random_weights
 
 from m0kit.config import ModelConfig
 from m0kit_export.graphs import build_graphs, schemes_of
@@ -76,11 +76,11 @@ def observed(config: ModelConfig, inputs: dict[str, Float32]) -> Calibration:
 def multiplied(x: Float32, scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> NDArray[Any]:
     """x times the transposed matrix as the scheme has it."""
     if scheme.name == "int8":
-        return _products.int8(x, parts["int8"], parts["scale"])
+        return products.int8(x, parts["int8"], parts["scale"])
     if scheme.name == "int4":
-        return _products.int4(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
+        return products.int4(x, int4.Int4(parts["int4"], parts["scale"], parts["zero_point"]))
     if scheme.name == "nf4":
-        return _products.nf4(x, nf4.NF4((shape[0], shape[1]), parts["nf4"], parts["absmax"]))
+        return products.nf4(x, nf4.NF4((shape[0], shape[1]), parts["nf4"], parts["absmax"]))
     return x @ scheme.decode(parts, shape).T
 
 

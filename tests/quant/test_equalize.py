@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.quant._weights import Tensors, random_weights
+from tests.quant.weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from m0kit_export.names import expected_shapes

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tests.quant._weights import Tensors, random_weights
+from tests.quant.weights import Tensors, random_weights
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from tests.quant import _graphs, _products
+from tests.quant import product_graphs, products
 
 from m0kit_quant import int8
 from m0kit_quant.int4 import BLOCKS, Int4, dequantize, pack, quantize, unpack
@@ -273,7 +273,9 @@ def test_onnx_runtime_reads_the_weights_we_wrote(block: int, blocks: int, level:
     identity = np.eye(block * blocks, dtype=np.float32)
     # Each product has one term: at most the rounding of (q − z)·s, which an engine may spell q·s − z·s.
     bound = 2.0**-22 * 15 * stored.scale.max()
-    np.testing.assert_allclose(_graphs.four_bits(stored, identity, level).T, dequantize(stored), rtol=0, atol=bound)
+    np.testing.assert_allclose(
+        product_graphs.four_bits(stored, identity, level).T, dequantize(stored), rtol=0, atol=bound
+    )
 
 
 @pytest.mark.parametrize(("block", "blocks"), SHAPES)
@@ -281,7 +283,7 @@ def test_onnx_runtime_with_rounded_activations_reads_them_too(block: int, blocks
     """One value a block is the largest of its block: 127 steps, without any rounding."""
     stored, _ = sample(block, blocks)
     identity = np.eye(block * blocks, dtype=np.float32)
-    ours = _graphs.four_bits(stored, identity, 4).T
+    ours = product_graphs.four_bits(stored, identity, 4).T
     np.testing.assert_allclose(ours, dequantize(stored), rtol=0, atol=2.0**-21 * 15 * stored.scale.max())
 
 
@@ -296,7 +298,7 @@ def apart(stored: Int4) -> NDArray[np.float64]:
 def test_onnx_runtime_gives_the_model_product(block: int, blocks: int, rows: int) -> None:
     stored, x = sample(block, blocks, rows=max(rows, 2))
     x = x[-rows:]
-    y, expected = _graphs.four_bits(stored, x, 4), _products.int4(x, stored)
+    y, expected = product_graphs.four_bits(stored, x, 4), products.int4(x, stored)
     w = np.abs(dequantize(stored)).astype(np.float64)
     bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
     # An input within a few roundings of the middle of two steps may go to either: then a whole step of it more.
@@ -313,7 +315,7 @@ def test_that_bound_is_far_below_what_rounded_activations_change() -> None:
     stored, x = sample(64, 3)
     exact = x.astype(np.float64) @ dequantize(stored).T
     bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
-    off = np.abs(_products.int4(x, stored) - exact)
+    off = np.abs(products.int4(x, stored) - exact)
     assert np.median(off[2:] / bound[2:]) > 50
     # Half a step of its block for each input.
     steps = np.abs(x.reshape(len(x), 3, 64)).max(axis=2, keepdims=True).astype(np.float64) / 127
@@ -326,12 +328,12 @@ def test_without_packing_the_operator_rounds_no_activations() -> None:
     stored, x = sample(64, 3)
     exact = x.astype(np.float64) @ dequantize(stored).T
     bound = ADDED * (np.abs(x).astype(np.float64) @ apart(stored).T)
-    assert (np.abs(_graphs.four_bits(stored, x, 4, prepack=False) - exact) <= bound).all()
+    assert (np.abs(product_graphs.four_bits(stored, x, 4, prepack=False) - exact) <= bound).all()
 
 
 def test_a_row_of_the_product_depends_on_itself_alone() -> None:
     stored, x = sample(32, 5)
-    whole = _products.int4(x, stored)
+    whole = products.int4(x, stored)
     for row in range(len(x)):
-        assert np.array_equal(_products.int4(x[row : row + 1], stored)[0], whole[row])
+        assert np.array_equal(products.int4(x[row : row + 1], stored)[0], whole[row])
     assert not whole[0].any()

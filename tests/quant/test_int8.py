@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
-from tests.quant import _graphs, _products
+from tests.quant import product_graphs, products
 from tests.quant.conftest import Made
 
 from m0kit_quant import int8
@@ -235,7 +235,7 @@ def test_activations_are_within_half_a_step_around_their_zero_point() -> None:
 def test_the_graph_quantises_the_same_to_the_bit(seed: int, rows: int, columns: int) -> None:
     x = activations(seed, rows, columns)
     weight = random(3, columns, seed=seed)
-    _, integers, scale = _graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
+    _, integers, scale = product_graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
     q, a = quantize_activation(x)
     assert np.array_equal(scale, a)
     assert np.array_equal(integers, q)
@@ -245,7 +245,7 @@ def test_the_graph_quantises_the_same_to_the_bit(seed: int, rows: int, columns: 
 def test_the_graph_quantises_extreme_rows_the_same(name: str) -> None:
     x = EXTREMES[name]
     weight = random(3, x.shape[1])
-    _, integers, scale = _graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
+    _, integers, scale = product_graphs.linear(INT8, INT8.encode(weight), weight.shape, x, ("QuantizeLinear", "Mul"))
     q, a = quantize_activation(x)
     assert np.array_equal(scale, a)
     assert np.array_equal(integers, q)
@@ -255,7 +255,7 @@ def test_the_product_is_that_of_exact_fractions() -> None:
     weight, x = random(4, 37), activations(1, 5, 37)
     values, scale = quantize(weight)
     q, a = quantize_activation(x)
-    y = _products.int8(x, values, scale)
+    y = products.int8(x, values, scale)
     assert (y.dtype, y.shape) == (np.float32, (5, 4))
     for row in range(5):
         for out in range(4):
@@ -268,8 +268,8 @@ def test_the_product_is_that_of_exact_fractions() -> None:
 def test_onnx_runtime_gives_the_model_product(seed: int, rows: int, columns: int, outputs: int) -> None:
     weight, x = random(outputs, columns, seed=seed), activations(seed, rows, columns)
     parts = INT8.encode(weight)
-    (y,) = _graphs.linear(INT8, parts, weight.shape, x)
-    expected = _products.int8(x, parts["int8"], parts["scale"])
+    (y,) = product_graphs.linear(INT8, parts, weight.shape, x)
+    expected = products.int8(x, parts["int8"], parts["scale"])
     # Integers are exact in both; then each rounds at most four times: the sum, its scale, the row's, the result.
     np.testing.assert_allclose(y, expected, rtol=4 * 2.0**-24, atol=0)
 
@@ -277,7 +277,7 @@ def test_onnx_runtime_gives_the_model_product(seed: int, rows: int, columns: int
 def test_the_product_is_near_the_true_one() -> None:
     weight, x = random(64, 256), random(50, 256, seed=1, scale=1)
     exact = x.astype(np.float64) @ weight.T
-    error = np.square(_products.int8(x, *quantize(weight)) - exact).sum() / np.square(exact).sum()
+    error = np.square(products.int8(x, *quantize(weight)) - exact).sum() / np.square(exact).sum()
     # Steps of about 1/45 (weights, 2.9 deviations over 64) and 1/45 (inputs, 2.8 over 127) of a deviation, over √12.
     assert error**0.5 < 0.018
 
@@ -349,7 +349,7 @@ def test_onnx_runtime_is_exact_on_the_planted_pattern() -> None:
     q, _ = quantize_activation(x)
     values, _ = quantize(weight)
     ones = np.ones(len(weight), np.float32)
-    (y,) = _graphs.linear(INT8, {"int8": values, "scale": ones}, weight.shape, x * np.float32(127))
+    (y,) = product_graphs.linear(INT8, {"int8": values, "scale": ones}, weight.shape, x * np.float32(127))
     # x is now 127·2ⁱ, so a row's scale is 2ⁱ; with scales of 1 the product is the integer sum itself.
     rows = np.exp2(np.arange(len(x)))[:, None]
     assert np.array_equal(y.astype(np.float64) / rows, exact(q, values).astype(np.float64))

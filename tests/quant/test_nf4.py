@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from tests.quant import _products
+from tests.quant import products
 
 from m0kit.errors import CheckpointError, DependencyError
 from m0kit_quant import int8, nf4
@@ -247,7 +247,7 @@ def test_the_operator_reads_the_same_matrix_to_the_bit(shape: tuple[int, int]) -
 @pytest.mark.parametrize("shape", [(5, 64), (48, 56), (256, 1536)])
 def test_the_operator_multiplies_as_modelled(shape: tuple[int, int], num_rows: int) -> None:
     weight, activations = quantize(random(*shape)), random(num_rows, shape[1], seed=1, scale=1)
-    assert_same_product(run(operator(weight), activations), _products.nf4(activations, weight), activations, weight)
+    assert_same_product(run(operator(weight), activations), products.nf4(activations, weight), activations, weight)
 
 
 @pytest.mark.parametrize("num_rows", [1, 17])
@@ -284,9 +284,7 @@ def test_the_comparison_of_products_can_fail() -> None:
     weight, activations = quantize(random(5, 64)), random(2, 64, seed=1, scale=1)
     swapped = NF4(weight.shape, (weight.packed >> 4) | (weight.packed << 4), weight.absmax)
     with pytest.raises(AssertionError):
-        assert_same_product(
-            run(operator(swapped), activations), _products.nf4(activations, weight), activations, weight
-        )
+        assert_same_product(run(operator(swapped), activations), products.nf4(activations, weight), activations, weight)
 
 
 # --- what is refused -------------------------------------------------------------------------------------

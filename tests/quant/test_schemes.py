@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.quant import _graphs
+from tests.quant import product_graphs
 
 from m0kit import precision
 from m0kit_quant import int4, int8, nf4
@@ -236,10 +236,10 @@ def test_onnx_runtime_looks_up_exactly_what_is_decoded(scheme: Scheme, blocks: i
     table[6, ::3] *= 50
     parts = scheme.encode(table)
     ids: NDArray[np.int64] = np.r_[np.random.default_rng(0).integers(0, 40, 60), np.arange(40), 39, 0].astype(np.int64)
-    found = _graphs.lookup(scheme, parts, table.shape, ids)
+    found = product_graphs.lookup(scheme, parts, table.shape, ids)
     expected = scheme.decode(parts, table.shape)[ids]
     assert found.dtype == np.float32
     assert np.array_equal(found, expected)
-    one: Any = _graphs.lookup(scheme, parts, table.shape, ids[:1])
+    one: Any = product_graphs.lookup(scheme, parts, table.shape, ids[:1])
     assert np.array_equal(one, expected[:1])
-    assert _graphs.lookup(scheme, parts, table.shape, ids[:0]).shape == (0, table.shape[1])
+    assert product_graphs.lookup(scheme, parts, table.shape, ids[:0]).shape == (0, table.shape[1])

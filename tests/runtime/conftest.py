@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
-from tests._alone import ALONE
+from tests.alone import ALONE
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, write_manifest
@@ -30,7 +30,7 @@ def in_precision(request: pytest.FixtureRequest, tiny_artifact: Path) -> Callabl
     if ALONE:
         committed: Path = request.getfixturevalue("committed")
         return lambda precision: committed / precision
-    from tests.export._artifacts import artifacts_of
+    from tests.export.artifacts import artifacts_of
 
     return artifacts_of(request.getfixturevalue("tiny"), "artifact", {"fp32": tiny_artifact})
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests._sealed import edit_manifest
+from tests.sealed import edit_manifest
 
 from m0kit import M0kitError, Reranker
 from m0kit.artifact.manifest import MANIFEST, FileEntry, read_manifest, write_manifest

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from tests._sealed import edit_manifest
+from tests.sealed import edit_manifest
 
 from m0kit import Reranker
 from m0kit.errors import ArtifactDamagedError, DeviceError

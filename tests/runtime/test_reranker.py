@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit import Reranker, Result
 from m0kit.artifact.ports import KV

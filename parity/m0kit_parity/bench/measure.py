@@ -42,7 +42,8 @@ class Ran:
 
 # Between this process and the command: a process has at least the peak of the one that started it.
 _STARTER: Final = """
-import json, resource, subprocess, sys, time
+import json, resource, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a child of ours ignores, and would hand down
 start = time.perf_counter()
 done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 seconds = time.perf_counter() - start

@@ -137,7 +137,7 @@ def lines(
         y = scale(10.0**first, 10.0**last, bottom, TOP, log=True)
         parts += [tick_y(y(10.0**e), _power(e)) for e in range(first, last + 1)]
     else:
-        top = max(*ys, 0.0) or 1.0
+        top = 1.05 * max(*ys, 0.0) or 1.0
         y = scale(min(*ys, 0.0), top, bottom, TOP)
         parts += [tick_y(y(v), f"{v:,g}") for v in ticks(min(*ys, 0.0), top)]
     legend = bottom + BOTTOM + 12

@@ -27,7 +27,6 @@ from m0kit_parity.small import corpus
 WIDTH: Final = 280  # 10 visual tokens
 HEIGHT: Final = 112  # 4 visual tokens
 TOKEN: Final = 28  # pixels per visual token and side
-MAX_LOOK: Final = 3
 PAGE_LANGUAGES: Final = ("en", "de")
 FONTS: Final = Path("/usr/share/fonts/truetype/dejavu")
 

@@ -40,7 +40,8 @@ from m0kit.cli.options import (
 from m0kit.cli.page import write as write_page
 from m0kit.cli.ranking import made_by, ranking_page
 from m0kit.errors import InputError
-from m0kit.jobs.rows import is_parquet, read_lines
+from m0kit.jobs.parquet import is_parquet
+from m0kit.jobs.rows import read_lines
 from m0kit.plain import plain
 from m0kit.reading.formats import read as read_file
 from m0kit.reading.inputs import parse_content

@@ -34,7 +34,8 @@ from m0kit.files import destination
 from m0kit.jobs.engine import Engine, dependencies, ended, local_engine
 from m0kit.jobs.journal import FORMAT, Journal, Ranges
 from m0kit.jobs.output import Summary, error_file, finish
-from m0kit.jobs.rows import PARQUET_NAMES, Scored, count, identity, is_parquet, parquet
+from m0kit.jobs.parquet import PARQUET_NAMES, is_parquet, require_pyarrow
+from m0kit.jobs.rows import Scored, count, identity
 from m0kit.jobs.windows import Work
 from m0kit.reading.lines import JSON_NAMES
 from m0kit.terminal import bar, say
@@ -84,7 +85,7 @@ def score_file(
         _tell(journal)
         resumed = sum(end - start for start, end in done)
         if resumed < total:
-            with _Progress(total, resumed, progress) as told:
+            with _progress(total, resumed, progress) as told:
                 run = functools.partial(engine, artifact.absolute(), load)
                 is_ours = not getattr(engine, "elsewhere", False)
                 for result in _scored(run, source.absolute(), journal, done, is_ours):
@@ -93,7 +94,7 @@ def score_file(
                         continue
                     if strict and result.error:
                         raise InputError(f"{source}: {result.error}")
-                    told.update(journal.add(result))
+                    told(journal.add(result))
             journal.commit()
         if identity(source).items() - facts.items():
             raise InputError(f"{source}: has changed while it was read. Start anew with --overwrite.")
@@ -108,7 +109,7 @@ def score_file(
 def _check_places(source: Path, output: Path) -> None:
     for path, error in ((source, InputError), (output, OutputError)):
         if is_parquet(path):
-            parquet(path)
+            require_pyarrow(path)
         elif path.suffix.lower() not in JSON_NAMES:
             known = ", ".join((*JSON_NAMES, *PARQUET_NAMES))
             raise error(f"{path}: JSON lines or Parquet is told from the name, which must end with {known}. Rename it.")
@@ -258,29 +259,24 @@ def _others(ranges: Ranges) -> Ranges:
 # --- progress ----------------------------------------------------------------------------------------
 
 
-class _Progress:
-    """How far a job is: a bar on a terminal, a line now and then elsewhere, on stderr."""
+@contextlib.contextmanager
+def _progress(total: int, resumed: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """How far a job is, on stderr: a bar on a terminal, a line now and then elsewhere. It is told of rows done."""
+    started = told = time.monotonic()
+    done, in_lines = resumed, shown and not sys.stderr.isatty()
+    before = f" ({resumed} from before)" if resumed else ""
+    note = f"{resumed} rows from before" if resumed else ""
+    with bar(total=total, initial=resumed, unit="row", desc=note, shown=shown) as drawn:
 
-    def __init__(self, total: int, resumed: int, shown: bool) -> None:
-        self._total, self._done, self._resumed = total, resumed, resumed
-        self._started = self._told = time.monotonic()
-        self._lines = shown and not sys.stderr.isatty()
-        note = f"{resumed} rows from before" if resumed else ""
-        self._bar = bar(total=total, initial=resumed, unit="row", desc=note, shown=shown)
+        def update(num_rows: int) -> None:
+            nonlocal done, told
+            done += num_rows
+            drawn.update(num_rows)
+            now = time.monotonic()
+            if in_lines and now - told >= PROGRESS_S:
+                told = now
+                rate = (done - resumed) / (now - started)
+                left = f", {(total - done) / rate / 60:.0f} min left" if rate else ""
+                say(f"{done} of {total} rows{before}, {rate:.1f} rows/s{left}")
 
-    def update(self, num_rows: int) -> None:
-        self._done += num_rows
-        self._bar.update(num_rows)
-        now = time.monotonic()
-        if self._lines and now - self._told >= PROGRESS_S:
-            self._told = now
-            rate = (self._done - self._resumed) / (now - self._started)
-            left = f", {(self._total - self._done) / rate / 60:.0f} min left" if rate else ""
-            before = f" ({self._resumed} from before)" if self._resumed else ""
-            say(f"{self._done} of {self._total} rows{before}, {rate:.1f} rows/s{left}")
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        yield update

@@ -19,7 +19,8 @@ import numpy as np
 from m0kit.errors import OutputError
 from m0kit.files import named_errors, writing
 from m0kit.jobs.journal import Journal
-from m0kit.jobs.rows import Scored, is_parquet, open_parquet, writable
+from m0kit.jobs.parquet import is_parquet, open_parquet
+from m0kit.jobs.rows import Scored, writable
 
 WRITE_ROWS = 1 << 16  # of Parquet at a time
 

@@ -549,7 +549,7 @@ class Store:
                 view = np.empty(0, np.uint8)
                 crc = begun(True, piece.key) ^ 1
             new.append(New(piece.content, piece.key, [_bytes_of(view)], piece.used, piece.warm, crc))
-        with self._published(new, fresh=number == self.catalogue.segments()[-1][0]):
+        with self._published(new, fresh=number == max(dict(self.catalogue.segments()), default=0)):
             self.catalogue.drop_records([*drop, *lost])
         if number in dict(self.catalogue.segments()):  # it should be empty now, and so gone
             raise index_damaged(self.path)

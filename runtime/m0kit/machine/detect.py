@@ -35,14 +35,12 @@ FEATURE_NAMES: Final = {
     "dotprod": "dotprod",
     "i8mm": "i8mm",
 }
-# How Linux calls them in /proc/cpuinfo.
+# How Linux calls those in /proc/cpuinfo that it calls otherwise.
 _FLAGS: Final = {
-    "avx2": {"avx2"},
     "avx512": {"avx512f"},
     "vnni": {"avx512_vnni", "avx_vnni"},
     "amx": {"amx_int8"},
     "dotprod": {"asimddp"},
-    "i8mm": {"i8mm"},
 }
 
 
@@ -121,7 +119,7 @@ def read_cpuinfo(text: str, arch: str) -> tuple[str, Features]:
     cpu = fields.get("model name", "")
     if cpu and "cpu family" in fields:  # many a machine in a cloud has no better name than its maker's
         cpu += f" (family {fields['cpu family']}, model {fields.get('model')})"
-    return cpu, {name: None if flags is None else bool(_FLAGS[name] & set(flags.split())) for name in known}
+    return cpu, {name: None if flags is None else bool(_FLAGS.get(name, {name}) & set(flags.split())) for name in known}
 
 
 def read_sysctl(text: str, arch: str) -> tuple[str, int | None, Features]:
@@ -129,15 +127,11 @@ def read_sysctl(text: str, arch: str) -> tuple[str, int | None, Features]:
     fields = _fields(text)
     keys = {"avx2": "avx2_0", "avx512": "avx512f", "vnni": "avx512vnni", "dotprod": "arm.FEAT_DotProd"}
     keys["i8mm"] = "arm.FEAT_I8MM"
-
-    def has(name: str) -> bool | None:
-        if name == "amx":  # Intel's: no Mac ever had it
-            return False
-        value = fields.get(f"hw.optional.{keys[name]}")
-        return None if value is None else value == "1"
-
+    states = {"0": False, "1": True}
+    found = {name: states.get(fields.get(f"hw.optional.{keys.get(name)}", "")) for name in FEATURES.get(arch, ())}
+    if "amx" in found:
+        found["amx"] = False  # Intel's: no Mac ever had it
     size = fields.get("hw.memsize", "")
-    found = {name: has(name) for name in FEATURES.get(arch, ())}
     return fields.get("machdep.cpu.brand_string", ""), int(size) if size.isdigit() else None, found
 
 

@@ -41,10 +41,6 @@ class Pixels:
     grid_thw: NDArray[np.int64]  # (3,) 1, rows and columns of patches
     num_tokens: int  # V, visual tokens: 2×2 patches each
 
-    @property
-    def num_patches(self) -> int:
-        return int(self.grid_thw.prod())
-
 
 @dataclass(frozen=True, slots=True)
 class Patches:

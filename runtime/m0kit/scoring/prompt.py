@@ -53,11 +53,6 @@ class Prompt:
         """(T,)"""
         return np.concatenate([self.prefix[: self.prefix_length], self.suffix])
 
-    @property
-    def image_token_index(self) -> NDArray[np.int64]:
-        """(V,) where image pads stand in `token_ids`."""
-        return np.nonzero(self.token_ids == self.image_pad_id)[0].astype(np.int64)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptDocument:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tests._hub import cached
+from tests.hub import cached
 
 from m0kit import Reranker
 from m0kit.errors import DependencyError, M0kitError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, write_manifest

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tests._protobuf import external, graph_of, message, number, varint
+from tests.protobuf import external, graph_of, message, number, varint
 
 from m0kit.artifact.external import ExternalTensor, external_tensors
 

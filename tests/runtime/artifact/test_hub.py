@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tests._hub import COMMIT, Hub, cached, served
-from tests._sealed import edit_manifest
+from tests.hub import COMMIT, Hub, cached, served
+from tests.sealed import edit_manifest
 
 from m0kit import Reranker
 from m0kit.artifact.hub import is_id, resolve

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests._hub import cached
-from tests._protobuf import external, graph_of
-from tests._sealed import edit_manifest, put_file
+from tests.hub import cached
+from tests.protobuf import external, graph_of
+from tests.sealed import edit_manifest, put_file
 
 from m0kit.artifact import manifest as module
 from m0kit.artifact.manifest import (

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests._hub import cached
-from tests._sealed import edit_manifest
+from tests.hub import cached
+from tests.sealed import edit_manifest
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit.jobs.pages import Column, page_sizes, read_footer
 

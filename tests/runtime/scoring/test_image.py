@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from tests._alone import optional
+from tests.alone import optional
 
 from m0kit.config import ImageConfig
 from m0kit.errors import ImageError
@@ -74,7 +74,7 @@ def ours(source: bytes | Image.Image, config: ImageConfig) -> tuple[NDArray[np.f
     assert isinstance(picture, Picture)
     pixels = resize(picture, config, WHERE)
     patches = patchify(pixels, config)
-    assert pixels.num_patches == len(patches.values) == 4 * pixels.num_tokens
+    assert int(pixels.grid_thw.prod()) == len(patches.values) == 4 * pixels.num_tokens
     return patches.values, patches.grid_thw.tolist()
 
 

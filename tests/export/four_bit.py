@@ -6,7 +6,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from tests.export import _tiny
+from tests.export import tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -26,7 +26,7 @@ class Published(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
 
 def raw_config() -> dict[str, Any]:
     """The tiny one in multiples of the block: other rows, bitsandbytes 0.50 dequantises wrongly (on AVX-512)."""
-    raw = _tiny.published_config()
+    raw = tiny_model.published_config()
     raw["hidden_size"], raw["intermediate_size"] = 64, 128
     raw["rope_scaling"] = {"mrope_section": [2, 3, 3], "type": "mrope"}
     raw["vision_config"] |= {"embed_dim": 64, "hidden_size": 64}
@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype) -> Path:
     generator = torch.Generator().manual_seed(0)
     shapes = {name: p.shape for name, p in make_model().named_parameters()}
     tensors = {name: (torch.randn(shape, generator=generator) * 0.2).to(dtype) for name, shape in shapes.items()}
-    return _tiny.write_checkpoint(folder, tensors, raw_config())
+    return tiny_model.write_checkpoint(folder, tensors, raw_config())
 
 
 def load_in_4bit(folder: Path, dtype: torch.dtype, **options: Any) -> Published:
@@ -66,4 +66,4 @@ def load_in_4bit(folder: Path, dtype: torch.dtype, **options: Any) -> Published:
 def quantised_names(model: nn.Module) -> set[str]:
     """Published names of the weights in 4 bits."""
     modules = model.named_modules()
-    return {_tiny.old_name(f"{path}.weight") for path, module in modules if isinstance(module, bnb.nn.Linear4bit)}
+    return {tiny_model.old_name(f"{path}.weight") for path, module in modules if isinstance(module, bnb.nn.Linear4bit)}
