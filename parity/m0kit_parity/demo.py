@@ -6,15 +6,14 @@ pages once and asks them twice, holds the artifact against the PyTorch reference
     python -m m0kit_parity.demo
 """
 
-import json
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from m0kit.terminal import run, show
+from m0kit_parity.small.evaluate import Item, read_set
 from m0kit_parity.small.files import SMALL
 
 TEXT, CODE, PAGES = "text", "code", "pages"
@@ -39,7 +38,7 @@ def main() -> None:
         _say("5. Read the pages once, ask again")
         m0kit("index", "add", base, root / "library", *pages)
         m0kit("index", "stats", root / "library")
-        m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES)["query"], "--top-n", "3")
+        m0kit("rerank", base, "--index", root / "library", "--query", _case(PAGES).query, "--top-n", "3")
         _say("6. Parity with the PyTorch reference, stage by stage")
         adapted = (SMALL / "base", "--adapter", SMALL / "adapters" / "code")
         m0kit("parity", "run", *adapted, code, "--html", "m0kit-parity.html")
@@ -51,10 +50,9 @@ def main() -> None:
         _say("All done. The reports are m0kit-parity.html and m0kit-evaluate.html in this folder.")
 
 
-def _case(kind: str) -> Any:
+def _case(kind: str) -> Item:
     """The first held-out query of a set, with its documents."""
-    with open(SMALL / "eval" / f"{kind}.jsonl", encoding="utf-8") as file:
-        return json.loads(file.readline())
+    return read_set(SMALL / "eval", kind)[0]
 
 
 def _rerank(artifact: Path, kind: str, root: Path) -> list[Path]:
@@ -63,17 +61,17 @@ def _rerank(artifact: Path, kind: str, root: Path) -> list[Path]:
     folder = root / kind
     folder.mkdir(exist_ok=True)
     paths = []
-    for index, (document, relevance) in enumerate(zip(case["documents"], case["relevance"], strict=True)):
-        if isinstance(document, dict):
-            paths.append(SMALL / "eval" / document["image"])
+    for index, (document, relevance) in enumerate(zip(case.documents, case.relevance, strict=True)):
+        if isinstance(document, Path):
+            paths.append(document)
             continue
         path = folder / f"{index}{'-relevant' if relevance else ''}.txt"
         path.write_text(document, "utf-8")
         paths.append(path)
     if kind == PAGES:
-        best = [paths[i].name for i, relevance in enumerate(case["relevance"]) if relevance]
+        best = [paths[i].name for i, relevance in enumerate(case.relevance) if relevance]
         show(f"(the right answer is {' or '.join(best)})")
-    m0kit("rerank", artifact, "--query", case["query"], "--top-n", "5", *paths)
+    m0kit("rerank", artifact, "--query", case.query, "--top-n", "5", *paths)
     return paths
 
 

@@ -21,16 +21,17 @@ import click
 
 from m0kit.artifact.ports import KV, Kept
 from m0kit.cli.options import ARTIFACT, JSON, PARTLY, require_place
+from m0kit.machine.detect import describe
 from m0kit.precision import SCHEMES
 from m0kit.terminal import say, show, show_json, show_text
 from m0kit_parity.bench import growth as growing
 from m0kit_parity.bench import ranking as ranked
 from m0kit_parity.bench.adding import adding, adding_table
-from m0kit_parity.bench.options import PEERS, PLOT, THREADS, require_packages
+from m0kit_parity.bench.options import PACKAGES, PEERS, PLOT, THREADS, require_packages
 from m0kit_parity.bench.pairs import Missing, pairs_table, whole_pairs
 from m0kit_parity.bench.reuse import PARTS, reuse_parts
 from m0kit_parity.bench.reuse_results import charts, tables
-from m0kit_parity.bench.timing import machine, told
+from m0kit_parity.bench.timing import told
 from m0kit_parity.bench.workloads import prompts_of, workloads
 from m0kit_parity.drawing.plot import write_plot
 from m0kit_parity.drawing.table import Rows, table
@@ -87,7 +88,7 @@ def pairs(
         results = whole_pairs(
             root / "wide", artifacts, loads, peers=peer_names, repeats=repeats, threads=threads, scratch=root / "peers"
         )
-    about = {**machine(), "threads": threads, "layers": layers, "repeats": repeats}
+    about = {**describe(*PACKAGES), "threads": threads, "layers": layers, "repeats": repeats}
     notes = dict.fromkeys(r.error for r in results if isinstance(r, Missing))
     _tell(about, {"results": [asdict(r) for r in results]}, [pairs_table(results)], as_json, notes)
     ctx.exit(PARTLY if notes else 0)
@@ -112,7 +113,7 @@ def growth(
     )
     if plot_file:
         write_plot(plot_file, growing.seconds_charts(measured))
-    about = {**machine(), "threads": threads, "artifact": str(artifact), "repeats": repeats}
+    about = {**describe(*PACKAGES), "threads": threads, "artifact": str(artifact), "repeats": repeats}
     _tell(about, {"seconds": measured}, growing.seconds_tables(measured), as_json)
 
 
@@ -140,7 +141,7 @@ def memory(
     )
     if plot_file:
         write_plot(plot_file, growing.memory_charts(measured))
-    about = {**machine(), "threads": threads, "memory": mode, "artifact": str(artifact)}
+    about = {**describe(*PACKAGES), "threads": threads, "memory": mode, "artifact": str(artifact)}
     notes = dict.fromkeys(error for errors in failed.values() for error in errors.values())
     facts = {"mebibytes": measured, "failed": failed}
     _tell(about, facts, growing.memory_tables(measured, failed), as_json, notes)
@@ -199,7 +200,7 @@ def reuse(
     )  # fmt: skip
     if plot_file:
         write_plot(plot_file, charts(results))
-    about = {**machine(), "threads": threads, "artifact": str(artifact), "kv": kv, "repeats": repeats}
+    about = {**describe(*PACKAGES), "threads": threads, "artifact": str(artifact), "kv": kv, "repeats": repeats}
     facts = {part: [asdict(r) for r in found] if part == "cached" else asdict(found) for part, found in results.items()}
     _tell(about, facts, tables(results), as_json)
 

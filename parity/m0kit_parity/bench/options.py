@@ -12,6 +12,7 @@ from m0kit.errors import DependencyError, InputError
 
 THREADS = click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default=True)
 PLOT = click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG.")
+PACKAGES: Final = ("torch", "transformers")  # whose versions a figure depends on too
 # Each peer, and the packages that it needs with what installs them; read without importing PyTorch.
 _LLAMA: Final = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
 PEERS: Final[Mapping[str, Mapping[str, str]]] = {

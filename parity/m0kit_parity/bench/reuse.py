@@ -41,17 +41,7 @@ from m0kit.scoring.prepare import Document
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
 from m0kit.scoring.schedule import PAST_BYTES
 from m0kit.terminal import bar
-from m0kit_parity.bench.reuse_results import (
-    Asking,
-    Cached,
-    CacheSize,
-    Disk,
-    Growth,
-    Indexing,
-    Many,
-    Point,
-    Reading,
-)
+from m0kit_parity.bench.reuse_results import Asking, Cached, CacheSize, Disk, Growth, Indexing, Many, Point, Reading
 from m0kit_parity.bench.timing import compare, doubling, take_turns, timed
 from m0kit_parity.bench.workloads import page_of, prompts_of, text_of
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from m0kit.errors import M0kitError
-from m0kit.machine.detect import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +73,8 @@ def compare(workload: str, times: Mapping[str, Sequence[float]], baseline: str) 
     return timings
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on."""
-    return describe("torch", "transformers")
-
-
 def told(about: Mapping[str, Any]) -> str:
-    """The same in a line."""
+    """What a figure depends on (`m0kit.machine.detect.describe`), in a line."""
     return "; ".join(f"{key} {value}" for key, value in about.items())
 
 

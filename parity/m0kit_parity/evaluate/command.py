@@ -16,9 +16,9 @@ from m0kit.artifact.ports import Kept
 from m0kit.cli.options import JSON, PARTLY, require_place, tell
 from m0kit.cli.page import write as write_page
 from m0kit.errors import InputError
+from m0kit.machine.detect import describe
 from m0kit.terminal import say, show_json, show_text
-from m0kit_parity.bench.options import THREADS
-from m0kit_parity.bench.timing import machine
+from m0kit_parity.bench.options import PACKAGES, THREADS
 from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, check_same_model, compare
 from m0kit_parity.evaluate.judged import Query, builtin_sets, read_judged
 from m0kit_parity.evaluate.render import to_html, to_json, to_text
@@ -81,7 +81,7 @@ def evaluate(
         if bad and strict:
             raise InputError(next(iter(bad.values())))
         sets = {pairs.name: queries}
-    about = {**machine(), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
+    about = {**describe(*PACKAGES), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
     evaluation, notes = compare(
         folders, sets, loads, threads=threads, repeats=repeats, speed=not no_speed, max_pixels=max_pixels,
         strict=strict, about=about, bad=list(bad.values()), kvs=kvs,

@@ -17,9 +17,9 @@ import click
 
 from m0kit.cli.options import PARTLY
 from m0kit.errors import InputError, M0kitError
+from m0kit.machine.detect import describe
 from m0kit.terminal import say
-from m0kit_parity.bench.options import THREADS
-from m0kit_parity.bench.timing import machine
+from m0kit_parity.bench.options import PACKAGES, THREADS
 from m0kit_parity.child import Child
 from m0kit_parity.figures.page import MARKDOWN, Measured, Page
 from m0kit_parity.figures.workshop import QUICK, WHOLE, Workshop
@@ -53,7 +53,7 @@ def figures(
     if unknown := [name for name in only if name not in FIGURES]:
         raise click.UsageError(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}.")
     texts = {name: text_of(name) for name in FIGURES}
-    about = {**machine(), "threads": threads, "quick": quick}
+    about = {**describe(*PACKAGES), "threads": threads, "quick": quick}
     failed = []
     with tempfile.TemporaryDirectory(prefix="m0kit-figures-") as temporary:
         shop = Workshop(work or Path(temporary), QUICK if quick else WHOLE, threads)

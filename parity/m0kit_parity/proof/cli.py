@@ -13,14 +13,16 @@ Exit codes: 0 pass or near-tie, 1 a stage failed, 3 lines of --pairs were left o
 every m0kit command.
 """
 
+import functools
 import platform
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 
@@ -31,6 +33,7 @@ from m0kit.cli.page import Contents
 from m0kit.cli.page import write as write_page
 from m0kit.errors import CheckpointError, M0kitError
 from m0kit.files import sha256_of
+from m0kit.reranker import Reranker
 from m0kit.terminal import say, show, show_json, show_text
 from m0kit_parity.child import Child
 from m0kit_parity.proof.cases import Case, builtin_cases, pairs_file, published_groups
@@ -42,8 +45,6 @@ from m0kit_parity.proof.render import to_html, to_json, to_text
 from m0kit_parity.proof.report import Report, check, check_published
 from m0kit_parity.proof.tolerances import tolerances
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 # What can change a figure on either side.
 _PACKAGES: Final = ("m0kit", "torch", "transformers", "peft", "tokenizers", "pillow", "numpy", "onnxruntime")
 
@@ -52,23 +53,169 @@ _PACKAGES: Final = ("m0kit", "torch", "transformers", "peft", "tokenizers", "pil
 _SEED: Final = 0
 
 
-def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
-    def apply(function: _F) -> _F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """What PyTorch's side is of: CHECKPOINT and the options of `record`, as they were given."""
 
-    return apply
+    checkpoint: str
+    revision: str | None
+    adapter: tuple[str, ...]
+    cases: tuple[str, ...]
+    heavy: bool
+    pairs: Path | None
+    layers: bool
+
+    def look(self) -> None:
+        """Whether checkpoint and adapters are there at all, before PyTorch is imported to read them."""
+        from m0kit_export.adapter import AdapterSpec  # which the check of an artifact does without
+        from m0kit_export.folder import find_folder
+
+        find_folder(self.checkpoint, self.revision)
+        for text in self.adapter:
+            AdapterSpec.parse(text).check()
+
+    def chosen(self) -> tuple[tuple[Case, ...], int]:
+        """The cases, and the exit code when all goes well: lines that cannot be used are told and left out."""
+        if self.pairs is None:
+            return builtin_cases(self.cases, self.heavy), 0
+        own, errors = pairs_file(self.pairs)
+        tell("error", (("", error) for error in errors.values()))
+        chosen = (*(builtin_cases(self.cases, self.heavy) if self.cases else ()), own)
+        return chosen, PARTLY if errors else 0
+
+    def command(self, output: Path) -> str:
+        """As it would be typed."""
+        words = ["m0kit", "parity", "record", self.checkpoint]
+        words += [] if self.revision is None else ["--revision", self.revision]
+        words += [part for adapter in self.adapter for part in ("--adapter", adapter)]
+        words += [part for name in self.cases for part in ("--cases", name)]
+        words += ["--heavy"] * self.heavy
+        words += ["--pairs", str(self.pairs)] if self.pairs else []
+        return shlex.join([*words, *["--layers"] * self.layers, "-o", str(output)])
+
+    def record(
+        self, folder: Path, cases: Sequence[Case], command: str, threads: int | None, artifact: Path | None = None
+    ) -> None:
+        """Load the reference in this process and record; first see that `artifact` was made from the same weights."""
+        import torch
+
+        from m0kit_export.adapter import AdapterSpec
+        from m0kit_export.checkpoint import open_checkpoint
+        from m0kit_export.merge import AdapterStack
+        from m0kit_parity.reference import Reference
+
+        torch.manual_seed(_SEED)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        specs = [AdapterSpec.parse(adapter) for adapter in self.adapter]
+        opened = open_checkpoint(self.checkpoint, self.revision)
+        AdapterStack.open(specs, opened)  # what export would refuse is refused here, in the same words
+        provenance = {
+            "versions": _versions(),
+            "checkpoint": {
+                "source": str(opened.source), "licence": opened.licence, "fingerprint": opened.fingerprint()
+            },
+            "adapters": [
+                {"path": str(spec.path), "weight": spec.weight, "sha256": _hashes(Path(spec.path))} for spec in specs
+            ],
+            "seed": _SEED,
+        }  # fmt: skip
+        if artifact is not None:
+            require_same_origin(artifact, read_manifest(artifact).provenance, provenance, "or give another artifact.")
+        say(f"loading {self.checkpoint} in PyTorch")
+        reference = Reference.load(opened.folder, adapters=[(spec.path, spec.weight) for spec in specs])
+        record(
+            folder, cases, reference, model=opened.config, command=command, provenance=provenance, layers=self.layers,
+            progress=say,
+        )  # fmt: skip
 
 
-_record_options = _options(
+@dataclass(frozen=True, slots=True)
+class _Checking:
+    """How the artifact's side runs and what is made of it: the options that all checks have."""
+
+    device: str
+    threads: int | None
+    engine: str
+    html: Path | None
+    json: bool
+
+    def require(self, artifact: Path, manifest: Manifest) -> None:
+        """What would end a check after minutes is looked at first."""
+        require_place(self.html)
+        require_standard(self.engine, artifact, manifest)
+
+    def open(self, artifact: Path) -> Reranker:
+        """The artifact, to be run."""
+        return Reranker.load(artifact, device=self.device, threads=self.threads, open_graph=ENGINES[self.engine])
+
+    def check(self, artifact: Path, folder: Path, names: Sequence[str], layers: bool) -> None:
+        """Hold an artifact against a golden folder, and finish."""
+        golden = Golden.open(folder)
+        manifest = read_manifest(artifact)
+        golden.require(manifest.model, layers)
+        golden.require_cases(names)
+        self.require(artifact, manifest)
+        tolerances(manifest.scheme)
+        advice = f"{folder} was recorded by: {golden.command}"
+        require_same_origin(artifact, manifest.provenance, golden.provenance, advice)
+        say(f"opening {artifact} on {self.device}")
+        reranker = self.open(artifact)
+        about = {
+            "artifact": str(artifact),
+            "scheme": manifest.scheme,
+            "device": self.device,
+            "engine": self.engine,
+            "versions": _versions(),
+            "artifact_provenance": manifest.provenance,
+            "golden": {"command": golden.command, "created": golden.created, "provenance": golden.provenance},
+        }
+        picture = self.picture()
+        report = check(
+            golden, reranker, manifest.scheme, about, names=names, layers=layers, picture=picture, progress=say
+        )
+        self.finish(report)
+
+    def picture(self) -> Callable[[Any], str]:
+        """What a page shows of an image, where there is to be a page."""
+        return Contents().shown if self.html is not None else lambda _: ""
+
+    def finish(self, report: Report) -> None:
+        """Print, write the page, and leave with the verdict's exit code."""
+        if self.html is not None:
+            write_page(self.html, to_html(report))
+        if self.json:
+            show_json(to_json(report), indent=1)
+        else:
+            show_text(to_text(report))
+        if report.verdict is Verdict.FAIL:
+            click.get_current_context().exit(1)
+
+
+def _together(kind: type[Any], name: str, *parameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Parameters that a command gets as one `kind`, by `name`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(**given: Any) -> Any:
+            own = {field.name: given.pop(field.name) for field in fields(kind)}
+            return function(**given, **{name: kind(**own)})
+
+        decorated: Callable[..., Any] = command
+        for parameter in reversed(parameters):
+            decorated = parameter(decorated)
+        return decorated
+
+    return decorate
+
+
+_LAYERS = click.option("--layers", is_flag=True, help="Also the hidden state after each decoder layer.")
+_RECORDING = _together(
+    _Recording,
+    "recording",
+    click.argument("checkpoint"),
     click.option("--revision", help=REVISION_HELP.format("CHECKPOINT")),
-    click.option(
-        "--adapter",
-        multiple=True,
-        metavar="PATH[:WEIGHT]",
-        help="LoRA adapter to merge; repeatable.",
-    ),
+    click.option("--adapter", multiple=True, metavar="PATH[:WEIGHT]", help="LoRA adapter to merge; repeatable."),
     click.option("--cases", multiple=True, metavar="NAME", help="Only this case; repeatable."),
     click.option("--heavy", is_flag=True, help="Also the cases that take minutes on the published model."),
     click.option(
@@ -77,14 +224,16 @@ _record_options = _options(
         help='Your own pairs, one {"query": …, "documents": […]} per line, in place of the built-in cases '
         "(with --cases, beside those).",
     ),
+    _LAYERS,
 )
-_layers_option = click.option("--layers", is_flag=True, help="Also the hidden state after each decoder layer.")
-_check_options = _options(
+_CHECKING = _together(
+    _Checking,
+    "checking",
     click.option("--device", default="cpu", show_default=True, help="Where the artifact runs."),
     click.option("--threads", type=click.IntRange(1), help="CPU threads of the artifact's side."),
     click.option(
         "--engine",
-        type=click.Choice(["onnxruntime", "openvino", "onnx"]),
+        type=click.Choice(list(ENGINES)),
         default="onnxruntime",
         show_default=True,
         help="What runs the graphs; onnx is the slow reference evaluator.",
@@ -112,84 +261,57 @@ def parity() -> None:
 
 
 @parity.command("run")
-@click.argument("checkpoint")
+@_RECORDING
 @click.argument("artifact")
-@_record_options
-@_layers_option
-@_check_options
+@_CHECKING
 @click.option("-o", "--output", type=_folder, help="Keep the golden folder here.")
-def run_command(
-    checkpoint: str,
-    artifact: str,
-    revision: str | None,
-    adapter: tuple[str, ...],
-    cases: tuple[str, ...],
-    heavy: bool,
-    pairs: Path | None,
-    layers: bool,
-    device: str,
-    threads: int | None,
-    engine: str,
-    html: Path | None,
-    json: bool,
-    output: Path | None,
-) -> None:
+def run_command(artifact: str, output: Path | None, recording: _Recording, checking: _Checking) -> None:
     """Hold an artifact against PyTorch, stage by stage: record, then check.
 
     The table shows how much of each tolerance was used. The two halves run one after the other, never
     both in memory; alone they are `record`, which needs PyTorch, and `check`, which does not.
     """
-    artifact_folder = resolve(artifact, what="artifact")
-    manifest = read_manifest(artifact_folder)
-    _require(artifact_folder, manifest, engine, html)
-    _look(checkpoint, adapter, revision)
+    folder = resolve(artifact, what="artifact")
+    manifest = read_manifest(folder)
+    checking.require(folder, manifest)
+    tolerances(manifest.scheme)
+    recording.look()
     if output is not None:
         require_free(output)
-    given = {"adapters": [{"path": path} for path in adapter]}
-    require_same_origin(artifact_folder, manifest.provenance, given, "or give another artifact.")
-    chosen, code = _cases(cases, heavy, pairs)
-    arguments = [checkpoint, *_record_arguments(revision, adapter, cases, heavy, pairs, layers)]
+    given = {"adapters": [{"path": path} for path in recording.adapter]}
+    require_same_origin(folder, manifest.provenance, given, "or give another artifact.")
+    chosen, code = recording.chosen()
+    command = recording.command(output or Path("golden"))
     with tempfile.TemporaryDirectory(prefix="m0kit-parity-") as temporary:
         golden = output or Path(temporary) / "golden"
-        command = shlex.join(["m0kit", "parity", "record", *arguments, "-o", str(output or "golden")])
-        recorder = partial(
-            _recorder, checkpoint, revision, golden, adapter, chosen, layers, command, threads, artifact_folder
-        )
+        recorder = partial(_recorder, recording, golden, chosen, command, checking.threads, folder)
         with Child(recorder, patience_s=None) as record_there:
             try:
                 record_there()
             except M0kitError as error:
                 if record_there.alive:
                     raise
-                raise CheckpointError(f"{checkpoint}: PyTorch's side: {error} Choose fewer --cases.") from error
-        _check_here(artifact_folder, golden, (), layers, device, threads, engine, html, json)
+                told = f"{recording.checkpoint}: PyTorch's side: {error} Choose fewer --cases."
+                raise CheckpointError(told) from error
+        checking.check(folder, golden, (), recording.layers)
     click.get_current_context().exit(code)
 
 
+def _recorder(recording: _Recording, *arguments: Any) -> Callable[[], None]:
+    """What a process of its own is asked to do."""
+    return partial(recording.record, *arguments)
+
+
 @parity.command("record")
-@click.argument("checkpoint")
-@_record_options
-@_layers_option
+@_RECORDING
 @click.option("-o", "--output", type=_folder, required=True, help="The golden folder to write.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of PyTorch.")
-def record_command(
-    checkpoint: str,
-    revision: str | None,
-    adapter: tuple[str, ...],
-    cases: tuple[str, ...],
-    heavy: bool,
-    pairs: Path | None,
-    layers: bool,
-    output: Path,
-    threads: int | None,
-) -> None:
+def record_command(output: Path, threads: int | None, recording: _Recording) -> None:
     """Run PyTorch once and keep every stage, with its provenance."""
-    _look(checkpoint, adapter, revision)
+    recording.look()
     require_free(output)
-    arguments = [checkpoint, *_record_arguments(revision, adapter, cases, heavy, pairs, layers), "-o", str(output)]
-    command = shlex.join(["m0kit", "parity", "record", *arguments])
-    chosen, code = _cases(cases, heavy, pairs)
-    _record_here(checkpoint, revision, output, adapter, chosen, layers, command, threads)
+    chosen, code = recording.chosen()
+    recording.record(output, chosen, recording.command(output), threads)
     show(str(output))
     click.get_current_context().exit(code)
 
@@ -198,21 +320,11 @@ def record_command(
 @ARTIFACT
 @click.argument("golden", type=_folder)
 @click.option("--cases", multiple=True, metavar="NAME", help="Only this case; repeatable.")
-@_layers_option
-@_check_options
-def check_command(
-    artifact: Path,
-    golden: Path,
-    cases: tuple[str, ...],
-    layers: bool,
-    device: str,
-    threads: int | None,
-    engine: str,
-    html: Path | None,
-    json: bool,
-) -> None:
+@_LAYERS
+@_CHECKING
+def check_command(artifact: Path, golden: Path, cases: tuple[str, ...], layers: bool, checking: _Checking) -> None:
     """Hold an artifact against a golden folder. Needs no PyTorch."""
-    _check_here(artifact, golden, cases, layers, device, threads, engine, html, json)
+    checking.check(artifact, golden, cases, layers)
 
 
 @parity.command("published")
@@ -223,180 +335,14 @@ def check_command(
     required=True,
     help="Folder with the model card's example texts and images; an incomplete one is told what is missing.",
 )
-@_check_options
-def published_command(
-    artifact: Path,
-    inputs: Path,
-    device: str,
-    threads: int | None,
-    engine: str,
-    html: Path | None,
-    json: bool,
-) -> None:
+@_CHECKING
+def published_command(artifact: Path, inputs: Path, checking: _Checking) -> None:
     """Hold an artifact of the published model against the scores on its model card."""
-    from m0kit.reranker import Reranker
-
     groups = published_groups(inputs)
-    require_place(html)
-    require_standard(engine, artifact, read_manifest(artifact))
-    reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
-    about = {"artifact": str(artifact), "device": device, "reference": "the model card of jina-reranker-m0"}
-    report = check_published(groups, reranker, {**about, "versions": _versions()}, picture=_picture(html))
-    _finish(report, html, json)
-
-
-def _look(checkpoint: str, adapters: Sequence[str], revision: str | None) -> None:
-    """Whether a checkpoint and adapters are there at all, before PyTorch is imported to read them."""
-    from m0kit_export.adapter import AdapterSpec  # which the check of an artifact does without
-    from m0kit_export.folder import find_folder
-
-    find_folder(checkpoint, revision)
-    for text in adapters:
-        AdapterSpec.parse(text).check()
-
-
-def _require(artifact: Path, manifest: Manifest, engine: str, html: Path | None) -> None:
-    """What would end a check after minutes is looked at first."""
-    require_place(html)
-    require_standard(engine, artifact, manifest)
-    tolerances(manifest.scheme)
-
-
-def _cases(names: Sequence[str], heavy: bool, pairs: Path | None) -> tuple[tuple[Case, ...], int]:
-    """The cases, and the exit code when all goes well: lines of `pairs` that cannot be used are told and left out."""
-    if pairs is None:
-        return builtin_cases(names, heavy), 0
-    own, errors = pairs_file(pairs)
-    tell("error", (("", error) for error in errors.values()))
-    return (*(builtin_cases(names, heavy) if names else ()), own), PARTLY if errors else 0
-
-
-def _record_arguments(
-    revision: str | None, adapters: Sequence[str], names: Sequence[str], heavy: bool, pairs: Path | None, layers: bool
-) -> list[str]:
-    """The options of a recording as they would be typed."""
-    arguments = [] if revision is None else ["--revision", revision]
-    arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
-    arguments += [part for name in names for part in ("--cases", name)]
-    arguments += ["--heavy"] * heavy
-    arguments += ["--pairs", str(pairs)] if pairs else []
-    return arguments + ["--layers"] * layers
-
-
-def _recorder(*arguments: Any) -> Callable[[], None]:
-    """What a process of its own is asked to do."""
-    return partial(_record_here, *arguments)
-
-
-def _record_here(
-    source: str,
-    revision: str | None,
-    folder: Path,
-    adapters: Sequence[str],
-    cases: Sequence[Case],
-    layers: bool,
-    command: str,
-    threads: int | None,
-    artifact: Path | None = None,
-) -> None:
-    """Load the reference in this process and record; first see that `artifact` was made from the same weights."""
-    import torch
-
-    from m0kit_export.adapter import AdapterSpec
-    from m0kit_export.checkpoint import open_checkpoint
-    from m0kit_export.merge import AdapterStack
-    from m0kit_parity.reference import Reference
-
-    torch.manual_seed(_SEED)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    specs = [AdapterSpec.parse(adapter) for adapter in adapters]
-    opened = open_checkpoint(source, revision)
-    AdapterStack.open(specs, opened)  # what export would refuse is refused here, in the same words
-    provenance = {
-        "versions": _versions(),
-        "checkpoint": {
-            "source": str(opened.source),
-            "licence": opened.licence,
-            "fingerprint": opened.fingerprint(),
-        },
-        "adapters": [
-            {"path": str(spec.path), "weight": spec.weight, "sha256": _hashes(Path(spec.path))} for spec in specs
-        ],
-        "seed": _SEED,
-    }
-    if artifact is not None:
-        require_same_origin(artifact, read_manifest(artifact).provenance, provenance, "or give another artifact.")
-    say(f"loading {source} in PyTorch")
-    reference = Reference.load(opened.folder, adapters=[(spec.path, spec.weight) for spec in specs])
-    record(
-        folder,
-        cases,
-        reference,
-        model=opened.config,
-        command=command,
-        provenance=provenance,
-        layers=layers,
-        progress=say,
-    )
-
-
-def _check_here(
-    artifact: Path,
-    folder: Path,
-    names: Sequence[str],
-    layers: bool,
-    device: str,
-    threads: int | None,
-    engine: str,
-    html: Path | None,
-    as_json: bool,
-) -> None:
-    from m0kit.reranker import Reranker
-
-    golden = Golden.open(folder)
-    manifest = read_manifest(artifact)
-    golden.require(manifest.model, layers)
-    golden.require_cases(names)
-    _require(artifact, manifest, engine, html)
-    advice = f"{folder} was recorded by: {golden.command}"
-    require_same_origin(artifact, manifest.provenance, golden.provenance, advice)
-    say(f"opening {artifact} on {device}")
-    reranker = Reranker.load(artifact, device=device, threads=threads, open_graph=ENGINES[engine])
-    about = {
-        "artifact": str(artifact),
-        "scheme": manifest.scheme,
-        "device": device,
-        "engine": engine,
-        "versions": _versions(),
-        "artifact_provenance": manifest.provenance,
-        "golden": {
-            "command": golden.command,
-            "created": golden.created,
-            "provenance": golden.provenance,
-        },
-    }
-    report = check(
-        golden, reranker, manifest.scheme, about, names=names, layers=layers, picture=_picture(html), progress=say
-    )
-    _finish(report, html, as_json)
-
-
-def _picture(html: Path | None) -> Callable[[Any], str]:
-    """What a page shows of an image, where there is to be a page."""
-    return Contents().shown if html is not None else lambda _: ""
-
-
-def _finish(report: Report, html: Path | None, as_json: bool) -> None:
-    """Print, write the page, and leave with the verdict's exit code."""
-    if html is not None:
-        write_page(html, to_html(report))
-    if as_json:
-        show_json(to_json(report), indent=1)
-    else:
-        show_text(to_text(report))
-    if report.verdict is Verdict.FAIL:
-        click.get_current_context().exit(1)
+    checking.require(artifact, read_manifest(artifact))
+    about = {"artifact": str(artifact), "device": checking.device, "versions": _versions()}
+    about |= {"reference": "the model card of jina-reranker-m0"}
+    checking.finish(check_published(groups, checking.open(artifact), about, picture=checking.picture()))
 
 
 def _versions() -> dict[str, str]:

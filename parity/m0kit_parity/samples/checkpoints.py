@@ -27,8 +27,6 @@ DType = Literal["float32", "float16", "bfloat16"]
 Naming = Literal["published", "new"]  # before and after transformers 4.52
 ConfigForm = Literal["published", "defaults_left_out", "nested"]
 
-FULL_PARAMETERS = 2_444_721_665  # with lm_head, the published total
-USED_PARAMETERS = 2_211_347_969
 # Bias of the head's last layer that brings the middle of the logits of seed 0 to 2.65, the middle of the
 # scores to one half. Measured: deep random networks give all prompts a common direction.
 _HEAD_BIAS = {"tiny": 4.3, "wide": 1.4, "full": -4.5}

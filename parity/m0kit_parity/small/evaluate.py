@@ -22,6 +22,7 @@ from typing import Final
 
 from PIL import Image
 
+from m0kit.reading.lines import json_object, lines
 from m0kit.reranker import best_first
 from m0kit_parity.small import corpus, pages
 
@@ -123,11 +124,11 @@ def write_sets(
 ) -> None:
     """Draw the sets and write them with their pages."""
     (folder / "pages").mkdir(parents=True, exist_ok=True)
-    lines: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    written: dict[str, list[str]] = {kind: [] for kind in KINDS}
 
     def add(kind: str, query: str, documents: Sequence[object], relevance: Sequence[int]) -> None:
         row = {"query": query, "documents": list(documents), "relevance": list(relevance)}
-        lines[kind].append(json.dumps(row, ensure_ascii=False))
+        written[kind].append(json.dumps(row, ensure_ascii=False))
 
     for item in text_items(text):
         add("text", item.query, [str(d) for d in item.documents], item.relevance)
@@ -142,15 +143,15 @@ def write_sets(
             image.save(folder / names[-1], optimize=True)
         for query, relevance in zip(group.queries, group.relevance, strict=True):
             add("pages", query, [{"image": name} for name in names], relevance)
-    for kind, rows in lines.items():
+    for kind, rows in written.items():
         (folder / f"{kind}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def read_set(folder: Path, kind: str) -> list[Item]:
     """The items of one set."""
     items = []
-    for line in (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, line in lines(folder / f"{kind}.jsonl"):
+        row = json_object(line, "a query with its documents")
         documents = tuple(d if isinstance(d, str) else folder / d["image"] for d in row["documents"])
         items.append(Item(row["query"], documents, tuple(row["relevance"])))
     return items
