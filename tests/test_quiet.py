@@ -146,7 +146,7 @@ _TORCH = re.compile(r"torchinductor_\w+")  # an empty folder that PyTorch makes 
         ("bench memory {artifact} --max-tokens 256 --max-visual-tokens 192", _CACHE, set()),
         ("parity check {artifact} {golden} --engine openvino", _CACHE, set()),
         ("parity check {artifact} {golden} --engine onnx", _CACHE, set()),
-        ("parity {tiny} {artifact} --cases text_text", _CACHE, set()),
+        ("parity run {tiny} {artifact} --cases text_text", _CACHE, set()),
         ("checkpoint tiny out", set(), {"out/*"}),
         ("adapter {tiny} embedding out", set(), {"out/*"}),
         ("export {tiny} -o out --precision nf4", set(), {"out/*"}),

@@ -170,6 +170,7 @@ CASES: dict[tuple[str, ...], list[Case]] = {
         Case(lambda p: [p.artifact, "--only", "indexing", "--documents", "1", "--repeats", "1"]),
         Case(lambda p: [p.artifact, "--only", NASTY]),
     ],
+    ("figures",): [Case(lambda _: ["--only", NASTY])],
     ("bench", "store"): [Case(lambda _: ["--max-records", NASTY])],
 }
 

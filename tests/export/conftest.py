@@ -1,6 +1,7 @@
 """What the exporter's tests share: random checkpoints and their artifacts, once per process."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,17 @@ def model() -> tiny_model.Reranker:
 def checkpoint(model: tiny_model.Reranker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("checkpoint")
     return open_checkpoint(tiny_model.write_checkpoint(folder, tiny_model.published_tensors(model)))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.write_checkpoint(tmp_path_factory.mktemp("original") / "base")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(original, tmp_path / "base"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Not a test file. The widths are pairwise different, so that a transposed or exch
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,14 @@ def write_checkpoint(
         metadata={"format": "pt"},
     )
     return folder
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    raw = json.loads(path.read_text())
+    edit(raw)
+    write_json(path, raw)
+
+
+def linked(folder: Path, name: str, target: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)

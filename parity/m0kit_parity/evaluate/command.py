@@ -6,7 +6,6 @@ Exit codes: 0 all well, 3 some lines or measurements failed and the others are r
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,8 +19,8 @@ from m0kit.errors import InputError
 from m0kit.machine.detect import describe
 from m0kit.terminal import say, show_json, show_text
 from m0kit_parity.bench.options import PACKAGES, THREADS
-from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, compare
-from m0kit_parity.evaluate.judged import builtin_sets, read_judged
+from m0kit_parity.evaluate.compare import VISUAL_TOKENS, builtin_workloads, check_same_model, compare
+from m0kit_parity.evaluate.judged import Query, builtin_sets, read_judged
 from m0kit_parity.evaluate.render import to_html, to_json, to_text
 
 
@@ -66,25 +65,27 @@ def evaluate(
     {"text": …} or {"image": …} with a path relative to the file. Without "relevance", quality is agreement with
     the baseline.
     """
-    about = {"threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
     require_place(html)
     folders = [resolve(artifact, what="artifact") for artifact in artifacts]
+    manifests = [read_manifest(folder) for folder in folders]
+    check_same_model(folders, manifests)
+    sets: dict[str, list[Query]]
+    bad: dict[str, str] = {}
+    loads, max_pixels = None, None  # the file's own pairs
     if pairs is None:
-        image = read_manifest(folders[0]).model.image
-        evaluation, notes = compare(
-            folders, builtin_sets(), builtin_workloads(folders[0]), threads=threads, repeats=repeats,
-            speed=not no_speed, max_pixels=max(image.max_pixels, VISUAL_TOKENS * image.factor**2), strict=strict,
-            about=about, kvs=kvs,
-        )  # fmt: skip
+        image = manifests[0].model.image
+        sets, loads = builtin_sets(), builtin_workloads(folders[0])
+        max_pixels = max(image.max_pixels, VISUAL_TOKENS * image.factor**2)
     else:
         queries, bad = read_judged(pairs)
         if bad and strict:
             raise InputError(next(iter(bad.values())))
-        evaluation, notes = compare(
-            folders, {pairs.name: queries}, threads=threads, repeats=repeats, speed=not no_speed, strict=strict,
-            about=about, bad=list(bad.values()), kvs=kvs,
-        )  # fmt: skip
-    evaluation = replace(evaluation, about={**describe(*PACKAGES), **evaluation.about})  # it imports ONNX Runtime
+        sets = {pairs.name: queries}
+    about = {**describe(*PACKAGES), "threads": threads, "repeats": repeats, "pairs": str(pairs or "built-in sets")}
+    evaluation, notes = compare(
+        folders, sets, loads, threads=threads, repeats=repeats, speed=not no_speed, max_pixels=max_pixels,
+        strict=strict, about=about, bad=list(bad.values()), kvs=kvs,
+    )  # fmt: skip
     say(*(f"note: {note}" for note in notes))
     tell("error", map(_place_and_reason, evaluation.errors))
     if html:

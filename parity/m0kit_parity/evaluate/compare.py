@@ -60,11 +60,10 @@ def compare(
     `loads` None: the file's own pairs, without the lines that could not be scored. A line that one artifact cannot
     score is left out for all; `bad` are errors known before. With `kvs` every artifact also
     ranks with the documents' keys and values kept so; what that takes in memory and time is `m0kit bench reuse`'s.
-    Raises ArtifactError when the artifacts are not of one model, InputError when no line is left, and with `strict` at
-    the first thing that fails.
+    Raises InputError when no line is left, and with `strict` at the first thing that fails. That the artifacts are of
+    one model is for `check_same_model` to say.
     """
     manifests = [read_manifest(path) for path in artifacts]
-    check_same_model(artifacts, manifests)
     labels = labels_of(artifacts)
     plain: list[tuple[int, Kept]] = [(i, "fp32") for i in range(len(artifacts))]
     sides = [*plain, *((i, kv) for i in range(len(artifacts)) for kv in kvs)]

@@ -178,17 +178,18 @@ class Catalogue:
 
     def rows(self, query: str, *values: object) -> list[Any]:
         """All rows that a query finds."""
-        with self.fork_lock, self._guarded():
+        with self.fork_lock:
             try:
                 return self.connection().execute(query, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if not (self._is_open and database.needs_rollback(error)):
-                    raise
-            # The database was whole when this was opened: so the writer lived beside us, and this is no stranger's
-            # journal.
-            with suppress(sqlite3.Error):
-                database.connect(self.path / INDEX, writing=True, wait_s=WAIT_S).close()
-            return self.connection().execute(query, values).fetchall()
+            except _SQLITE_RAISES as error:
+                if not (self._is_open and isinstance(error, sqlite3.Error) and database.needs_rollback(error)):
+                    raise _translated(self.path, error, self.writable) from error
+            with self._guarded():
+                # The database was whole when this was opened: so the writer lived beside us, and this is no stranger's
+                # journal.
+                with suppress(sqlite3.Error):
+                    database.connect(self.path / INDEX, writing=True, wait_s=WAIT_S).close()
+                return self.connection().execute(query, values).fetchall()
 
     @contextmanager
     def transaction(self) -> Iterator[list[int]]:
