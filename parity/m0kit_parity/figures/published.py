@@ -62,15 +62,14 @@ def pairs(shop: Workshop) -> Found:
     (`pip install 'm0kit[peers]'`). All but transformers save most of the last layer, which flatters them with few
     layers more than with 28.
     """
-    wide, layers = shop.folder / "layers", shop.sizes.layers
+    wide, layers = shop.scratch / "layers", shop.sizes.layers
     write_checkpoint(wide, "wide", num_layers=layers, vision_depth=layers)
     artifacts = {}
     for precision in ("fp32", "int8", "int4", "nf4"):
-        artifacts[precision] = shop.folder / f"layers-{precision}"
+        artifacts[precision] = shop.scratch / precision
         run_m0kit("export", wide, "-o", artifacts[precision], "--precision", precision)
     peers = [name for name in PEERS if _installed(PEERS[name])]
     parts = _side_by_side(shop, wide, artifacts, shop.sizes.loads, peers, shop.sizes.repeats)
-    shop.forget(wide, *artifacts.values(), shop.folder / "peers")
     return Found([*parts, f"{layers} decoder layers and {layers} vision blocks; {shop.sizes.repeats} turns."])
 
 
@@ -103,12 +102,12 @@ def precisions(shop: Workshop) -> Found:
         rows.append([precision, *_cost(cost), f"{_gigabytes(artifact):.2f}", f"{opened:.2f}", *peaks])
         if precision not in ("fp32", "int8", "int4"):  # which are measured further
             shop.forget(artifact)
-    adapter = shop.folder / "embedding"
+    adapter = shop.scratch / "embedding"
     run_m0kit("adapter", shop.checkpoint("big"), "embedding", adapter)
     cost = shop.export("big", "fp32", "--adapter", adapter, name="adapted")
     size = _gigabytes(shop.place("big", "fp32", "adapted"))
     rows.append(["fp32, adapter on the embedding", *_cost(cost), f"{size:.2f}", *["–"] * 5])
-    shop.forget(adapter, shop.place("big", "fp32", "adapted"))
+    shop.forget(shop.place("big", "fp32", "adapted"))
     return Found([rows, _layers(shop)])
 
 
@@ -240,17 +239,16 @@ def small_machine(shop: Workshop) -> Found:
     int8 weights with `--memory low` and states in int8: `m0kit index add` of texts of 700 tokens, then a whole
     `m0kit rerank --index` on all of them, starting included. Peaks count the mapped weights and the mapped index.
     """
-    artifact, folder = shop.artifact("big", "int8"), shop.folder / "texts"
+    artifact, folder = shop.artifact("big", "int8"), shop.scratch / "texts"
     folder.mkdir()
     prompts, count = prompts_of(artifact), 24
     for i in range(count):
         (folder / f"{i}.txt").write_text(text_document(prompts, min(700, shop.sizes.tokens), i), "utf-8")
-    index, low = shop.folder / "library", ("--memory", "low", "--threads", shop.threads)
+    index, low = shop.scratch / "library", ("--memory", "low", "--threads", shop.threads)
     rows = [["command", "seconds", "peak MiB"]]
     added = run_m0kit("index", "add", artifact, index, folder, "--kv", "int8", *low)
     asked = run_m0kit("rerank", artifact, "--index", index, "--query", "small language model", *low)
     rows += [[f"m0kit index add, {count} texts", *_cost(added)], ["m0kit rerank --index", *_cost(asked)]]
-    shop.forget(folder, index)
     return Found([rows, f"int8. {_layers(shop)}"])
 
 
@@ -363,7 +361,10 @@ def text_of(name: str) -> tuple[str, str]:
 
 def measure(name: str, shop: Workshop, folder: Path) -> tuple[Parts, list[str]]:
     """The parts of a figure, and its plot, which goes into `folder`."""
+    shop.forget(shop.scratch)  # of a run that was ended
+    shop.scratch.mkdir()
     found = FIGURES[name](shop)
+    shop.forget(shop.scratch)
     if not found.charts:
         return found.parts, []
     write_plot(folder / PLOTS[name], found.charts)
@@ -380,7 +381,7 @@ def _side_by_side(
     """A row for each side, a column for each workload; below it what failed."""
     loads = workloads(prompts_of(next(iter(artifacts.values()))), only)
     results = whole_pairs(
-        checkpoint, artifacts, loads, peers=peers, repeats=repeats, threads=shop.threads, scratch=shop.folder / "peers"
+        checkpoint, artifacts, loads, peers=peers, repeats=repeats, threads=shop.threads, scratch=shop.scratch / "peers"
     )
     cells: dict[tuple[str, str], str] = {}
     for r in results:

@@ -51,6 +51,11 @@ class Workshop:
     sizes: Sizes
     threads: int
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what one figure needs alone: empty when it begins, gone when it is measured."""
+        return self.folder / "scratch"
+
     def checkpoint(self, model: Model) -> Path:
         """`big` is random, of full width; `outliers` is the small one with channels made larger."""
         folder = self.folder / model
