@@ -189,7 +189,11 @@ def content() -> Surface:
         except (ValueError, RecursionError):  # what reads JSON is the next surface's
             return None
         said: list[object] = []
-        for parse in (parse_content, parse_pair, lambda v, where: parse_content(from_file(v, folder), where)):
+        for parse in (
+            parse_content,
+            lambda v, _: parse_pair(v),
+            lambda v, where: parse_content(from_file(v, folder), where),
+        ):
             try:
                 found = parse(value, "pair 0: document")
                 if isinstance(found, Picture):
