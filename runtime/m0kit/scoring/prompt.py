@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,31 +38,30 @@ class ImageTokens:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class PromptDocument:
+    """The part of a prompt that a document fixes: token ids, and the text at their end that the query's continues."""
+
+    prefix: NDArray[np.int64]  # its part of the prompt and the query header
+    text: str
+    before_text: int  # tokens of the prefix before those of `text`
+    truncated: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """Token ids of one pair: the start of its document's prefix, then the suffix, the score token last."""
 
-    prefix: NDArray[np.int64]  # all that the document fixes: its part of the prompt and the query header
-    prefix_length: int  # how much of it stands in this prompt
+    document: PromptDocument
+    prefix_length: int  # how much of its prefix stands in this prompt
     suffix: NDArray[np.int64]
     image_pad_id: int
-    document_truncated: bool
     query_truncated: bool
 
     @property
     def token_ids(self) -> NDArray[np.int64]:
         """(T,)"""
-        return np.concatenate([self.prefix[: self.prefix_length], self.suffix])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptDocument:
-    """The part of a prompt that a document fixes: token ids, and the text at their end that the query's continues."""
-
-    prefix: NDArray[np.int64]
-    text: str
-    before_text: int  # tokens of the prefix before those of `text`
-    truncated: bool
+        return np.concatenate([self.document.prefix[: self.prefix_length], self.suffix])
 
 
 class PromptBuilder:
@@ -78,12 +78,13 @@ class PromptBuilder:
         self._encoder = Encoder(tokenizer)
         self.config = config
         self.remembered = Cache(_REMEMBERED)
+        self._in_use: WeakValueDictionary[bytes | ImageTokens, PromptDocument] = WeakValueDictionary()
 
     def with_limits(self, config: PromptConfig) -> "PromptBuilder":
         """The same tokenizer under another configuration."""
         other = copy.copy(self)
-        other.config = config
-        other.remembered = Cache(_REMEMBERED)
+        other.config, other.remembered = config, Cache(_REMEMBERED)
+        other._in_use = WeakValueDictionary()  # noqa: SLF001 — of its own class
         return other
 
     def build(self, query: str | ImageTokens, document: "str | ImageTokens | PromptDocument") -> Prompt:
@@ -115,22 +116,22 @@ class PromptBuilder:
                 f"of {config.max_length} tokens. Lower max_pixels, shrink the image, or shorten the document."
             )
         return Prompt(
-            prefix=prefix,
+            document=document,
             prefix_length=used,
             suffix=np.asarray([*own, config.score_token_id], np.int64),
             image_pad_id=pad,
-            document_truncated=document.truncated,
             query_truncated=truncated,
         )
 
     def document(self, document: str | ImageTokens) -> PromptDocument:
-        """What a document fixes, whatever the query will be; remembered for the next query."""
+        """What a document fixes, whatever the query will be; known as long as a prompt has it, and then remembered."""
         key = hashlib.sha256(document.encode()).digest() if isinstance(document, str) else document
-        known: PromptDocument | None = self.remembered.get(key)
+        known: PromptDocument | None = self.remembered.get(key) or self._in_use.get(key)
         if known is None:
             known = self._build_document(document)
             num_bytes = known.prefix.nbytes + sys.getsizeof(known.text)
             self.remembered.put(key, known, num_bytes=num_bytes, cost=len(known.prefix))
+            self._in_use[key] = known
         return known
 
     def _build_document(self, document: str | ImageTokens) -> PromptDocument:

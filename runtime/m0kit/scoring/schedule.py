@@ -249,7 +249,7 @@ class Schedule:
         if not math.isfinite(logit):
             return Result.failed(not_finite("the model's answer"))
         prompt = pair.prompt
-        cut = (("document", prompt.document_truncated), ("query", prompt.query_truncated))
+        cut = (("document", prompt.document.truncated), ("query", prompt.query_truncated))
         return Result(
             sigmoid(logit - self._engine.config.prompt.logit_bias),
             logit,

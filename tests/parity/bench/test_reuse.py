@@ -68,8 +68,8 @@ def test_documents_and_queries_have_exactly_the_tokens_asked_for(tokens: int, pr
         for suffix in reuse.SUFFIXES:
             prompt = prompts.build(reuse.query_of(suffix, rng), document)
             assert len(prompt.suffix) == suffix
-            assert prompt.prefix_length == len(prompt.prefix)
-            assert isinstance(document, ImageTokens) or len(prompt.prefix) == tokens
+            assert prompt.prefix_length == len(prompt.document.prefix)
+            assert isinstance(document, ImageTokens) or len(prompt.document.prefix) == tokens
 
 
 def test_sizes_keep_to_the_limits_of_the_artifact(prompts: PromptBuilder) -> None:

@@ -1,5 +1,7 @@
 """Prompts are those of the published procedure, token by token, at every edge of truncation."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from m0kit.config import PromptConfig
 from m0kit.errors import ArtifactDamagedError, InputError
+from m0kit.keeping.cache import Cache
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
 from m0kit_parity.samples.checkpoints import model_config
 from m0kit_parity.samples.vocabulary import write_qwen2_tokenizer
@@ -117,12 +120,12 @@ def test_prompts_are_the_published_ones(
     whole, _ = published(theirs, prompt_config(10240), query, document)
     if whole == expected:
         assert not prompt.query_truncated
-    if not prompt.query_truncated and not prompt.document_truncated:
+    if not prompt.query_truncated and not prompt.document.truncated:
         assert len(whole) <= limits[0]
     # As much of the document's prefix as the prompt has, and one token at least behind it.
-    assert prompt.prefix_length == shared_length(expected[:-1], prompt.prefix.tolist())
+    assert prompt.prefix_length == shared_length(expected[:-1], prompt.document.prefix.tolist())
     assert prompt.suffix.tolist() == expected[prompt.prefix_length :]
-    assert prompt.prefix.dtype == prompt.suffix.dtype == "int64"
+    assert prompt.document.prefix.dtype == prompt.suffix.dtype == "int64"
 
 
 @settings(max_examples=300)
@@ -150,9 +153,9 @@ def test_the_prefix_belongs_to_the_document(
     except InputError:
         return  # an image too large
     for prompt in prompts:
-        assert prompt.prefix is fixed.prefix
+        assert prompt.document.prefix is fixed.prefix
         assert prompt.token_ids[: prompt.prefix_length].tolist() == before[: prompt.prefix_length]
-        assert prompt.document_truncated == fixed.truncated
+        assert prompt.document.truncated == fixed.truncated
     whole = min(len(before), limits[0] - 1)
     assert [prompt.prefix_length for prompt in prompts[1:]] == [whole] * 4
     assert prompts[0].prefix_length <= whole
@@ -203,7 +206,7 @@ def test_a_document_at_its_limit_is_kept_and_one_over_is_cut(
     document = of_tokens(theirs, 40 + over)
     prompt = builders[limits].build("w", document)
     assert prompt.token_ids.tolist() == published(theirs, prompt_config(*limits), "w", document)[0]
-    assert prompt.document_truncated is (over > 0)
+    assert prompt.document.truncated is (over > 0)
     header = len(theirs("**Document**:\n")["input_ids"])
     kept = theirs(document)["input_ids"][: 40 + min(over, 0)]
     assert prompt.token_ids[header : header + len(kept)].tolist() == kept
@@ -220,7 +223,7 @@ def test_a_prompt_at_its_limit_is_whole_and_one_over_loses_the_end_of_the_query(
     assert len(prompt.token_ids) == 60 + min(over, 0)
     assert prompt.token_ids[-1] == 100
     assert prompt.query_truncated is (over > 0)
-    assert prompt.document_truncated is False
+    assert prompt.document.truncated is False
     assert prompt.token_ids[fixed:-1].tolist() == theirs(query)["input_ids"][: 59 - fixed]
 
 
@@ -232,7 +235,7 @@ def test_behind_a_full_document_only_part_of_the_query_limit_is_left(
     prompt = PromptBuilder(tokenizer_file, config).build(query, document)
     assert prompt.token_ids.tolist() == published(theirs, config, query, document)[0]
     assert len(prompt.token_ids) == 10240
-    assert (prompt.document_truncated, prompt.query_truncated) == (False, True)
+    assert (prompt.document.truncated, prompt.query_truncated) == (False, True)
 
 
 def test_a_cut_inside_a_letter_is_the_published_cut(builders: Builders, theirs: "PreTrainedTokenizerFast") -> None:
@@ -240,7 +243,7 @@ def test_a_cut_inside_a_letter_is_the_published_cut(builders: Builders, theirs: 
     document = "x" * 39 + "漢字漢字"
     prompt = builders[(60, 20)].build("q", document)
     assert prompt.token_ids.tolist() == published(theirs, prompt_config(60, 20), "q", document)[0]
-    assert prompt.document_truncated
+    assert prompt.document.truncated
     assert "\ufffd" in theirs.decode(prompt.token_ids)
 
 
@@ -328,7 +331,7 @@ def test_of_large_parts_the_prompt_is_the_published_one(
         prompt = builders[limits].build(query, document)
         assert prompt.token_ids.tolist() == expected
         whole, _ = published(theirs, prompt_config(1 << 20, limits[1]), query, document)
-        if not prompt.document_truncated:
+        if not prompt.document.truncated:
             assert prompt.query_truncated == (len(whole) > limits[0])
 
 
@@ -340,7 +343,7 @@ def test_a_query_of_megabytes_is_cut_like_any_other(builders: Builders, theirs: 
         shorter = [long if part is longer else part for part in (query, document)]
         expected, _ = published(theirs, config, *shorter)
         assert prompt.token_ids.tolist() == expected
-        assert (prompt.query_truncated, prompt.document_truncated) == (query is longer, document is longer)
+        assert (prompt.query_truncated, prompt.document.truncated) == (query is longer, document is longer)
 
 
 def test_what_is_remembered_of_documents_is_bounded(tokenizer_file: Path) -> None:
@@ -353,3 +356,18 @@ def test_what_is_remembered_of_documents_is_bounded(tokenizer_file: Path) -> Non
     assert builder.document("a document") is first
     assert builder.document(ImageTokens(4)) is builder.document(ImageTokens(4))
     assert builder.remembered.max_bytes == 32 << 20
+
+
+def test_a_document_is_known_as_long_as_a_prompt_has_it(tokenizer_file: Path) -> None:
+    """However many there are: each pair of a long list on many documents would tokenise its own again."""
+    builder = PromptBuilder(tokenizer_file, prompt_config())
+    builder.remembered = Cache(0)
+    prompt = builder.build("query", "a document")
+    assert builder.build("another", "a document").document is prompt.document
+    known = weakref.ref(prompt.document)
+    del prompt
+    gc.collect()
+    assert known() is None
+    limited = builder.with_limits(prompt_config(max_length=60, max_query_length=20))
+    kept = builder.build("query", "a document")
+    assert limited.build("query", "a document").document is not kept.document

@@ -23,7 +23,7 @@ from m0kit.scoring.engine import Part, RunStats
 from m0kit.scoring.images import SeenImage
 from m0kit.scoring.planner import TOKEN_BUDGET
 from m0kit.scoring.prepare import Document, Prepared
-from m0kit.scoring.prompt import Prompt
+from m0kit.scoring.prompt import Prompt, PromptDocument
 from m0kit.scoring.schedule import LOW_MEMORY_PAST_BYTES, PAST_BYTES, Schedule
 
 PER_TOKEN = PAST_BYTES // 2048  # bytes of a state: two of the longest fill a run
@@ -185,9 +185,8 @@ def config(artifact: Path) -> ModelConfig:
 
 def prepared(number: int, document: int, length: int, rows: int) -> Prepared:
     prefix = np.zeros(length, np.int64)
-    prompt = Prompt(
-        prefix, length, np.full(rows, number, np.int64), -1, document_truncated=False, query_truncated=False
-    )
+    begun = PromptDocument(prefix, "", 0, truncated=False)
+    prompt = Prompt(begun, length, np.full(rows, number, np.int64), -1, query_truncated=False)
     return Prepared(Document(bytes([document]), prefix, ()), prompt, ())
 
 
