@@ -103,19 +103,21 @@ def require_unoccupied(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, private: bool = False, ready: Callable[[], object] = lambda: None) -> Iterator[BinaryIO]:
+def writing(
+    path: Path, *, private: bool = False, ready: Callable[[], object] = lambda: None, wait_s: float = _WAIT_S
+) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well, and vanishes when not.
 
     What lies there is replaced, of a link the link and not what it leads to; but no device gives way. Another process
-    that writes the same file is waited for before the block, which may so look at what is there. `private` is for this
-    user's eyes alone. `ready` is called when the bytes are durable and are about to take the name.
+    that writes the same file is waited for, up to `wait_s`, before the block, which may so look at what is there.
+    `private` is for this user's eyes alone. `ready` is called when the bytes are durable and are about to take the name.
 
     Raises OutputError when another process goes on writing that file, or the file system refuses.
     """
     place = path.absolute()
     if _is_system(place):
         raise OutputError(f"{path}: is a device, whose place no file can take. Name a file.")
-    with named_errors(path), _working(place, path, _WAIT_S) as space:
+    with named_errors(path), _working(place, path, wait_s) as space:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN
         with open(os.open(space / _NEW, flags, 0o600 if private else 0o666), "wb") as file:
             yield file

@@ -20,6 +20,7 @@ from typing import Any, Final
 from m0kit.files import writing
 
 # Verdicts are a line each; of more than so many the oldest are forgotten.
+_WAIT_S: Final = 0.5  # for another process that remembers something; what is not remembered is checked again
 _MOST_ANSWERS: Final = 1000
 
 
@@ -76,7 +77,7 @@ class Memory:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with writing(self.path, private=True) as file:
+            with writing(self.path, private=True, wait_s=_WAIT_S) as file:
                 files, answers = _read(self.path)
                 files = {path: stamp for path, stamp in (files | self._files_now).items() if os.path.exists(path)}
                 answers = list(dict.fromkeys([*answers, *self._answers_now]))[-_MOST_ANSWERS:]
