@@ -110,7 +110,7 @@ def writing(
 
     What lies there is replaced, of a link the link and not what it leads to; but no device gives way. Another process
     that writes the same file is waited for, up to `wait_s`, before the block, which may so look at what is there.
-    `private` is for this user's eyes alone. `ready` is called when the bytes are durable and are about to take the name.
+    `private` is for this user's eyes alone. `ready` is called when the bytes are durable and about to take the name.
 
     Raises OutputError when another process goes on writing that file, or the file system refuses.
     """
