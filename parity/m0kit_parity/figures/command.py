@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +22,9 @@ from m0kit.terminal import say
 from m0kit_parity.bench.options import PACKAGES, THREADS
 from m0kit_parity.child import Child
 from m0kit_parity.figures.page import MARKDOWN, Measured, Page
-from m0kit_parity.figures.workshop import QUICK, WHOLE, Workshop
+
+if TYPE_CHECKING:
+    from m0kit_parity.figures.workshop import Workshop
 
 
 @click.command()
@@ -48,7 +50,8 @@ def figures(
     """
     if not Path("/proc/self/status").is_file():
         raise InputError("m0kit figures reads /proc, which this system does not have. Run it on Linux.")
-    from m0kit_parity.figures.published import FIGURES, text_of
+    from m0kit_parity.figures.published import FIGURES, text_of  # what measures imports what exports
+    from m0kit_parity.figures.workshop import QUICK, WHOLE, Workshop
 
     if unknown := [name for name in only if name not in FIGURES]:
         raise click.UsageError(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}.")
@@ -77,7 +80,7 @@ def figures(
     ctx.exit(PARTLY if failed else 0)
 
 
-def measurer(name: str, shop: Workshop, docs: Path) -> Callable[[], Any]:
+def measurer(name: str, shop: "Workshop", docs: Path) -> Callable[[], Any]:
     """What runs in a figure's process."""
     from m0kit_parity.figures.published import measure
 

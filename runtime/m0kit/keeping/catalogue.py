@@ -409,12 +409,12 @@ class Catalogue:
         """Make pieces visible, in segments that end where is said."""
         db = self.connection()
         db.executemany(
-            "INSERT INTO segments (number, size, mirror) VALUES (?1, ?2, -?2) "
+            "INSERT INTO segments (number, size, mirror) VALUES (?, ?, -?) "
             "ON CONFLICT (number) DO UPDATE SET size = excluded.size, mirror = excluded.mirror",
-            ends.items(),
+            [(number, end, end) for number, end in ends.items()],
         )
-        highest = "UPDATE counts SET value = ?1, mirror = -?1 WHERE name = 'segment' AND value < ?1"
-        db.executemany(highest, [(number,) for number in ends])
+        highest = "UPDATE counts SET value = ?, mirror = -? WHERE name = 'segment' AND value < ?"
+        db.executemany(highest, [(number,) * 3 for number in ends])
         # Not "OR REPLACE", for which no trigger runs.
         changed = ", ".join(f"{name} = excluded.{name}" for name in Piece._fields[2:])
         db.executemany(
@@ -424,7 +424,8 @@ class Catalogue:
 
     def lengthen(self, ends: Iterable[tuple[int, int]]) -> None:
         """Count what lies behind the known end of segments, up to another end, as dead."""
-        self.connection().executemany("UPDATE segments SET size = ?2, mirror = -?2 WHERE number = ?1", ends)
+        rows = [(end, end, number) for number, end in ends]
+        self.connection().executemany("UPDATE segments SET size = ?, mirror = -? WHERE number = ?", rows)
 
     def describe(
         self, documents: Sequence[tuple[str, str, bytes, bytes, str]], used: Iterable[bytes], now: float
@@ -472,9 +473,9 @@ class Catalogue:
         own = [row for row in gone if row.is_own]  # what a damaged row names may be another's
         for content, column in enumerate(("key", "content")):
             self.connection().executemany(
-                f"DELETE FROM pieces WHERE content = {content} AND key = ?1 "
-                f"AND NOT EXISTS (SELECT 1 FROM documents WHERE {column} = ?1)",
-                [(getattr(row, column),) for row in own],
+                f"DELETE FROM pieces WHERE content = {content} AND key = ? "
+                f"AND NOT EXISTS (SELECT 1 FROM documents WHERE {column} = ?)",
+                [(getattr(row, column),) * 2 for row in own],
             )
 
     def drop_ownerless(self) -> None:

@@ -680,7 +680,7 @@ def test_help_needs_no_pytorch(args: list[str]) -> None:
         "import sys\nfrom m0kit.cli.commands import main\n"
         f"sys.argv = ['m0kit', *{args!r}]\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code, done.code\n"
-        "heavy = {'torch', 'transformers', 'peft', 'onnx'} & set(sys.modules)\nassert not heavy, heavy\n"
+        "heavy = {'torch', 'transformers', 'peft', 'onnx', 'ml_dtypes'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
