@@ -33,8 +33,7 @@ from m0kit.errors import CheckpointError
 from m0kit.scoring import tokens
 from m0kit_export.builder import Graph
 from m0kit_export.stored import StoredWeights
-from m0kit_quant.recipe import EMBEDDING
-from m0kit_quant.weights import Float32
+from m0kit_quant.weights import EMBEDDING, Float32
 
 Int64 = NDArray[np.int64]
 

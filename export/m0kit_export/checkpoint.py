@@ -29,7 +29,7 @@ from m0kit_export.packed import Packed, join_pieces, unpack
 from m0kit_export.settings import read_settings
 from m0kit_export.tensors import DTYPES, FLOATS, Stored, check_finite, read_header, read_raw, read_tensor
 from m0kit_quant.nf4 import bitsandbytes_functional
-from m0kit_quant.recipe import EMBEDDING
+from m0kit_quant.weights import EMBEDDING
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

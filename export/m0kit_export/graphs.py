@@ -39,9 +39,9 @@ from m0kit.config import DecoderConfig, ModelConfig
 from m0kit_export.builder import Builder, Graph
 from m0kit_export.frequencies import Frequencies, powers
 from m0kit_export.names import expected_shapes
-from m0kit_quant.recipe import EMBEDDING, Recipe
+from m0kit_quant.recipe import Recipe
 from m0kit_quant.scheme import CONTRIB, Scheme
-from m0kit_quant.weights import Float32
+from m0kit_quant.weights import EMBEDDING, Float32
 
 F32 = np.dtype(np.float32)
 

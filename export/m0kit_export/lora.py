@@ -41,7 +41,7 @@ from m0kit_export.names import canonical_name, expected_shapes, is_nested, spell
 from m0kit_export.patterns import try_patterns
 from m0kit_export.skeleton import peft_at_work, skeleton
 from m0kit_export.tensors import FLOATS, check_tensors, read_header, read_tensor
-from m0kit_quant.recipe import EMBEDDING
+from m0kit_quant.weights import EMBEDDING
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -26,7 +26,7 @@ from m0kit_export.lora import ADAPTER, BASE_CHANGING_INITS, Adapter, Unit, lora_
 from m0kit_export.names import canonical_name
 from m0kit_export.skeleton import peft_at_work, skeleton
 from m0kit_export.tensors import read_tensor
-from m0kit_quant.recipe import EMBEDDING
+from m0kit_quant.weights import EMBEDDING
 
 MERGED_ROWS = 1 << 14  # tokens of an embedding merged at once
 

@@ -8,7 +8,7 @@ spelled("model.norm.weight", nested=True)              # and back
 from collections.abc import Iterable
 
 from m0kit.config import ModelConfig
-from m0kit_quant.recipe import EMBEDDING
+from m0kit_quant.weights import EMBEDDING
 
 # transformers 4.52 moved both towers under `model.`: (since, before).
 _NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))

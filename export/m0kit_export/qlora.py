@@ -27,8 +27,7 @@ from m0kit_export.adapter import KEPT
 from m0kit_export.checkpoint import Checkpoint
 from m0kit_export.names import spelled
 from m0kit_quant.nf4 import BLOCK_SIZE, NF4, bitsandbytes_functional, dequantize, quantize
-from m0kit_quant.recipe import EMBEDDING
-from m0kit_quant.weights import Float32
+from m0kit_quant.weights import EMBEDDING, Float32
 
 
 @dataclass(frozen=True)

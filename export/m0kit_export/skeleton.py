@@ -18,7 +18,7 @@ from torch import nn
 
 from m0kit.errors import AdapterError
 from m0kit_export.names import canonical_name
-from m0kit_quant.recipe import EMBEDDING
+from m0kit_quant.weights import EMBEDDING
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from m0kit.precision import supported
 from m0kit.schema import parse_toml
 from m0kit_quant.scheme import Scheme
 from m0kit_quant.schemes import SCHEMES
+from m0kit_quant.weights import EMBEDDING
 
 DEVICES: Final = ("cpu", "cuda")
 _FITS_ALL: Final = {"cpu": "int8", "cuda": "fp16"}  # the fewest bits that any matrix fits, a table too
@@ -38,7 +39,6 @@ _FITS_ALL: Final = {"cpu": "int8", "cuda": "fp16"}  # the fewest bits that any m
 _MAX_BYTES: Final = 1 << 18
 _MAX_RULES: Final = 4096
 _MAX_LETTERS: Final = 256  # of a pattern, and of the recipe's name; the longest name of a matrix has 45
-EMBEDDING: Final = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
 
 
 @dataclass(frozen=True, slots=True)

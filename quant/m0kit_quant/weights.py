@@ -3,12 +3,13 @@
 A checkpoint with its adapters merged is one such source, the data files of an fp32 artifact another.
 """
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+EMBEDDING: Final = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
 
 
 class Weights(Protocol):

@@ -17,9 +17,10 @@ from m0kit.scoring.sessions import open_graph
 from m0kit_export.builder import ALIGNMENT, IR_VERSION, OPSET, Builder, Graph
 from m0kit_quant import int4, int8, nf4
 from m0kit_quant.floats import FLOATS
-from m0kit_quant.recipe import EMBEDDING, Recipe
+from m0kit_quant.recipe import Recipe
 from m0kit_quant.scheme import CONTRIB, Parts
 from m0kit_quant.schemes import SCHEMES
+from m0kit_quant.weights import EMBEDDING
 
 F32, F16, I64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
 RNG = np.random.default_rng(0)

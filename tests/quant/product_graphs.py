@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from m0kit.artifact.ports import GraphPorts, Port
 from m0kit_export.builder import IR_VERSION, OPSET, Builder, Graph
 from m0kit_quant.int4 import Int4
-from m0kit_quant.recipe import EMBEDDING, Recipe
+from m0kit_quant.recipe import Recipe
 from m0kit_quant.scheme import CONTRIB, Parts, Scheme
+from m0kit_quant.weights import EMBEDDING
 
 Float32 = NDArray[np.float32]
 

@@ -19,7 +19,8 @@ from m0kit_quant.floats import Fp16Scheme, Fp32Scheme
 from m0kit_quant.int4 import Int4Scheme
 from m0kit_quant.int8 import Int8Scheme
 from m0kit_quant.nf4 import Nf4Scheme
-from m0kit_quant.recipe import DEVICES, EMBEDDING, Recipe, Rule
+from m0kit_quant.recipe import DEVICES, Recipe, Rule
+from m0kit_quant.weights import EMBEDDING
 
 DEFAULTS = [(precision, device) for device in DEVICES for precision in supported(device)]
 
