@@ -214,10 +214,8 @@ def test_every_pair_is_done_once_or_cancelled(config: ModelConfig, rng: random.R
             cancelled |= {ticket} - done.keys()
         else:
             done |= check_new(schedule.step(), done)
-    before = engine.num_runs, sum(engine.computed.values())
     while len(schedule):
         done |= check_new(schedule.step(), done)
-    assert (engine.num_runs, sum(engine.computed.values())) != before or not waiting or len(done) > 0
     assert done.keys() == waiting.keys() - cancelled
     for ticket, result in done.items():
         number, key = waiting[ticket]
