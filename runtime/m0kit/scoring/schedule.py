@@ -15,10 +15,11 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from m0kit.errors import InputError
 from m0kit.scoring.engine import Engine, Handle, Part, not_finite, sigmoid
+from m0kit.scoring.images import SeenImage
 from m0kit.scoring.planner import TOKEN_BUDGET
 from m0kit.scoring.prepare import Document, Prepared
 
@@ -97,10 +98,13 @@ class Schedule:
         done: Done = []
         if self._low_memory and not self._encoded:
             self._encode_ahead()
-        parts = self._next_run(done)
-        tickets = [ticket for part in parts for ticket in part.pairs]
-        run = [Part(part.document, [self._take(ticket) for ticket in part.pairs], part.state) for part in parts]
+        chosen = self._next_run(done)
+        run = []
+        for document, some in chosen:
+            state = self._states.get(document)  # before the last of its pairs is taken
+            run.append(Part(document, [self._take(ticket) for ticket in some], state))
         if run:
+            tickets = [ticket for _, some in chosen for ticket in some]
             pairs = [pair for part in run for pair in part.pairs]
             for ticket, pair, logit in zip(tickets, pairs, self._engine.run(run), strict=True):
                 done.append((ticket, self._result(pair, logit)))
@@ -117,10 +121,10 @@ class Schedule:
 
     # --- which ---------------------------------------------------------------------------------------
 
-    def _next_run(self, done: Done) -> "list[_Chosen]":
-        """The next pairs, by ticket; none where states had to be computed first. What cannot be run is `done`."""
+    def _next_run(self, done: Done) -> list[tuple[Document, list[int]]]:
+        """The next pairs of documents, by ticket; none where states came first. What cannot be run is `done`."""
         waiting = self._encoded if self._low_memory else self._waiting
-        chosen: list[_Chosen] = []
+        chosen: list[tuple[Document, list[int]]] = []
         rows, past = TOKEN_BUDGET, LOW_MEMORY_PAST_BYTES if self._low_memory else PAST_BYTES
         # Each has a row at least, so that there is an end to it.
         for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
@@ -135,7 +139,7 @@ class Schedule:
             needed, needed_past = (needed + document.length, 0) if state is None else (needed, state.num_bytes)
             if chosen and (needed > rows or needed_past > past):
                 break
-            chosen.append(_Chosen(document, tickets, state))
+            chosen.append((document, tickets))
             rows, past = rows - needed, past - needed_past
             if len(tickets) < len(waiting[document]):
                 break
@@ -186,9 +190,9 @@ class Schedule:
                 self._states[document] = state
                 self.num_rows -= document.length
             else:
-                self._fail(list(self._all(document)), not_finite(self._engine.kept), done)
+                self._fail(self._all(document), not_finite(self._engine.kept), done)
 
-    def _require(self, images: Iterable[Any], tickets: Sequence[int], done: Done) -> None:
+    def _require(self, images: Iterable[SeenImage], tickets: Sequence[int], done: Done) -> None:
         try:
             for image in images:
                 image.require()
@@ -203,7 +207,7 @@ class Schedule:
 
     def _encode_ahead(self) -> None:
         """Take documents as long as their images fit, and have these encoded before the decoder comes."""
-        images: list[Any] = []
+        images: list[SeenImage] = []
         visual = 0
         for document in list(self._waiting):
             pairs = self._waiting[document]
@@ -218,7 +222,7 @@ class Schedule:
 
     # --- what waits ----------------------------------------------------------------------------------
 
-    def _all(self, document: Document) -> Iterable[int]:
+    def _all(self, document: Document) -> list[int]:
         return [*self._waiting.get(document, ()), *self._encoded.get(document, ())]
 
     def _take(self, ticket: int) -> Prepared:
@@ -258,15 +262,6 @@ class Schedule:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """Tickets of pairs on a document that are run next."""
-
-    document: Document
-    pairs: Sequence[int]
-    state: Handle | None
-
-
 def _first(pairs: dict[int, Prepared]) -> tuple[list[int], int]:
     """The tickets of as many pairs as a run takes, one at least, and their rows."""
     tickets: list[int] = []
@@ -279,7 +274,7 @@ def _first(pairs: dict[int, Prepared]) -> tuple[list[int], int]:
     return tickets, rows
 
 
-def _can_be_encoded(image: Any) -> bool:
+def _can_be_encoded(image: SeenImage) -> bool:
     """Why one cannot is told when its pairs are run."""
     try:
         image.require()
