@@ -367,6 +367,7 @@ def _leave(space: Path, place: Path, lock: int) -> None:
     windows = sys.platform == "win32"  # does not remove what is open, here or in another process
     with contextlib.suppress(OSError):
         _clear(space)
+    with contextlib.suppress(OSError):
         if not windows:
             os.unlink(space / _LOCK)
     os.close(lock)

@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from m0kit.files import writing
 
-# Verdicts are a line each; of more than so many the oldest are forgotten.
 _WAIT_S: Final = 0.5  # for another process that remembers something; what is not remembered is checked again
+# Verdicts are a line each; of more than so many the oldest are forgotten.
 _MOST_ANSWERS: Final = 1000
 
 
@@ -71,13 +71,16 @@ class Memory:
         self.answers.append(key)
         self._answers_now.append(key)
 
-    def save(self) -> None:
-        """Write what is new beside what other processes have written meanwhile; files that are gone are left out."""
+    def save(self, wait_s: float = _WAIT_S) -> None:
+        """Write what is new beside what other processes have written meanwhile; files that are gone are left out.
+
+        Others that write are waited for so long, and then nothing is remembered.
+        """
         if self.path is None or not (self._files_now or self._answers_now):
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with writing(self.path, private=True, wait_s=_WAIT_S) as file:
+            with writing(self.path, private=True, wait_s=wait_s) as file:
                 files, answers = _read(self.path)
                 files = {path: stamp for path, stamp in (files | self._files_now).items() if os.path.exists(path)}
                 answers = list(dict.fromkeys([*answers, *self._answers_now]))[-_MOST_ANSWERS:]

@@ -111,21 +111,23 @@ class Trial:
 
     def _key(self, kind: Kind) -> str | None:
         """What a verdict holds for."""
-        engine = self._setting
-        if engine.version is None:
+        setting = self._setting
+        if setting.version is None:
             return None
         known = self._manifest.known_answers
         facts: list[Any] = [kind, self._manifest.fingerprint, asdict(known) if known else None]
-        facts += [engine.version, engine.device, engine.memory, self._kv]
-        facts += [_processor()[1], "" if engine.device == "cpu" else _gpus()]
+        facts += [setting.version, setting.device, setting.memory, self._kv]
+        facts += [_processor()[1], "" if setting.device == "cpu" else _gpus()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _told(self, worst: Answer, wrong: int, total: int) -> str:
-        known, engine = worst.known, self._setting
+        known, setting = worst.known, self._setting
         document = "an image" if known.is_image else repr(known.document)
-        what = f"ONNX Runtime {engine.version}" if engine.version else "this engine"
-        if engine.version:
-            what += f" on this CPU ({_processor()[0]}), device {engine.device}, memory {engine.memory}, kv {self._kv},"
+        what = f"ONNX Runtime {setting.version}" if setting.version else "this engine"
+        if setting.version:
+            what += (
+                f" on this CPU ({_processor()[0]}), device {setting.device}, memory {setting.memory}, kv {self._kv},"
+            )
             todo = "Install another version (pip install -U onnxruntime), or export in another precision"
         else:
             todo = "Use ONNX Runtime, or an artifact in a precision that the engine has kernels for"

@@ -177,7 +177,7 @@ def rerank(
     if html is not None:
         settings = {**load, "index": str(index_folder) if index_folder else None}
         contents = [(name, content) for name, (_, content, _) in zip(names, given, strict=True)]
-        write_page(html, ranking_page(asked, contents, results, order, made_by(artifact, settings)))
+        write_page(html, ranking_page(asked, contents, results, order, made_by(artifact, reranker.manifest, settings)))
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 

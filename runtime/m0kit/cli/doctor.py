@@ -20,7 +20,7 @@ from m0kit.artifact.manifest import Manifest, read_manifest
 from m0kit.cli.options import JSON, artifact_argument
 from m0kit.errors import WrongAnswerError
 from m0kit.machine.advice import Fit, advise, device_name, engine_problem, fit, in_gb
-from m0kit.machine.detect import FEATURE_NAMES, Machine, detect
+from m0kit.machine.detect import FEATURE_NAMES, Machine, detect, engine
 from m0kit.precision import provider_of
 from m0kit.reranker import Reranker
 from m0kit.terminal import show, show_json
@@ -32,7 +32,7 @@ def answers_here(folder: Path, manifest: Manifest) -> list[Answer]:
     Raises WrongAnswerError, and what Reranker.load raises.
     """
     device = str(manifest.recipe.get("device", "cpu"))
-    there = provider_of(device) == "cuda" and "CUDAExecutionProvider" in detect().providers
+    there = provider_of(device) == "cuda" and "CUDAExecutionProvider" in engine()[1]
     return Reranker.load(folder, device=device if there else "cpu").try_answers(again=True)
 
 

@@ -163,7 +163,7 @@ def require_place(file: Path | None) -> None:
         why = "is a device, a pipe or a socket"
     elif not folder.is_dir():
         why = f"there is no folder {click.format_filename(folder)}"
-    elif not os.access(file if file.exists() else folder, os.W_OK):
+    elif not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
         why = "may not be written"
     else:
         return

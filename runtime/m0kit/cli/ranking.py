@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from m0kit.artifact.manifest import read_manifest
+from m0kit.artifact.manifest import Manifest
 from m0kit.cli.page import Contents, about, page, text, verdict
 from m0kit.machine.detect import describe
 from m0kit.scoring.schedule import Result
@@ -40,9 +40,8 @@ def ranking_page(
     return page("Ranking", [*sections, about(facts)])
 
 
-def made_by(artifact: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def made_by(artifact: Path, manifest: Manifest, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a ranking depends on, for the end of its page."""
-    manifest = read_manifest(artifact)
     return {
         "artifact": str(artifact),
         "scheme": manifest.scheme,

@@ -4,12 +4,14 @@ It lies beside what was verified, in the user's cache folder (`journal.key`), fo
 once. It never leaves the machine; whoever has it can write scores that are taken for m0kit's.
 """
 
+import contextlib
 import os
 import secrets
 import stat
 from pathlib import Path
 from typing import Final
 
+from m0kit.errors import OutputError
 from m0kit.files import OWN, writing
 from m0kit.verified import cache_folder
 
@@ -52,6 +54,6 @@ def _read(path: Path) -> bytes | None:
 
 def _made(path: Path) -> bytes | None:
     """A new one, or that of a process which was faster."""
-    with writing(path, private=True) as file:
+    with contextlib.suppress(OutputError), writing(path, private=True) as file:  # whoever is at it has made one by then
         file.write(_read(path) or secrets.token_bytes(_BYTES))
     return _read(path)

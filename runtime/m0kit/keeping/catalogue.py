@@ -132,6 +132,18 @@ class Catalogue:
         self._db = self._noting = self._writer = None
 
     def close(self) -> None:
+        """Let the files go, and remember that the database was sound."""
+        if self._let_go():
+            self._memory.save()
+
+    def __del__(self) -> None:
+        # One that nobody holds any more lets its files go; Python 3.13 would warn that it did not. The collector may
+        # run inside another one's `save`, in this very thread: so nobody is waited for.
+        if hasattr(self, "_sound") and self._let_go():
+            self._memory.save(wait_s=0)
+
+    def _let_go(self) -> bool:
+        """Close the connections. Whether there is something new to remember."""
         with self.fork_lock:
             self._is_behind = False
             for connection in (self._noting, self._db, self._writer):
@@ -139,14 +151,10 @@ class Catalogue:
                     connection.close()
             self._db = self._noting = self._writer = None
             place, sound, self._sound = str(self.path / INDEX), self._sound, None
-            if sound is not None and not sys.is_finalizing() and not self._memory.knows_file(place, sound):
-                self._memory.remember_file(place, sound)
-                self._memory.save()
-
-    def __del__(self) -> None:
-        # One that nobody holds any more lets its files go; Python 3.13 would warn that it did not.
-        if hasattr(self, "_sound"):
-            self.close()
+        if sound is None or sys.is_finalizing() or self._memory.knows_file(place, sound):
+            return False
+        self._memory.remember_file(place, sound)
+        return True
 
     # Connections and transactions
 
@@ -346,9 +354,16 @@ class Catalogue:
         rows = self.rows("SELECT * FROM pieces WHERE segment = ?", segment)
         return sorted(map(self._piece, rows), key=lambda piece: piece.start)
 
-    def segments(self) -> list[tuple[int, int]]:
-        """(number, size) of each, in order."""
-        return self.rows("SELECT number, size FROM segments ORDER BY number")
+    def has_pieces(self, segment: int) -> bool:
+        return bool(self.rows("SELECT 1 FROM pieces WHERE segment = ? LIMIT 1", segment))
+
+    def segments(self, after: int = 0) -> list[tuple[int, int]]:
+        """(number, size) of each with a number above `after`, in order."""
+        return self.rows("SELECT number, size FROM segments WHERE number > ? ORDER BY number", after)
+
+    def last_segment(self) -> tuple[int, int] | None:
+        """(number, size) of the one with the highest number."""
+        return next(iter(self.rows("SELECT number, size FROM segments ORDER BY number DESC LIMIT 1")), None)
 
     def highest_number(self) -> int:
         """That any segment has or had, as far as that can be told."""

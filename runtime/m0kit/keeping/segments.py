@@ -150,6 +150,8 @@ class Segments:
         """
         pieces: list[Piece] = []
         ends: dict[int, int] = {}
+        if not new:
+            return pieces, ends
         number, end = last or (0, 0)
         is_new = last is None or self.size(number) != end
         end = room(end)  # after what a killed writer left
@@ -173,8 +175,7 @@ class Segments:
                     ends[number] = end
                 sync(file.fileno())
             is_new = True
-        if new:
-            sync_path(self.folder)
+        sync_path(self.folder)
         return pieces, ends
 
     @contextlib.contextmanager

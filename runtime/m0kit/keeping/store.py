@@ -170,8 +170,12 @@ class Store:
         self.identity, self.max_bytes = self.catalogue.identity, self.catalogue.max_bytes
         self._segment_bytes = min(SEGMENT_BYTES, SEGMENT_BYTES if self.max_bytes is None else self.max_bytes // 32)
         if writable:
-            with suppress(M0kitError):  # on a full disk it must still be possible to remove something
-                self._sweep()
+            try:
+                with suppress(M0kitError):  # on a full disk it must still be possible to remove something
+                    self._sweep()
+            except BaseException:
+                self.catalogue.close()  # else it stays locked for as long as the traceback lives
+                raise
 
     @classmethod
     def create(cls, path: str | Path, identity: Mapping[str, Any], max_bytes: int | None = None) -> Self:
@@ -305,7 +309,7 @@ class Store:
         short: list[str] = []
         records = last = 0
         # What is moved meanwhile goes to a higher number. A segment at a time: all pieces may be too many for memory.
-        while left := [segment for segment in self.catalogue.segments() if segment[0] > last]:
+        while left := self.catalogue.segments(last):
             last, size = left[0]
             for piece in self.catalogue.pieces(last):
                 records += not piece.content
@@ -498,7 +502,7 @@ class Store:
             if number in known:
                 if (size := self.segments.size(number)) > known[number]:
                     longer.append((number, size))
-            elif not self.catalogue.pieces(number):
+            elif not self.catalogue.has_pieces(number):
                 with suppress(OSError):
                     self.segments.unlink(number)
         return longer
@@ -511,7 +515,7 @@ class Store:
         """
         try:
             with _told(self.path):
-                last = None if fresh else next(reversed(self.catalogue.segments()), None)
+                last = None if fresh else self.catalogue.last_segment()
                 pieces, ends = self.segments.append(new, last, self._segment_bytes, self._unused_number)
             with self._transaction():
                 self.catalogue.publish(pieces, ends)
@@ -549,7 +553,7 @@ class Store:
                 view = np.empty(0, np.uint8)
                 crc = begun(True, piece.key) ^ 1
             new.append(New(piece.content, piece.key, [_bytes_of(view)], piece.used, piece.warm, crc))
-        with self._published(new, fresh=number == max(dict(self.catalogue.segments()), default=0)):
+        with self._published(new, fresh=number == (self.catalogue.last_segment() or (0, 0))[0]):
             self.catalogue.drop_records([*drop, *lost])
         if number in dict(self.catalogue.segments()):  # it should be empty now, and so gone
             raise index_damaged(self.path)

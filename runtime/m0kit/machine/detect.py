@@ -71,12 +71,22 @@ class Machine:
 
 def detect(folder: Path = Path(), root: Path = Path("/")) -> Machine:
     """This machine. `folder` is where disk space counts, `root` where /proc and /sys are found."""
+    version, providers = engine()
+    arch, cpu, features, memory, available = _processor_and_memory(root)
+    return Machine(
+        platform.system(), arch, cpu, features, _cores(root), memory, available, _gpus(root), version, providers,
+        _free_disk(folder),
+    )  # fmt: skip
+
+
+def _processor_and_memory(root: Path) -> tuple[str, str, Features, int | None, int | None]:
+    """Architecture, name and instructions of the CPU; bytes of memory, and of these available."""
     arch = {"amd64": "x86_64", "aarch64": "arm64"}.get(platform.machine().lower(), platform.machine().lower())
     system = platform.system()
-    cpu, features = platform.processor() or arch, dict.fromkeys(FEATURES.get(arch, ()), None)
+    cpu = platform.processor() or arch
+    found: Features = dict.fromkeys(FEATURES.get(arch, ()), None)
     memory: int | None = None
     available: int | None = None
-    found: Features = features
     if system == "Linux":
         name, found = read_cpuinfo(_text(root / "proc/cpuinfo"), arch)
         cpu = name or cpu
@@ -87,25 +97,22 @@ def detect(folder: Path = Path(), root: Path = Path("/")) -> Machine:
         cpu = name or cpu
     elif sys.platform == "win32":
         memory, available, found = _windows(arch)
-    engine, providers = _engine()
-    return Machine(
-        system, arch, cpu, found, _cores(root), memory, available, _gpus(root), engine, providers, _free_disk(folder)
-    )
+    return arch, cpu, found, memory, available
 
 
 def describe(*packages: str) -> dict[str, Any]:
     """What a figure that was measured here depends on, by name; versions of `packages` too, of those that are there."""
-    machine = detect()
+    _, cpu, features, memory, _ = _processor_and_memory(Path("/"))
     versions = {}
     for package in ("m0kit", "onnxruntime", "numpy", *packages):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "cpu": machine.cpu,
-        "features": [name for name, is_there in machine.features.items() if is_there],
-        "cores": machine.cores,
-        "memory": machine.memory,
-        "system": machine.system,
+        "cpu": cpu,
+        "features": [name for name, is_there in features.items() if is_there],
+        "cores": _cores(Path("/")),
+        "memory": memory,
+        "system": platform.system(),
         "python": platform.python_version(),
         **versions,
     }
@@ -200,7 +207,8 @@ def _gpus(root: Path) -> tuple[Gpu, ...]:
     return (Gpu("an NVIDIA GPU", None),) if (root / "dev/nvidia0").exists() else ()
 
 
-def _engine() -> tuple[str | None, tuple[str, ...]]:
+def engine() -> tuple[str | None, tuple[str, ...]]:
+    """ONNX Runtime's version and execution providers; None where it is not installed."""
     try:
         ort = sessions.onnxruntime()
     except DependencyError:

@@ -58,6 +58,16 @@ def test_a_page_takes_the_place_of_a_file_and_of_nothing_else(tmp_path: Path) ->
             require_place(tmp_path / place)
 
 
+def test_a_page_needs_a_folder_that_may_be_written_even_where_its_file_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written aside, in the same folder."""
+    (tmp_path / "old.html").touch()
+    monkeypatch.setattr(os, "access", lambda place, _mode: place != tmp_path)
+    with pytest.raises(OutputError, match="may not be written"):
+        require_place(tmp_path / "old.html")
+
+
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 21 + "T", "1e9", "-1", "", "T", "1.5.5G"])
 def test_what_is_no_size_is_wrong_usage(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a size"):

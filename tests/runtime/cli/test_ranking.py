@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from m0kit.artifact.manifest import read_manifest
 from m0kit.cli.ranking import MAX_ROWS, made_by, ranking_page
 from m0kit.errors import InputError
 from m0kit.plain import plain
@@ -95,7 +96,7 @@ def test_an_image_as_query_is_shown() -> None:
 
 
 def test_the_artifact_and_its_versions_are_named_at_the_end(artifact: Path) -> None:
-    facts = made_by(artifact, {"device": "cpu", "threads": None})
+    facts = made_by(artifact, read_manifest(artifact), {"device": "cpu", "threads": None})
     page = ranking_page("q", [("a", "text")], [result(0.5)], [0], facts)
     end = page[page.index('<details class="about">') :]
     for name in ("artifact", "fingerprint", "m0kit", "onnxruntime", "written", "settings · device"):

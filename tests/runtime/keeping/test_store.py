@@ -4,6 +4,7 @@ Run as a program this file is the process that gets killed: see `serve`.
 """
 
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ from m0kit.keeping import store as module
 from m0kit.keeping.catalogue import Catalogue, sum_of
 from m0kit.keeping.store import Store, StoredDocument
 from m0kit.keeping.tables import FORMAT_VERSION, MAX_NAME_BYTES, MIN_LIMIT
+from m0kit.verified import cache_folder
 
 SEGMENT = 128 << 10  # small, so that segments fill up and get rewritten
 ALIGN = 4096
@@ -535,6 +537,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Catalogue, "is_sound", looking)
     return looks
+
+
+def test_an_index_that_the_collector_closes_waits_for_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be collected while this very thread writes what was verified, and would wait for itself."""
+    Store.create(folder, {}).close()
+    memory = cache_folder() / "verified.json"  # type: ignore[operator]
+    memory.unlink(missing_ok=True)
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    left = Store.open(folder)
+    monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("waited"))
+    with files.writing(memory, private=True) as file:
+        del left
+        gc.collect()
+        file.write(b"{}")
+    assert memory.read_bytes() == b"{}"
 
 
 def test_a_reader_looks_at_a_database_whole_once_per_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
