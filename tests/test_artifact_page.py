@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import m0kit
 from m0kit.artifact.manifest import FORMAT, FORMAT_VERSION
-from m0kit.artifact.ports import KV, GraphPorts, Kept, Port, decoder_name, expected_ports
+from m0kit.artifact.ports import KV, GraphPorts, Kept, Port, decoder_name, expected_ports, set_graphs
 from m0kit.jobs import journal
 from m0kit.keeping import tables
 from m0kit_parity.proof import golden
@@ -20,7 +20,7 @@ from m0kit_parity.samples.checkpoints import model_config
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "artifact.md").read_text("utf-8")
-GRAPHS = ("vision", "head", *map(decoder_name, KV))
+GRAPHS = ("vision", "head", *map(decoder_name, KV), "vision.cuda", "decoder.cuda")
 Piece = tuple[int, int, int, int, int, int, int, int, int]
 Past = dict[str, NDArray[Any]]
 ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| `\[(.*)\]` \|", re.MULTILINE)
@@ -28,7 +28,7 @@ ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| `\[(.*)\]` \|", re.MULTILINE)
 
 def told_of(name: str) -> GraphPorts:
     """The tables of the graph's section: what goes in, what comes out."""
-    section = PAGE.partition(f"\n### `{name}`\n")[2].partition("\n##")[0]
+    section = PAGE.partition(f"\n{'####' if name.endswith('.cuda') else '###'} `{name}`\n")[2].partition("\n##")[0]
     inputs, outputs = section.split("| output |") if "| output |" in section else (section, "")
     return GraphPorts(ports(inputs), ports(outputs))
 
@@ -69,7 +69,14 @@ def test_every_file_and_field_of_a_manifest_stands_in_the_page(tiny_artifact: Pa
     fields = {field for part in manifest["model"].values() for field in part}
     tops = set(manifest) - {"model"}
     answers = set(manifest["known_answers"]) | set(manifest["known_answers"]["pairs"][0])
-    assert not (parts | fields | tops | answers | set(manifest["files"])) - named
+    on_gpus = {f"{graph}.onnx" for graph in set_graphs("cuda").values()}
+    assert not (parts | fields | tops | answers | set(manifest["files"]) | on_gpus) - named
+
+
+def test_the_head_for_gpus_has_the_ports_of_the_other() -> None:
+    config = model_config("full")
+    assert expected_ports(config, "head.cuda") == expected_ports(config, "head")
+    assert "`head.cuda` with those of `head`" in PAGE
 
 
 class Decoder:

@@ -27,18 +27,25 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
+from tests import pdfs
 
 from m0kit import Reranker
+from m0kit.artifact.ports import PAGE_TOKENS
 from m0kit.cli.commands import cli
+from m0kit.machine.advice import NEEDS
+from m0kit.opening import GPU_VARIABLE
+from m0kit.scoring import gpus
+from m0kit.scoring.cuda_engine import POOL_VARIABLE
 from m0kit_export.adapter import AdapterSpec
 from m0kit_export.export import export_artifact, quantize_artifact
 from m0kit_export.graphs import check_recipe
+from m0kit_parity.proof.tolerances import tolerances
 from m0kit_parity.samples.checkpoints import model_config
 from m0kit_parity.small.files import SMALL
 from m0kit_quant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-GENERATED = {"docs/figures.md"}  # by `make figures`
+GENERATED = {"docs/figures.md", "docs/clients.md"}  # by `make figures` and `make clients`, with what was run
 
 
 @dataclass(frozen=True)
@@ -96,11 +103,15 @@ OTHERS = sorted(
 # Beginnings of commands of which only the options are looked at, and why.
 PARSED = {
     "m0kit bench": "minutes of measuring, or a full checkpoint; tests/parity/bench runs small ones",
-    "m0kit checkpoint small|tiny|wide|full": "the four are not one command; tests/parity/samples runs them",
+    "m0kit checkpoint small|small-massive|tiny|wide|full": "the five are not one command; tests/parity runs them",
     "m0kit evaluate ARTIFACT --kv": "170 queries, several times; tests/parity/evaluate runs smaller ones",
+    "m0kit evaluate m0-fp32/ m0-int8/ --draw": "1,700 queries; tests/parity/evaluate draws some",
     "m0kit figures": "an hour; tests/parity/figures measures a little",
+    "m0kit serve": "serves until it is stopped; tests/runtime/server/test_workers.py starts and stops it",
     "m0kit parity published": "needs the inputs of the model card; tests/parity/proof makes some",
 }
+# The CPU stands for GPUs, which these tests have none of; what they compute is held in tests/parity/cuda.
+GPU = {"--device": "cpu", "--gpu-bytes": None, "--pool-bytes": None}
 # What keeps a command to seconds: timing and most built-in cases are left to tests of their own.
 SHORTENED = {
     "m0kit evaluate": ["--no-speed"],
@@ -108,11 +119,20 @@ SHORTENED = {
     "m0kit parity check": [],
     "m0kit parity run": ["--cases", "text_text", "--cases", "image_text"],
 }
+# Pages whose Python needs packages that are not here.
+ELSEWHERE_RUN = {
+    "docs/integrations.md": "tests/integrations/test_page.py runs it in the environments of `make integrations`"
+}
 # Lines of other programs: what stands for them in the tests.
 ELSEWHERE = {
     "make ": "targets are looked up below",
     "pip install ": "extras are looked up below; tests/installed installs [cpu]",
+    "python -m m0kit_parity.bench.workers": "tests/parity/bench/test_workers.py measures two workers",
+    "python -m m0kit_parity.gpu.check": "tests/parity/gpu runs it on a tiny checkpoint",
+    "curl ": "tests/runtime/server/test_serving_page.py sends them",
     "optimum-cli export m0": "tests/export/test_optimum.py runs it",
+    "python -m m0kit_parity.bench.load.peer": "needs sentence-transformers; tests/parity/bench makes its model",
+    "python -m m0kit_parity.small.massive": "a quarter of an hour; tests/parity/test_massive.py trains for seconds",
     "python -m m0kit_parity.small.train": "an hour; tests/parity/test_small.py trains for seconds",
     "python tests/artifacts/make.py": "tests/artifacts/test_artifacts.py makes one of them",
     "python -m tests.fuzz": "tests/fuzz/test_fuzz.py runs it",
@@ -140,7 +160,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = AdapterSpec(SMALL / "adapters" / "code")
     export_artifact(SMALL / "base", folder / "m0-fp32", adapters=[code], progress=False)
     export_artifact(SMALL / "base", folder / "ARTIFACT", progress=False)
-    for precision in ("int8", "int4"):
+    for precision in ("int8", "int4", "fp16"):
         output, recipe = folder / f"m0-{precision}", Recipe.default(precision)
         quantize_artifact(folder / "m0-fp32", output, recipe=recipe, progress=False)
     (folder / "mine.toml").write_text(recipes()[0], "utf-8")
@@ -150,6 +170,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         page_image(name).save(folder / name)
     for name in ("notes.txt", "manuals/a.txt", "manuals/b.txt"):
         (folder / name).write_text(f"{name}: a small language model writes markdown", "utf-8")
+    for name in ("paper.pdf", "manuals/guide.pdf"):
+        (folder / name).write_bytes(pdfs.pdf([pdfs.text(f"{name} {number}") for number in (1, 2)], size=(200, 120)))
     pairs = [{"query": "slm markdown", "document": {"image": "page.png"}}]
     pairs += [{"query": f"question {i}", "document": f"answer {i} of some words"} for i in range(4)]
     documents = ["a small model", "the tide", {"image": "page.png"}]
@@ -170,6 +192,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run(["sign", "m0-fp32", "--key", str(key)])
     with chdir(folder):
         run(["index", "add", "m0-int8", "library", "pages/1.png", "chunks.jsonl"])
+        run(["index", "add", "m0-fp16", "gpu-library", "pages/1.png", "chunks.jsonl"])
         run(["parity", "record", "CHECKPOINT", "-o", "golden", "--cases", "text_text"])
     return folder
 
@@ -179,8 +202,9 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The same in links, so that no command changes what the next one reads; an index is a copy."""
     for path in prepared.iterdir():
         (tmp_path / path.name).symlink_to(path.resolve())
-    (tmp_path / "library").unlink()
-    shutil.copytree(prepared / "library", tmp_path / "library")
+    for name in ("library", "gpu-library"):
+        (tmp_path / name).unlink()
+        shutil.copytree(prepared / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(prepared / "home"))
     monkeypatch.setenv("M0KIT_REQUIRE_SIGNATURE", "")  # a command that sets it is undone with this
@@ -250,6 +274,27 @@ def words_of(line: str) -> list[str]:
     return [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
 
 
+def on_cpu(words: list[str]) -> list[str]:
+    """The same command without a GPU, except where an artifact is only made for one."""
+    if words[0] in ("export", "quantize") or not any(word.startswith("cuda") for word in words):
+        return words
+    found: list[str] = []
+    for option, word in zip(["", *words], words, strict=False):
+        if word in GPU or option in GPU:
+            stands = GPU[option] if option in GPU else word if GPU[word] else None
+            found += [stands] if stands else []
+        else:
+            found.append(word)
+    return found
+
+
+def test_the_cpu_stands_for_gpus_where_commands_are_run() -> None:
+    words = ["score", "m0", "--device", "cuda:0,cuda:1", "--gpu-bytes", "16G", "pairs.jsonl"]
+    assert on_cpu(words) == ["score", "m0", "--device", "cpu", "pairs.jsonl"]
+    assert on_cpu(words[:2]) == words[:2]
+    assert on_cpu(["export", "c", "--device", "cuda"])[-1] == "cuda"
+
+
 def is_mention(line: str) -> bool:
     """A command's name, perhaps with options, as a sentence speaks of it: what it must be given is left out."""
     if line in INDENTED:
@@ -272,7 +317,7 @@ def test_a_command_runs(line: str, workplace: Path) -> None:
     needs_keys = "sign" in line and not shutil.which("ssh-keygen")
     if needs_keys:
         pytest.skip("this machine has no ssh-keygen")
-    words = words_of(line)
+    words = on_cpu(words_of(line))
     if "-o" in words:  # written anew, not into what is there for the others
         output = Path(words[words.index("-o") + 1].rstrip("/"))
         if output.is_symlink():
@@ -289,13 +334,17 @@ def test_a_line_of_another_program_is_known(line: str) -> None:
 def test_the_tables_name_only_what_is_there() -> None:
     assert not [start for start in PARSED if not any(line.startswith(start) for line in COMMANDS)]
     assert not [start for start in ELSEWHERE if not any(line.startswith(start) for line in OTHERS)]
+    assert not [name for name in ELSEWHERE_RUN if not (ROOT / name).exists()]
 
 
 def test_fenced_snippets_are_of_kinds_that_run_or_show() -> None:
     assert {kind for page in RUN for kind, _ in page.fenced} == {"python", "toml", "text"}
 
 
-@pytest.mark.parametrize("page", [p for p in RUN if any(k == "python" for k, _ in p.fenced)], ids=lambda p: p.name)
+PYTHON = [page for page in RUN if page.name not in ELSEWHERE_RUN and any(k == "python" for k, _ in page.fenced)]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_the_python_runs(page: Page, workplace: Path) -> None:
     if "signature" in page.text and not shutil.which("ssh-keygen"):
         pytest.skip("this machine has no ssh-keygen")
@@ -335,7 +384,8 @@ def test_targets_and_extras_exist() -> None:
     assert {"demo", "test", "check"} <= targets
     assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    named = {extra for page in RUN for extra in re.findall(r"\[(\w+)\]'", page.text)}
+    written = [extras for page in RUN for extras in re.findall(r"\[([\w,-]+)\]'", page.text)]
+    named = {extra for extras in written for extra in extras.split(",")}
     assert {"cpu", "gpu", "export", "optimum", "dev"} <= named <= set(extras)
 
 
@@ -366,6 +416,22 @@ def test_files_that_a_page_names_exist(page: Page) -> None:
         r"`((?:[\w-]+/)+[\w-]+\.(?:py|toml|mjs|md|svg)|(?:runtime|export|quant|parity|tests)/(?:\w+/)*)`", page.text
     )
     assert not [name for name in named if name not in GENERATED and not any((root / name).exists() for root in roots)]
+
+
+def test_the_page_on_gpus_has_the_numbers_of_the_code() -> None:
+    (page,) = (page for page in RUN if page.name == "docs/gpu.md")
+    allowed = f"some {gpus.ALLOWANCE / 1e9:g} GB for CUDA"
+    needs = f"{NEEDS['fp16'].gpu:g} GB for the published model in\n  fp16, {NEEDS['int4'].gpu:g} in int4"
+    decoder = model_config("full").decoder
+    page_mb = 2 * decoder.num_layers * PAGE_TOKENS * decoder.kv_size * 2 / 1e6
+    pages = (
+        f"in pages of {PAGE_TOKENS} tokens: {page_mb:.1f} MB a page",
+        f"{-(-790 // PAGE_TOKENS) * page_mb:.0f} MB for",
+    )
+    limits = tolerances("fp16")
+    tolerance = f"{limits['logit'].limit:g} of a logit, {limits['score'].limit:g} of a score"
+    for told in (allowed, needs, *pages, tolerance, GPU_VARIABLE, POOL_VARIABLE):
+        assert told in page.text
 
 
 def test_methods_that_the_pages_name_exist() -> None:

@@ -143,6 +143,10 @@ CASES: dict[tuple[str, ...], list[Case]] = {
     ("evaluate",): [
         Case(lambda p: [p.artifact, p.artifact, "--pairs", p.judged, "--no-speed"]),
         Case(lambda p: [p.artifact, p.artifact, "--pairs", p.judged, "--no-speed", "--json"], IN_JSON),
+        Case(lambda p: [p.artifact, p.artifact, "--pairs", p.judged, "--no-speed", "--blame"]),
+        Case(lambda p: [p.checkpoint, "--precision", "int8", "--pairs", p.judged, "--no-speed", "--work", p.missing]),
+        Case(lambda p: [p.artifact, "--precision", "int8"]),
+        Case(lambda p: [p.checkpoint]),
     ],
     ("parity", "record"): [Case(lambda p: [p.checkpoint, "--cases", "tiny", "-o", p.missing])],
     ("parity", "check"): [
@@ -169,6 +173,24 @@ CASES: dict[tuple[str, ...], list[Case]] = {
     ("bench", "reuse"): [
         Case(lambda p: [p.artifact, "--only", "indexing", "--documents", "1", "--repeats", "1"]),
         Case(lambda p: [p.artifact, "--only", NASTY]),
+    ],
+    ("bench", "serve"): [Case(lambda p: [p.missing]), Case(lambda p: [p.artifact, "--option", NASTY])],
+    ("bench", "overhead"): [Case(lambda p: [p.missing])],
+    ("bench", "soak"): [Case(lambda p: [p.missing])],
+    ("bench", "kill"): [Case(lambda p: [p.missing])],
+    ("bench", "cluster"): [Case(lambda p: [p.missing])],
+    ("bundle",): [
+        Case(lambda p: [p.missing, "-o", p.folder / "out"]),
+        Case(lambda p: [p.artifact, "-o", p.folder / "out", "--extra", NASTY], SEEN.lower()),
+    ],
+    ("serve",): [
+        Case(lambda p: [p.missing]),
+        Case(lambda p: [p.artifact, "--print-config"], ""),
+        Case(lambda p: [p.artifact, "--config", p.missing]),
+        Case(lambda p: [p.artifact, "--host", NASTY]),
+        Case(lambda p: [p.artifact, "--host", NASTY, "--without-keys"]),
+        Case(lambda p: [p.artifact, "--api-key-file", p.missing]),
+        Case(lambda p: [p.artifact, "--index", p.missing / "x", "--uds", p.missing / "y"]),
     ],
     ("figures",): [Case(lambda _: ["--only", NASTY])],
     ("bench", "store"): [Case(lambda _: ["--max-records", NASTY])],
@@ -379,6 +401,8 @@ PRINTING = ("click.echo", "click.secho", "click.echo_via_pager", "click.confirm"
 STREAMS = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__")
 ALLOWED = {  # file → what it does with a stream, other than printing to it or asking whether it is a terminal
     "parity/m0kit_parity/child.py": "leads what is printed in its process to stderr",
+    "runtime/m0kit/reading/pdf_child.py": "hands pages through a pipe to the process that started it",
+    "runtime/m0kit/server/logs.py": "writes the server's log, each text in it made plain",
 }
 
 

@@ -31,7 +31,9 @@ from m0kit.artifact.ports import Kept
 from m0kit.config import ModelConfig
 from m0kit.errors import CheckpointError
 from m0kit.scoring import tokens
+from m0kit_export import forward
 from m0kit_export.builder import Graph
+from m0kit_export.forward import attention, rms_norm
 from m0kit_export.stored import StoredWeights
 from m0kit_quant.weights import EMBEDDING, Float32
 
@@ -62,7 +64,7 @@ WHY: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Sequence:
+class PairTokens:
     """One pair as the decoder sees it."""
 
     token_ids: Int64  # (T,)
@@ -78,15 +80,15 @@ def known_answers(
     Raises CheckpointError when a logit is not finite, or the tokenizer cannot be read.
     """
     tokenizer = open_tokenizer((folder / TOKENIZER).read_bytes())
-    stored = _Products(folder, graphs, progress)
+    stored = Products(folder, graphs, progress)
     pixels = picture(config)
     grid = (pixels.shape[0] // config.image.factor, pixels.shape[1] // config.image.factor)
     texts = [(query, DOCUMENT) for query in QUERIES]
     sequences = [_text_sequence(tokenizer, config, query, document) for query, document in texts]
     sequences += [_image_sequence(tokenizer, config, query, grid) for query in IMAGE_QUERIES]
     with np.errstate(all="ignore"):
-        embeds = _image_embeds(stored, config, pixels)
-        hidden = _decode(stored, config, sequences, embeds)
+        embeds = encode(stored, config, *forward.patches(pixels, config))
+        hidden = decode(stored, config, sequences, embeds)
         logits, unit = _head(stored, hidden)
     if not np.isfinite([*logits[0], unit]).all():
         raise CheckpointError(
@@ -113,8 +115,8 @@ def open_tokenizer(raw: bytes) -> Tokenizer:
         raise CheckpointError(f"the checkpoint's {TOKENIZER} {error}. Fetch it again.") from None
 
 
-class _Products(StoredWeights):
-    """Products with what is stored, in W ways."""
+class Products(StoredWeights):
+    """Products with what is stored, in W ways. What `decode` and `encode` ask for is what another class may give."""
 
     def __init__(self, folder: Path, graphs: Mapping[str, Graph], progress: Callable[[int], object]) -> None:
         super().__init__(folder, graphs, progress)
@@ -132,6 +134,13 @@ class _Products(StoredWeights):
         y = np.asarray(y + self.read(f"{name}.bias") if bias else y, np.float32)
         return np.stack([y[0], _half(y[1])]) if weight.half else y
 
+    def embedded(self, token_ids: Int64) -> Float32:
+        """Rows of the embedding (W, T, D)."""
+        return np.repeat(self.rows(EMBEDDING, token_ids)[None], self.ways, axis=0)
+
+    def after(self, layer: str, x: Float32) -> None:
+        """Is shown the residual stream (W, T, D) or (W, P, E) behind each layer."""
+
 
 def _half(x: Float32) -> Float32:
     """What is left of float32 in float16."""
@@ -141,35 +150,23 @@ def _half(x: Float32) -> Float32:
 # --- the model -------------------------------------------------------------------------------------
 
 
-def _decode(stored: _Products, config: ModelConfig, sequences: Sequence[_Sequence], embeds: Float32) -> Float32:
+def decode(stored: Products, config: ModelConfig, sequences: Sequence[PairTokens], embeds: Float32) -> Float32:
     """Hidden states (W, B, D) of the sequences' last tokens; embeds (W, V, D) of the picture in those that have it."""
     decoder = config.decoder
-    C, G = decoder.head_dim, decoder.num_heads // decoder.num_kv_heads
     paths, seen = _paths(sequences)
     num_rows = len(seen)
     token_ids, positions = np.empty(num_rows, np.int64), np.empty((3, num_rows), np.int64)
     for path, sequence in zip(paths, sequences, strict=True):
         token_ids[path], positions[:, path] = sequence.token_ids, sequence.positions
-    x = np.repeat(stored.rows(EMBEDDING, token_ids)[None], stored.ways, axis=0)
+    x = stored.embedded(token_ids)
     visual = [path[s.images] for path, s in zip(paths, sequences, strict=True) if len(s.images)]
     for rows in visual:
         x[:, rows] = embeds
-    axes = np.repeat([0, 1, 2], decoder.mrope_section)  # the position that each pair of a head turns with
-    angle = positions[axes].T * _frequencies(decoder.rope_theta, C)  # (T, C/2)
-    for i in range(decoder.num_layers):
-        layer = f"model.layers.{i}"
-        h = _rms_norm(x, stored.read(f"{layer}.input_layernorm.weight"), decoder.rms_norm_eps)
-        q, k, v = (_heads(stored.linear(f"{layer}.self_attn.{name}_proj", h, bias=True), C) for name in "qkv")
-        q, k = _rotate(q, angle), _rotate(k, angle)
-        a = _attention(q, np.repeat(k, G, axis=1), np.repeat(v, G, axis=1), seen)
-        x = x + stored.linear(f"{layer}.self_attn.o_proj", a, bias=False)
-        h = _rms_norm(x, stored.read(f"{layer}.post_attention_layernorm.weight"), decoder.rms_norm_eps)
-        gate, up = (stored.linear(f"{layer}.mlp.{name}_proj", h, bias=False) for name in ("gate", "up"))
-        x = x + stored.linear(f"{layer}.mlp.down_proj", gate * _sigmoid(gate) * up, bias=False)
-    return _rms_norm(x[:, [path[-1] for path in paths]], stored.read("model.norm.weight"), decoder.rms_norm_eps)
+    x = forward.decode(stored, decoder, x, positions, lambda q, k, v: attention(q, k, v, seen))
+    return rms_norm(x[:, [path[-1] for path in paths]], stored.read("model.norm.weight"), decoder.rms_norm_eps)
 
 
-def _paths(sequences: Sequence[_Sequence]) -> tuple[list[Int64], NDArray[np.bool_]]:
+def _paths(sequences: Sequence[PairTokens]) -> tuple[list[Int64], NDArray[np.bool_]]:
     """Where the tokens of each sequence stand in one table of T rows, and what each row sees (T, T).
 
     Beginnings that are equal stand there once.
@@ -185,7 +182,7 @@ def _paths(sequences: Sequence[_Sequence]) -> tuple[list[Int64], NDArray[np.bool
     return paths, seen
 
 
-def _head(stored: _Products, hidden: Float32) -> tuple[Float32, float]:
+def _head(stored: Products, hidden: Float32) -> tuple[Float32, float]:
     """hidden (W, B, D) → logits (W, B), and what a logit moves by when the hidden state is another altogether.
 
     That is the head's slope times the length of the hidden state, spread over all directions: a change as large as the
@@ -198,92 +195,31 @@ def _head(stored: _Products, hidden: Float32) -> tuple[Float32, float]:
     return logits, float(lengths.mean()) / math.sqrt(hidden.shape[2])
 
 
-def _image_embeds(stored: _Products, config: ModelConfig, pixels: NDArray[np.uint8]) -> Float32:
-    """pixels (H, W, 3) → (W, V, D)"""
-    vision, eps = config.vision, config.vision.layer_norm_eps
-    patches, places = _patches(pixels, config)
-    x = stored.linear("visual.patch_embed.proj", np.repeat(patches[None], stored.ways, axis=0), bias=False)
-    # The first half of a head's pairs turns with the row, the second with the column.
-    frequencies = _frequencies(vision.rope_theta, vision.head_dim // 2)
-    angle = np.concatenate([places[:, :1] * frequencies, places[:, 1:] * frequencies], axis=1)
+def encode(stored: Products, config: ModelConfig, patches: Float32, places: Int64) -> Float32:
+    """patches (P, 1176) of one image in merge order and their rows and columns (P, 2) → embeddings (W, V, D)."""
     seen = np.ones((len(patches), len(patches)), bool)
-    for i in range(vision.depth):
-        block = f"visual.blocks.{i}"
-        qkv = stored.linear(f"{block}.attn.qkv", _layer_norm(stored, f"{block}.norm1", x, eps), bias=True)
-        q, k, v = (_heads(part, vision.head_dim) for part in np.split(qkv, 3, axis=2))
-        a = _attention(_rotate(q, angle), _rotate(k, angle), v, seen)
-        x = x + stored.linear(f"{block}.attn.proj", a, bias=True)
-        h = stored.linear(f"{block}.mlp.fc1", _layer_norm(stored, f"{block}.norm2", x, eps), bias=True)
-        x = x + stored.linear(f"{block}.mlp.fc2", h * _sigmoid(np.float32(1.702) * h), bias=True)
-    h = _layer_norm(stored, "visual.merger.ln_q", x, eps)
-    h = stored.linear("visual.merger.mlp.0", h.reshape(stored.ways, -1, vision.width * vision.merge_size**2), bias=True)
-    return stored.linear("visual.merger.mlp.2", _gelu(h), bias=True)
-
-
-def _attention(q: Float32, k: Float32, v: Float32, seen: NDArray[np.bool_]) -> Float32:
-    """q, k, v (W, H, T, C) → (W, T, H·C); row i looks at the columns of seen[i]."""
-    scores = np.where(seen, q @ k.swapaxes(2, 3) / np.float32(math.sqrt(q.shape[3])), np.float32(-np.inf))
-    share = np.exp(scores - scores.max(axis=3, keepdims=True))
-    answers = share / share.sum(axis=3, keepdims=True) @ v
-    return np.asarray(answers.swapaxes(1, 2).reshape(len(q), q.shape[2], -1), np.float32)
-
-
-def _heads(x: Float32, width: int) -> Float32:
-    """(W, T, H·C) → (W, H, T, C)"""
-    return x.reshape(*x.shape[:2], -1, width).swapaxes(1, 2)
-
-
-def _rotate(x: Float32, angle: NDArray[np.float64]) -> Float32:
-    """Turn the two halves of each head of x (W, H, T, C) by angle (T, C/2)."""
-    a, b = np.split(x, 2, axis=3)
-    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=3)
-
-
-def _frequencies(theta: float, width: int) -> NDArray[np.float64]:
-    return np.asarray(theta ** (-np.arange(0, width, 2) / width), np.float64)
-
-
-def _rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    return np.asarray(x / np.sqrt(np.mean(x * x, axis=2, keepdims=True) + np.float32(eps)) * weight, np.float32)
-
-
-def _layer_norm(stored: _Products, name: str, x: Float32, eps: float) -> Float32:
-    x = x - x.mean(axis=2, keepdims=True)
-    x = x / np.sqrt(np.mean(x * x, axis=2, keepdims=True) + np.float32(eps))
-    return np.asarray(x * stored.read(f"{name}.weight") + stored.read(f"{name}.bias"), np.float32)
-
-
-def _sigmoid(x: Float32) -> Float32:
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)), np.float32)
-
-
-def _gelu(x: Float32) -> Float32:
-    erf = np.asarray([math.erf(value) for value in (x / math.sqrt(2)).reshape(-1)], np.float32)
-    return np.asarray(0.5 * x * (1 + erf.reshape(x.shape)), np.float32)
+    repeated = np.repeat(patches[None], stored.ways, axis=0)
+    return forward.encode(stored, config.vision, repeated, places, lambda q, k, v: attention(q, k, v, seen))
 
 
 # --- the pairs -------------------------------------------------------------------------------------
 
 
-def _text_sequence(tokenizer: Tokenizer, config: ModelConfig, query: str, document: str) -> _Sequence:
+def _text_sequence(tokenizer: Tokenizer, config: ModelConfig, query: str, document: str) -> PairTokens:
     prompt = config.prompt
     text = prompt.document_header + document + prompt.query_header + query
     token_ids = np.asarray([*_encode(tokenizer, text), prompt.score_token_id], np.int64)
-    return _Sequence(token_ids, np.tile(np.arange(len(token_ids)), (3, 1)), np.zeros(0, np.int64))
+    return PairTokens(token_ids, np.tile(np.arange(len(token_ids)), (3, 1)), np.zeros(0, np.int64))
 
 
-def _image_sequence(tokenizer: Tokenizer, config: ModelConfig, query: str, grid: tuple[int, int]) -> _Sequence:
-    """`grid`: rows and columns of visual tokens, whose positions count from where the image starts."""
+def _image_sequence(tokenizer: Tokenizer, config: ModelConfig, query: str, grid: tuple[int, int]) -> PairTokens:
+    """`grid`: rows and columns of visual tokens."""
     prompt = config.prompt
     before = [*_encode(tokenizer, prompt.document_header), prompt.vision_start_id]
     after = [prompt.vision_end_id, *_encode(tokenizer, prompt.query_header + query), prompt.score_token_id]
     first, count = len(before), grid[0] * grid[1]
-    inside = np.stack([np.zeros(count, np.int64), *np.indices(grid).reshape(2, -1)]) + first
-    behind = np.arange(len(after)) + first + max(grid)
-    positions = np.concatenate([np.tile(np.arange(first), (3, 1)), inside, np.tile(behind, (3, 1))], axis=1)
     token_ids = np.asarray([*before, *[prompt.image_pad_id] * count, *after], np.int64)
-    return _Sequence(token_ids, positions, first + np.arange(count))
+    return PairTokens(token_ids, forward.prompt_positions(first, grid, len(after)), first + np.arange(count))
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -308,18 +244,3 @@ def _data_uri(pixels: NDArray[np.uint8]) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _patches(pixels: NDArray[np.uint8], config: ModelConfig) -> tuple[Float32, Int64]:
-    """pixels (H, W, 3) → patches (P, 1176), the four of a visual token one after the other, and their places (P, 2)."""
-    image, side, merge = config.image, config.image.patch_size, config.image.merge_size
-    mean, std = np.asarray(image.mean, np.float32), np.asarray(image.std, np.float32)
-    values = (pixels * np.float32(image.rescale) - mean) / std
-    rows, columns = (size // side // merge for size in pixels.shape[:2])
-    split = values.reshape(rows, merge, side, columns, merge, side, -1)
-    split = split.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column, row and column within, channel, y, x
-    still = np.repeat(split[:, :, :, :, :, None], image.temporal_patch_size, axis=5)
-    row, inner_row, column, inner_column = np.indices((rows, merge, columns, merge))
-    places = np.stack([row * merge + inner_row, column * merge + inner_column], axis=-1)
-    patches = still.reshape(rows * columns * merge**2, -1)
-    return patches.astype(np.float32), places.transpose(0, 2, 1, 3, 4).reshape(-1, 2)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from m0kit import precision
-from m0kit.artifact.ports import GraphPorts, Port
+from m0kit.artifact.ports import GraphPorts, Port, data_name
 from m0kit_quant.floats import FLOATS
 from m0kit_quant.recipe import Recipe
 from m0kit_quant.scheme import CONTRIB, Scheme
@@ -29,11 +29,12 @@ OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11  # the IR that came with opset 23
 ALIGNMENT = 4096  # a memory page: mapped weights never share a page, and any vector load is aligned
 
-_TYPES: dict[Any, int] = {
+TYPES: dict[Any, int] = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
     FLOATS["bf16"]: TensorProto.BFLOAT16,
     np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.bool_): TensorProto.BOOL,
@@ -89,14 +90,19 @@ class Builder:
     `recipe` says how matrices are stored; vectors that belong to normalisations are always float32.
     With `observe` the graph also gives out, for the input x (T, K) of every product `name`, `{name}.peak` (K,), its
     max|x|, `{name}.energy` (K,), its sum of squares, and `{name}.rows` (1,), its T: for calibration.
+    With `contrib` the graph is for ONNX Runtime alone, and may use its own operators; with quantised products it is so.
     """
 
-    def __init__(self, name: str, recipe: Recipe, observe: bool = False) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, observe: bool = False, contrib: bool = False, like: Graph | None = None
+    ) -> None:
+        """`like`: a graph of the same model, whose data file this one reads."""
         self.name = name
+        self._places = None if like is None else {weight.name: weight for weight in like.weights}
         self.observe = observe
         self._recipe = recipe
-        # With quantised products a graph is for ONNX Runtime alone, and may use its other operators too.
-        self.contrib = any(precision.SCHEMES[scheme].operator for scheme in recipe.schemes)
+        self.quantized = any(precision.SCHEMES[scheme].operator for scheme in recipe.schemes)
+        self.contrib = contrib or self.quantized
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: list[onnx.TensorProto] = []
@@ -124,7 +130,7 @@ class Builder:
         return outs
 
     def cast(self, x: str, dtype: DTypeLike, out: str | None = None) -> str:
-        return self.op("Cast", x, to=_TYPES[np.dtype(dtype)], out=out)
+        return self.op("Cast", x, to=TYPES[np.dtype(dtype)], out=out)
 
     def const(self, value: Any, dtype: DTypeLike = np.int64) -> str:
         """A small constant, kept inside the graph; equal constants are shared."""
@@ -144,6 +150,22 @@ class Builder:
         out = out or self._fresh("Loop")
         always = self.const(True, np.bool_)
         self._nodes.append(helper.make_node("Loop", [count, always, initial], [out], name=out, body=body))
+        return out
+
+    def skip_norm(self, op_type: str, *inputs: str, epsilon: float) -> tuple[str, str]:
+        """A node of com.microsoft that adds and normalises: what it gives, and the sum before it."""
+        out, total = self._fresh(op_type), self._fresh("Sum")
+        self._uses_contrib = True
+        outs = [out, "", "", total]
+        self._nodes.append(helper.make_node(op_type, inputs, outs, name=out, domain=CONTRIB, epsilon=epsilon))
+        return out, total
+
+    def paged_attention(self, inputs: Sequence[str], metadata: str, *, outs: Sequence[str], **heads: int) -> str:
+        """com.microsoft.PagedAttention: its first eight inputs and the last; `outs` name the updated pool."""
+        out = self._fresh("PagedAttention")
+        self._uses_contrib = True
+        ins = [*inputs, *[""] * 8, metadata]
+        self._nodes.append(helper.make_node("PagedAttention", ins, [out, *outs], name=out, domain=CONTRIB, **heads))
         return out
 
     # --- weights -----------------------------------------------------------------------------------
@@ -178,6 +200,39 @@ class Builder:
         added = self.vector(f"{name}.bias", shape[0], scheme.bias) if bias else None
         return scheme.linear(self, x, part, shape, bias=added, half=half, out=out)
 
+    def cuda_linear(
+        self, name: str, x: str, shape: tuple[int, int], *, dtype: np.dtype[Any], scale: float = 1.0,
+        bias: bool = False, rows: NDArray[np.int64] | None = None,
+    ) -> str:  # fmt: skip
+        """`scale` times what `linear` gives, with x and the result in `dtype`; every kernel is CUDA's.
+
+        `rows`: the columns of the result that are wanted, in that order.
+        """
+        scheme = self._recipe.scheme(f"{name}.weight", shape)
+        part = self._declare(f"{name}.weight", shape, scheme)
+        added = self.cuda_vector(f"{name}.bias", shape[0], dtype) if bias else None
+        if rows is not None:
+            try:
+                part = scheme.cuda_rows(self, part, shape, rows)
+            except NotImplementedError:
+                y = scheme.cuda_linear(self, x, part, shape, dtype=dtype, scale=scale, bias=added)
+                return self.op("Gather", y, self.const(rows), axis=-1)
+            shape = len(rows), shape[1]
+            added = added and self.op("Gather", added, self.const(rows), axis=0)
+        return scheme.cuda_linear(self, x, part, shape, dtype=dtype, scale=scale, bias=added)
+
+    def cuda_vector(self, name: str, size: int, dtype: np.dtype[Any]) -> str:
+        """A stored vector in `dtype`: narrowed once, when the graph is opened, like all that needs no input."""
+        assert self._places is not None
+        scheme = self._places[name].scheme
+        stored = self._declare(name, (size,), scheme)[""]
+        return stored if FLOATS[scheme.name] == dtype else self.cast(stored, dtype)
+
+    def cuda_lookup(self, name: str, ids: str, shape: tuple[int, int], *, dtype: np.dtype[Any]) -> str:
+        """`lookup` in `dtype`, by CUDA's kernels."""
+        scheme = self._recipe.scheme(name, shape)
+        return scheme.cuda_lookup(self, ids, self._declare(name, shape, scheme), shape, dtype)
+
     def once(self, x: str, make: Callable[[str], tuple[str, str]]) -> tuple[str, str]:
         """What `make` makes of x, for all products that take it; a loop's inside is not seen outside."""
         if x not in self._shared:
@@ -195,20 +250,28 @@ class Builder:
     def _declare(self, name: str, shape: tuple[int, ...], scheme: Scheme, half: bool = False) -> dict[str, str]:
         """Give the parts of a tensor their places; returns the initializer of each."""
         if name in self._weights:
-            raise AssertionError(f"weight {name} is declared twice")
+            if self._places is None:
+                raise AssertionError(f"weight {name} is declared twice")
+            return {part.key: part.name for part in self._weights[name].parts}
         parts = []
         for key, (part_shape, dtype) in scheme.layout(shape).items():
-            part = Part(f"{name}.{key}" if key else name, key, part_shape, dtype, self._end)
+            part = Part(f"{name}.{key}" if key else name, key, part_shape, dtype, self._place(name, key))
             self._end = -(-(part.offset + part.num_bytes) // ALIGNMENT) * ALIGNMENT
-            tensor = TensorProto(name=part.name, data_type=_TYPES[dtype], dims=part_shape)
+            tensor = TensorProto(name=part.name, data_type=TYPES[dtype], dims=part_shape)
             tensor.data_location = TensorProto.EXTERNAL
-            places = {"location": f"{self.name}.onnx.data", "offset": part.offset, "length": part.num_bytes}
+            places = {"location": data_name(self.name), "offset": part.offset, "length": part.num_bytes}
             for place, value in places.items():
                 tensor.external_data.add(key=place, value=str(value))
             self._initializers.append(tensor)
             parts.append(part)
         self._weights[name] = Weight(name, tuple(shape), scheme, tuple(parts), half)
         return {part.key: part.name for part in parts}
+
+    def _place(self, name: str, key: str) -> int:
+        """Where a part begins."""
+        if self._places is None:
+            return self._end
+        return next(part.offset for part in self._places[name].parts if part.key == key)
 
     # --- the whole ---------------------------------------------------------------------------------
 
@@ -231,7 +294,7 @@ class Builder:
     def finish(self, ports: GraphPorts) -> Graph:
         ports = GraphPorts(ports.inputs, (*ports.outputs, *self._observed))
         inputs, outputs = (
-            [helper.make_tensor_value_info(p.name, _TYPES[np.dtype(p.dtype)], list(p.shape)) for p in side]
+            [helper.make_tensor_value_info(p.name, TYPES[np.dtype(p.dtype)], list(p.shape)) for p in side]
             for side in (ports.inputs, ports.outputs)
         )
         graph = helper.make_graph(self._nodes, self.name, inputs, outputs, self._initializers)

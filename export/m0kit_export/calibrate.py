@@ -84,6 +84,7 @@ def calibrate(
     Raises RecipeError for a file without usable pairs, ArtifactError.
     """
     from m0kit.reranker import Reranker  # ONNX Runtime, which nothing else here needs
+    from m0kit.scoring.engine import GraphEngine
     from m0kit.scoring.sessions import open_graph
 
     found, errors = read_pairs(pairs)
@@ -105,6 +106,7 @@ def calibrate(
     reranker = Reranker.load(folder, open_graph=opener, require_signature=require_signature)
     reranker.try_answers()
     sums.clear()  # of the known answers, which are no pairs to calibrate on
+    assert isinstance(reranker.engine, GraphEngine)  # as graphs of our own were opened
     reranker.engine.tile = 1  # rows that fill up a run would count like those of the pair
     counts = dict.fromkeys(_KINDS, 0)
     for line, pair in tqdm(found, unit="pair", desc="calibrating", disable=None if progress else True):

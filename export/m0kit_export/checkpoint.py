@@ -65,6 +65,10 @@ class Checkpoint:
         """Shape of one tensor, without reading it. Raises CheckpointError for a name not in `names`."""
         return self._locate(name).shape
 
+    def dtype(self, name: str) -> str:
+        """In what one tensor is read, as safetensors spells it. Raises CheckpointError for a name not in `names`."""
+        return self._locate(name).dtype
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU as stored (fp32, fp16 or bf16), mapped from its file: do not write into it.
 

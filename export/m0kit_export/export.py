@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,7 @@ from m0kit.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
+from m0kit.artifact.ports import set_graphs, set_name
 from m0kit.errors import CheckpointError, OutputError, RecipeError
 from m0kit.files import destination, flush, named_errors, occupied, recover, replacing, sha256_of
 from m0kit.terminal import say
@@ -39,15 +41,17 @@ from m0kit_export.adapter import AdapterSpec, QLora
 from m0kit_export.answers import known_answers, open_tokenizer
 from m0kit_export.builder import Graph
 from m0kit_export.calibrate import calibrate, read_pairs
+from m0kit_export.feeding import feed_back
 from m0kit_export.folder import find_folder
-from m0kit_export.graphs import build_graphs, check_recipe, kept_decoders, schemes_of
+from m0kit_export.graphs import build_graphs, check_recipe, graph_sets, kept_decoders, schemes_of
 from m0kit_export.sources import ArtifactSource, CheckpointSource, Source
-from m0kit_export.stored import check_weights, write_weights
+from m0kit_export.stored import DataFiles, check_weights
 from m0kit_quant import nf4
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
 from m0kit_quant.halves import Fit, fit_halves
 from m0kit_quant.recipe import Recipe
+from m0kit_quant.rotate import Rotated
 from m0kit_quant.scheme import Scheme
 from m0kit_quant.weights import Weights
 
@@ -73,7 +77,8 @@ def export_artifact(
     `qlora`: the adapters were trained on the base in 4 bits, and are merged on it as it was then.
     `calibration` is a file of pairs (see `calibrate`): an fp32 artifact is written beside `output` first, run on
     them, and removed. Everything written is read back from the finished file and compared bit by bit. The folder
-    appears under its name only when it is whole. Peak memory is a few copies of the largest tensor.
+    appears under its name only when it is whole. Peak memory is a few copies of the largest tensor,
+    with feedback (`feeding`) also one layer on some ten thousand rows.
 
     Raises CheckpointError, AdapterError, RecipeError, OutputError.
     """
@@ -94,12 +99,9 @@ def export_artifact(
         _check_place(output, overwrite)
         if calibration is None:
             return _write(source, folder, output, recipe, None, progress)
-        plain = folder.with_name("fp32")
-        plain.mkdir()
-        _write(source, plain, output, _FP32, None, progress)
-        statistics = calibrate(plain, calibration, progress=progress, require_signature=False)
-        shutil.rmtree(plain)
-        return _write(source, folder, output, recipe, statistics, progress)
+        return _write(
+            source, folder, output, recipe, _seen(source, folder, output, recipe, calibration, progress), progress
+        )
 
 
 def quantize_artifact(
@@ -127,8 +129,21 @@ def quantize_artifact(
         _check_place(output, overwrite)
         if calibration is None:
             return _write(source, aside, output, recipe, None, progress)
-        statistics = calibrate(folder, calibration, progress=progress)
+        if recipe.rotate:  # the products of `folder` have their inputs in another basis
+            statistics = _seen(source, aside, output, recipe, calibration, progress)
+        else:
+            statistics = calibrate(folder, calibration, progress=progress)
         return _write(source, aside, output, recipe, statistics, progress)
+
+
+def _seen(source: Source, folder: Path, output: Path, recipe: Recipe, calibration: Path, progress: bool) -> Calibration:
+    """What the products see in fp32, in the basis of the recipe; the artifact for it lies beside `folder` meanwhile."""
+    plain = folder.with_name("fp32")
+    plain.mkdir()
+    _write(source, plain, output, replace(_FP32, rotate=recipe.rotate), None, progress)
+    statistics = calibrate(plain, calibration, progress=progress, require_signature=False)
+    shutil.rmtree(plain)
+    return statistics
 
 
 def _write(
@@ -138,7 +153,7 @@ def _write(
     frequencies = source.frequencies
     graphs = build_graphs(source.config, recipe, frequencies=frequencies)
     _check_complete(source, graphs)
-    open_tokenizer(source.tokenizer)  # before minutes of work
+    tokenizer = open_tokenizer(source.tokenizer)  # before minutes of work
     if calibration is not None:
         _check_seen(calibration, graphs)
     num_bytes = sum(graph.data_bytes for graph in graphs.values())
@@ -147,33 +162,37 @@ def _write(
         # None: no bar where stderr is no terminal, a log file above all; there each phase is one line
         disable = None if progress else True
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=disable, mininterval=0.5) as bar:
-            weights: Weights = source
+            basis: Weights = Rotated(source, source.config) if recipe.rotate else source
+            weights, groups = basis, channel_groups(source.config)
             scales: dict[str, NDArray[np.float32]] = {}
             if recipe.equalize:
-                groups = channel_groups(source.config)
-                scales = _equalized(source, groups, schemes_of(graphs), calibration, bar, progress)
-                weights = Rescaled(source, groups, scales)
+                scales = _equalized(basis, source, groups, schemes_of(graphs), calibration, bar, progress)
+                weights = Rescaled(basis, groups, scales)
             fit = _fitted(source, weights, graphs, recipe.equalize, bar, progress)
             if fit.scales:
                 scales |= fit.scales
-                weights = Rescaled(source, channel_groups(source.config), scales)
+                weights = Rescaled(basis, groups, scales)
             if fit.wider:
                 recipe = recipe.storing({name: each.scheme for name, each in fit.wider.items()})
                 graphs = build_graphs(source.config, recipe, frequencies=frequencies)
                 num_bytes = sum(graph.data_bytes for graph in graphs.values())
             _begin("writing", bar, num_bytes, progress)
             importance = calibration.importance(source.config, scales) if calibration else {}
-            hashes: dict[str, str] = {}
-            for name, graph in graphs.items():
-                path = folder / f"{name}.onnx.data"
-                hashes |= write_weights(path, graph, weights, bar, importance)
-                (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
-            kept = kept_decoders(source.config.decoder, recipe, frequencies.decoder)
-            for name, graph in kept.items():
+            with DataFiles(folder, graphs, bar) as data:
+                if recipe.feedback:
+                    feed_back(source.config, tokenizer, weights, graphs, data.write)
+                data.write_rest(weights, importance)
+            # Graphs that read the same data files.
+            others = kept_decoders(source.config.decoder, recipe, frequencies.decoder)
+            runs: dict[str, dict[str, str]] = {}
+            for which, own in graph_sets(source.config, recipe, graphs, frequencies).items():
+                runs[which] = set_graphs(which)
+                others |= {set_name(name, which): graph for name, graph in own.items()}
+            for name, graph in (graphs | others).items():
                 (folder / f"{name}.onnx").write_bytes(graph.model.SerializeToString(deterministic=True))
             _begin("reading back", bar, num_bytes, progress)
             for name in graphs:
-                check_weights(folder, f"{name}.onnx", hashes, bar)
+                check_weights(folder, f"{name}.onnx", data.hashes, bar)
             (folder / TOKENIZER).write_bytes(source.tokenizer)
             _begin("computing known answers", bar, num_bytes, progress)
             known = known_answers(folder, source.config, graphs, bar.update)
@@ -183,7 +202,8 @@ def _write(
         manifest = Manifest(
             model=source.config,
             scheme=recipe.precision,
-            graphs={name: graph.ports for name, graph in (graphs | kept).items()},
+            graphs={name: graph.ports for name, graph in (graphs | others).items()},
+            runs=runs,
             files=files,
             provenance={
                 **source.provenance(),
@@ -204,6 +224,7 @@ def _write(
 
 
 def _equalized(
+    weights: Weights,
     source: Source,
     groups: Sequence[ChannelGroup],
     schemes: Mapping[str, Scheme],
@@ -219,7 +240,7 @@ def _equalized(
     }
     if num_bytes:  # with floats alone there is nothing to do, hence nothing to announce
         _begin("equalizing", bar, sum(num_bytes.values()), progress)
-    return channel_scales(source, source.config, schemes, calibration, lambda name: bar.update(num_bytes.get(name, 0)))
+    return channel_scales(weights, source.config, schemes, calibration, lambda name: bar.update(num_bytes.get(name, 0)))
 
 
 def _fitted(

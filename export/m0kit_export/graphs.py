@@ -1,4 +1,4 @@
-"""The three graphs of jina-reranker-m0 in standard ONNX operators (opset 23): vision, decoder, head.
+"""The graphs of jina-reranker-m0 in standard ONNX operators (opset 23): vision, decoder, head; and the set for CPUs.
 
 Written out module by module with the checkpoint's own tensor names, not traced. Owns what is computed;
 how nodes and weights are put together is `m0kit_export.builder`.
@@ -26,6 +26,7 @@ from m0kit.artifact.ports import (
     IMAGE_COLUMNS,
     KV,
     PIECE_COLUMNS,
+    GraphSet,
     Kept,
     decoder_name,
     decoder_ports,
@@ -37,6 +38,7 @@ from m0kit.artifact.ports import (
 )
 from m0kit.config import DecoderConfig, ModelConfig
 from m0kit_export.builder import Builder, Graph
+from m0kit_export.cuda import cuda_graphs
 from m0kit_export.frequencies import Frequencies, powers
 from m0kit_export.names import expected_shapes
 from m0kit_quant.recipe import Recipe
@@ -89,19 +91,44 @@ def kept_decoders(config: DecoderConfig, recipe: Recipe, frequency: Float32 | No
     return {decoder_name(kv): decoder_graph(config, recipe, kv=kv, frequency=frequency) for kv in others}
 
 
+def graph_sets(
+    config: ModelConfig, recipe: Recipe, portable: Mapping[str, Graph], frequencies: Frequencies | None = None
+) -> dict[GraphSet, dict[str, Graph]]:
+    """What runs on one kind of device alone: by set and the portable graph in whose place it runs.
+
+    They read the data files of the `portable` graphs. A set for the CPU is made where these hold standard operators
+    alone; with quantised products they are ONNX Runtime's already. It has no decoder: attention is a twentieth of a
+    decoder's time on a page, too little for another operator to gain much. A set for CUDA is made where matrices are
+    not stored in float32.
+    """
+    frequencies = frequencies or Frequencies.of(config)
+    sets: dict[GraphSet, dict[str, Graph]] = {}
+    if not Builder("vision", recipe).contrib:
+        sets["cpu"] = {"vision": vision_graph(config, recipe, frequency=frequencies.vision, contrib=True)}
+    if cuda := cuda_graphs(config, recipe, portable, frequencies):
+        sets["cuda"] = cuda
+    return sets
+
+
 def schemes_of(graphs: Mapping[str, Graph]) -> dict[str, Scheme]:
     """How each tensor is stored, by its name."""
     return {weight.name: weight.scheme for graph in graphs.values() for weight in graph.weights}
 
 
-def vision_graph(config: ModelConfig, recipe: Recipe, observe: bool = False, frequency: Float32 | None = None) -> Graph:
+def vision_graph(
+    config: ModelConfig,
+    recipe: Recipe,
+    observe: bool = False,
+    frequency: Float32 | None = None,
+    contrib: bool = False,
+) -> Graph:
     """Patches of any number of images → one embedding per 2×2 patches.
 
-    Its ports are `m0kit.artifact.ports.vision_ports`; patches come in merge order.
+    Its ports are `m0kit.artifact.ports.vision_ports`; patches come in merge order. `contrib` as in `Builder`.
     The convolution's kernel equals its stride, so it is a product with the flattened kernel.
     """
     vision, width = config.vision, config.vision.width
-    b = Builder("vision", recipe, observe)
+    b = Builder("vision", recipe, observe, contrib)
     x = b.linear("visual.patch_embed.proj", "patches", (width, vision.patch_values), bias=False)
     # Rotary frequencies: the first half of a head's pairs turns with the row, the second with the column.
     pairs = vision.head_dim // 2
@@ -208,7 +235,7 @@ def _quick_mlp(b: Builder, name: str, width: int, inner: int, x: str) -> str:
 
 def _by_rows(b: Builder, x: str, width: int, mlp: Callable[[str], str]) -> str:
     """An MLP over a bounded number of rows at once; in one go when observed, as a loop gives nothing out."""
-    rows = QUANTIZED_CHUNK_ROWS if b.contrib else CHUNK_ROWS
+    rows = QUANTIZED_CHUNK_ROWS if b.quantized else CHUNK_ROWS
     return mlp(x) if b.observe else _in_chunks(b, x, width, rows, mlp)
 
 

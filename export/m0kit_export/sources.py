@@ -122,6 +122,11 @@ class ArtifactSource:
                 f"{folder}: holds {', '.join(lossy)} weights, which have lost bits already. "
                 "Quantise the fp32 artifact, or export from the checkpoint."
             )
+        if manifest.recipe.get("rotate"):
+            raise ArtifactError(
+                f"{folder}: holds weights in another basis (rotate in its recipe), on which nothing more is built. "
+                "Quantise one that was not rotated, or export from the checkpoint."
+            )
         verify_files(folder, manifest)  # also that the graphs name no other file, and no bytes beyond its end
         places = {}
         shapes = expected_shapes(manifest.model)

@@ -3,15 +3,16 @@
 Owns the bytes between a graph's weights and its file NAME.onnx.data; where each part lies there is the graph's
 (`builder`), what it holds is its scheme's.
 
-    hashes = write_weights(folder / "head.onnx.data", graphs["head"], weights, bar, {})
-    check_weights(folder, "head.onnx", hashes, bar)
+    with DataFiles(folder, graphs, bar) as files:
+        files.write_rest(weights, {})
+    check_weights(folder, "head.onnx", files.hashes, bar)
     StoredWeights(folder, graphs).read("score.0.weight")
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import onnx
@@ -26,27 +27,47 @@ from m0kit_quant.weights import Float32, Weights
 _CHUNK: Final = 16 << 20
 
 
-def write_weights(
-    path: Path, graph: Graph, weights: Weights, bar: Any, importance: Mapping[str, Float32]
-) -> dict[str, str]:
-    """Write every part in its place; returns the sha256 of each by its initializer's name.
+class DataFiles:
+    """The data files of graphs while they are written, weight by weight in any order."""
 
-    `importance` weighs errors by the matrix's name (`Scheme.encode`). Raises CheckpointError for what cannot be stored.
-    """
-    hashes = {}
-    with open(path, "wb") as file:
-        for weight in graph.weights:
-            parts = _encoded(weight, weights, importance.get(weight.name))
-            for part in weight.parts:
-                stored = parts[part.key]
-                if stored.shape != part.shape or stored.dtype != part.dtype:
-                    raise AssertionError(f"{part.name}: {stored.dtype} {stored.shape} does not fit its place")
-                raw = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
-                file.seek(part.offset)
-                file.write(raw.data)
-                hashes[part.name] = hashlib.sha256(raw.data).hexdigest()
-                bar.update(part.num_bytes)
-    return hashes
+    def __init__(self, folder: Path, graphs: Mapping[str, Graph], bar: Any) -> None:
+        self._bar = bar
+        self._paths = {w.name: folder / f"{name}.onnx.data" for name, graph in graphs.items() for w in graph.weights}
+        self._missing = {weight.name: weight for graph in graphs.values() for weight in graph.weights}
+        self._files: dict[Path, BinaryIO] = {}
+        self.hashes: dict[str, str] = {}  # sha256 of each part, by its initializer's name
+
+    def __enter__(self) -> "DataFiles":
+        for path in self._paths.values():
+            if path not in self._files:
+                self._files[path] = open(path, "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def write(self, weight: Weight, parts: Parts) -> None:
+        """Put what is stored of a weight in its place."""
+        file = self._files[self._paths[weight.name]]
+        for part in weight.parts:
+            stored = parts[part.key]
+            if stored.shape != part.shape or stored.dtype != part.dtype:
+                raise AssertionError(f"{part.name}: {stored.dtype} {stored.shape} does not fit its place")
+            raw = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+            file.seek(part.offset)
+            file.write(raw.data)
+            self.hashes[part.name] = hashlib.sha256(raw.data).hexdigest()
+            self._bar.update(part.num_bytes)
+        del self._missing[weight.name]
+
+    def write_rest(self, weights: Weights, importance: Mapping[str, Float32]) -> None:
+        """All that was not written yet. `importance` weighs errors by the matrix's name (`Scheme.encode`).
+
+        Raises CheckpointError for what cannot be stored.
+        """
+        for weight in list(self._missing.values()):
+            self.write(weight, _encoded(weight, weights, importance.get(weight.name)))
 
 
 def _encoded(weight: Weight, weights: Weights, importance: Float32 | None) -> Parts:

@@ -146,11 +146,13 @@ class Reference:
         adapters: Sequence[tuple[str | Path, float]] = (),
         dtype: torch.dtype = torch.float32,
         *,
+        device: str = "cpu",
         max_pixels: int | None = None,
         progress: bool = False,
     ) -> "Reference":
         """Load a checkpoint (folder or hub id) and apply adapters in order, each with its weight.
 
+        `device` is PyTorch's name of where the model runs; prompts, images and positions are made on the CPU.
         All but the last adapter are merged by PEFT; the last stays what PEFT runs beside the base.
         Raises CheckpointError, AdapterError.
         """
@@ -158,10 +160,10 @@ class Reference:
         core, head = empty_model(checkpoint)
         shell, score = PublishedNames(core, head), cast(nn.Module, head)
         for name in bar(checkpoint.names, unit="tensor", desc="loading", shown=progress):
-            _set(shell, name, checkpoint.read(name).to(dtype))
+            _set(shell, name, checkpoint.read(name).to(device, dtype))
         if empty := [name for name, p in shell.named_parameters() if p.is_meta]:
             raise CheckpointError(f"{source}: the model has parameters that no tensor fills: {empty[:3]}")
-        core.eval()
+        core.eval().to(device)  # its buffers: rotary frequencies stay float32
         for index, (path, weight) in enumerate(adapters):
             score = _apply(core, score, Path(path), weight, merge=index < len(adapters) - 1)
         reference = cls(core, score.eval(), checkpoint)
@@ -169,11 +171,23 @@ class Reference:
             reference._processor.size = {**dict(reference._processor.size), "longest_edge": max_pixels}
         return reference
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = next(self.core.parameters()).device
+        return device
+
+    @property
+    def norm(self) -> NDArray[np.float32]:
+        """The gain of the final norm (D,)."""
+        gain: torch.Tensor = self.core.language_model.norm.weight
+        return gain.detach().float().cpu().numpy()
+
     # --- scores ------------------------------------------------------------------------------------
 
     def score(self, pairs: Iterable[Any], raw: bool = False) -> NDArray[np.float32]:
         """Scores (or logits) of (query, document) pairs, one at a time and without padding."""
-        logits = [self._logit(self._hidden([self.inputs(pair)])).item() for pair in pairs]
+        logits = [self.logits(self._hidden([self.inputs(pair)])).item() for pair in pairs]
         return np.asarray(logits if raw else [self._normalise(logit) for logit in logits], np.float32)
 
     def compute_score(self, pairs: Sequence[Any], batch_size: int = 8) -> list[float]:
@@ -181,7 +195,7 @@ class Reference:
         scores: list[float] = []
         for start in range(0, len(pairs), batch_size):
             batch = [self.inputs(pair) for pair in pairs[start : start + batch_size]]
-            scores += [self._normalise(logit) for logit in self._logit(self._hidden(batch)).tolist()]
+            scores += [self._normalise(logit) for logit in self.logits(self._hidden(batch)).tolist()]
         return scores
 
     @torch.inference_mode()
@@ -189,7 +203,7 @@ class Reference:
         """Every stage of one pair."""
         inputs = self.inputs(pair)
         embeds = [
-            self.core.visual(p, grid_thw=g[None]).pooler_output
+            self.core.visual(p.to(self.device), grid_thw=g[None].to(self.device)).pooler_output
             for p, g in zip(inputs.patches, inputs.grids, strict=True)
         ]
         seen: list[torch.Tensor] = []
@@ -204,42 +218,51 @@ class Reference:
         finally:
             for hook in hooks:
                 hook.remove()
-        logit = self._logit(hidden).item()
+        logit = self.logits(hidden).item()
         grids = torch.stack(inputs.grids) if inputs.grids else torch.zeros((0, 3), dtype=torch.int64)
         return Trace(
             token_ids=np.asarray(inputs.token_ids, np.int64),
             positions=self._positions([inputs])[0][:, 0].numpy(),
             grid_thw=grids.numpy(),
             patches=tuple(p.numpy() for p in inputs.patches),
-            image_embeds=tuple(e.float().numpy() for e in embeds),
-            hidden=hidden[0].float().numpy(),
+            image_embeds=tuple(e.float().cpu().numpy() for e in embeds),
+            hidden=hidden[0].float().cpu().numpy(),
             logit=logit,
             score=self._normalise(logit),
-            layers=torch.stack(seen).float().numpy() if layers else None,
+            layers=torch.stack(seen).float().cpu().numpy() if layers else None,
         )
 
     def _normalise(self, logit: float) -> float:
         return float(torch.sigmoid(torch.tensor(logit - self.config.prompt.logit_bias, dtype=torch.float64)))
 
     @torch.inference_mode()
-    def _logit(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (B, D) → (B,) float32"""
         out: torch.Tensor = self.head(hidden)[:, 0].float()
         return out
 
-    @torch.inference_mode()
     def _hidden(self, batch: Sequence[Inputs]) -> torch.Tensor:
         """(B, D): the last position after the final norm, prompts padded on the left."""
+        return self.hidden(self.feeds(batch))
+
+    def feeds(self, batch: Sequence[Inputs]) -> dict[str, torch.Tensor | None]:
+        """What transformers' model takes of a batch, where the model runs."""
         positions, token_ids, mask = self._positions(batch)
         patches = [p for inputs in batch for p in inputs.patches]
         grids = [g for inputs in batch for g in inputs.grids]
-        out: torch.Tensor = self.core(
-            input_ids=token_ids,
-            attention_mask=mask if len(batch) > 1 else None,
-            position_ids=positions,
-            pixel_values=torch.cat(patches) if patches else None,
-            image_grid_thw=torch.stack(grids) if grids else None,
-            use_cache=False,
-        ).last_hidden_state
+        made = {
+            "input_ids": token_ids,
+            "attention_mask": mask if len(batch) > 1 else None,
+            "position_ids": positions,
+            "pixel_values": torch.cat(patches) if patches else None,
+            "image_grid_thw": torch.stack(grids) if grids else None,
+        }
+        return {name: None if value is None else value.to(self.device) for name, value in made.items()}
+
+    @torch.inference_mode()
+    def hidden(self, feeds: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+        """(B, D) of what `feeds` made of B pairs."""
+        out: torch.Tensor = self.core(**feeds, use_cache=False).last_hidden_state
         return out[:, -1]
 
     def _positions(self, batch: Sequence[Inputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -155,6 +155,8 @@ def equalizing_scale(
         )
     if bool((inputs < 0).any()):
         raise ValueError(f"{group.name}: the activation holds negative values, expected max|x| of each channel")
+    if activation is None and np.ptp(inputs) == 0:  # as behind a norm of a rotated stream: nothing to share
+        return np.ones(group.num_channels, np.float32)
     columns = _consumed(weights, group)
     alive = np.isfinite(inputs) & np.isfinite(columns) & (inputs > 0) & (columns > 0)
     scale = np.ones(group.num_channels, np.float32)

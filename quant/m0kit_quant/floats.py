@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Final
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from m0kit_quant.scheme import Layout, Nodes, Parts, Scheme
+from m0kit_quant.feedback import Plane
+from m0kit_quant.scheme import CONTRIB, Layout, Nodes, Parts, Scheme
 from m0kit_quant.weights import Float32
 
 
@@ -23,7 +24,7 @@ class FloatScheme(Scheme):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         return {"": (shape, self.dtype)}
 
-    def encode(self, weight: Float32, importance: Float32 | None = None) -> Parts:
+    def encode(self, weight: Float32, importance: Float32 | Plane | None = None) -> Parts:
         with np.errstate(over="ignore"):
             stored = weight.astype(self.dtype, copy=False)
         if not np.isfinite(stored).all():
@@ -51,8 +52,40 @@ class FloatScheme(Scheme):
     def lookup(self, b: Nodes, ids: str, part: Mapping[str, str], shape: tuple[int, int]) -> str:
         return self._widened(b, b.op("Gather", part[""], ids, axis=0))
 
+    def cuda_linear(
+        self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int],
+        *, dtype: np.dtype[Any], scale: float, bias: str | None,
+    ) -> str:  # fmt: skip
+        """In one product where the matrix is stored in the type; what was stored wider is multiplied in float32."""
+        if self.dtype != dtype:
+            wide = np.dtype(np.float32)
+            added = bias if bias is None or dtype == wide else b.cast(bias, wide)
+            x, matrix = (x if dtype == wide else b.cast(x, wide)), self._widened(b, part[""])
+            y = _cuda_product(b, x, matrix, scale, added, wide)
+            return y if dtype == wide else b.cast(y, dtype)
+        return _cuda_product(b, x, part[""], scale, bias, dtype)
+
+    def cuda_product(
+        self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        return self.cuda_linear(b, x, part, shape, dtype=dtype, scale=1.0, bias=None)
+
+    def cuda_lookup(
+        self, b: Nodes, ids: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        rows = b.op("Gather", part[""], ids, axis=0)
+        return rows if self.dtype == dtype else b.cast(rows, dtype)
+
     def _widened(self, b: Nodes, stored: str) -> str:
         return stored if self.dtype == np.float32 else b.cast(stored, np.float32)
+
+
+def _cuda_product(b: Nodes, x: str, matrix: str, scale: float, bias: str | None, dtype: DTypeLike) -> str:
+    """Gemm would write the bias to all rows first and read it again: a third slower on an H100 than an addition."""
+    y = b.op("FusedMatMul", x, matrix, domain=CONTRIB, transB=1, alpha=scale)
+    if bias is None:
+        return y
+    return b.op("Add", y, bias if scale == 1 else b.op("Mul", bias, b.const(scale, dtype)))
 
 
 class Fp32Scheme(FloatScheme):

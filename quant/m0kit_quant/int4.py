@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.precision import SCHEMES
+from m0kit_quant.feedback import Plane, fed_back, weighing
 from m0kit_quant.int8 import LEVELS, by_rows, unit_of
 from m0kit_quant.scheme import CONTRIB, Layout, Nodes, Parts, Scheme
 from m0kit_quant.weights import Float32
@@ -30,6 +31,7 @@ class Int4Scheme(Scheme):
     """Values, scales and zero points of blocks of inputs; the same of a table's rows."""
 
     name = "int4"
+    takes_feedback = True
     blocks = BLOCKS
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -42,7 +44,7 @@ class Int4Scheme(Scheme):
             "zero_point": ((rows, (num_blocks + 1) // 2), u8),
         }
 
-    def encode(self, weight: Float32, importance: Float32 | None = None) -> Parts:
+    def encode(self, weight: Float32, importance: Float32 | Plane | None = None) -> Parts:
         stored = quantize(weight, self._size, importance)
         return {"int4": stored.packed, "scale": stored.scale, "zero_point": stored.zero_point}
 
@@ -64,6 +66,24 @@ class Int4Scheme(Scheme):
         scale = b.op("Reshape", b.op("Gather", part["scale"], ids, axis=0), b.const([-1, blocks, 1]))
         values = b.op("Mul", b.op("Sub", rows, zero), scale)
         return b.op("Reshape", values, b.const([-1, shape[1]]))
+
+    def cuda_product(
+        self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        scale = part["scale"] if dtype == np.float32 else b.cast(part["scale"], dtype)
+        return b.op(
+            "MatMulNBits", x, part["int4"], scale, part["zero_point"],
+            domain=CONTRIB, K=shape[1], N=shape[0], bits=4, block_size=self._size,
+        )  # fmt: skip
+
+    def cuda_lookup(
+        self, b: Nodes, ids: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        rows = b.op("Reshape", part["int4"], b.const([shape[0], shape[1] // 2]))
+        return b.op(
+            "GatherBlockQuantized", rows, ids, b.cast(part["scale"], dtype), part["zero_point"],
+            domain=CONTRIB, bits=4, block_size=self._size, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
 
     def shared_scale(self, num_inputs: int) -> int | None:
         return self.block
@@ -95,12 +115,13 @@ class Int4(NamedTuple):
     zero_point: UInt8  # (N, ⌈B/2⌉), packed like the weights; a last half is 8
 
 
-def quantize(weight: Float32, block: int, importance: Float32 | None = None) -> Int4:
-    """weight (N, K) → 4 bits. `importance` (K,) weighs the squared error of each input.
+def quantize(weight: Float32, block: int, importance: Float32 | Plane | None = None) -> Int4:
+    """weight (N, K) → 4 bits. `importance` (K,) weighs the squared error of each input; a plane's errors are fed back.
 
     Raises ValueError when the block does not divide K or is none of 32, 64, 128.
     """
     check_block(block, weight.shape[1])
+    plane, importance = weighing(importance)
     num_rows, num_blocks = weight.shape[0], weight.shape[1] // block
     q = np.empty((num_rows, num_blocks, block // 2), np.uint8)
     scale = np.empty((num_rows, num_blocks), np.float32)
@@ -114,6 +135,15 @@ def quantize(weight: Float32, block: int, importance: Float32 | None = None) -> 
         q[first:end] = pack(values)
 
     by_rows(fill, *weight.shape)
+    if plane is not None:
+
+        def nearest(first: int, end: int, column: int, wanted: NDArray[np.float64]) -> tuple[Any, Any]:
+            steps = scale[first:end, column // block].astype(np.float64)
+            z = zero[first:end, column // block].astype(np.float64)
+            found = np.clip(np.rint(wanted / steps) + z, 0, _TOP)
+            return found, (found - z) * steps
+
+        q = pack(fed_back(weight, plane, nearest, np.uint8).reshape(num_rows, num_blocks, block))
     return Int4(q, scale, pack(np.pad(zero, ((0, 0), (0, num_blocks % 2)), constant_values=8)))
 
 

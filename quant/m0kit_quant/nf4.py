@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from m0kit.errors import CheckpointError, DependencyError
 from m0kit.precision import SCHEMES
+from m0kit_quant.feedback import Plane, fed_back
 from m0kit_quant.int8 import by_rows
 from m0kit_quant.scheme import CONTRIB, Layout, Nodes, Parts, Scheme
 from m0kit_quant.weights import Float32
@@ -57,6 +58,7 @@ class Nf4Scheme(Scheme):
     """Codes and the largest |value| of each block. No tables: blocks run on from row to row."""
 
     name = "nf4"
+    takes_feedback = True
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         if self.table:
@@ -64,8 +66,10 @@ class Nf4Scheme(Scheme):
         num_bytes, num_blocks = stored_sizes((shape[0], shape[1]))
         return {"nf4": ((num_bytes,), np.dtype(np.uint8)), "absmax": ((num_blocks,), np.dtype(np.float32))}
 
-    def encode(self, weight: Float32, importance: Float32 | None = None) -> Parts:
+    def encode(self, weight: Float32, importance: Float32 | Plane | None = None) -> Parts:
         stored = quantize(weight)
+        if isinstance(importance, Plane):
+            stored = fed_back_codes(weight, stored, importance)
         return {"nf4": stored.packed, "absmax": stored.absmax}
 
     def decode(self, parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Float32:
@@ -74,6 +78,26 @@ class Nf4Scheme(Scheme):
     def product(self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], out: str | None) -> str:
         return b.op(
             *(str(SCHEMES[self.name].operator), x, part["nf4"], part["absmax"]), out=out,
+            domain=CONTRIB, K=shape[1], N=shape[0], block_size=BLOCK_SIZE, quant_type=1,
+        )  # fmt: skip
+
+    def cuda_rows(
+        self, b: Nodes, part: Mapping[str, str], shape: tuple[int, int], rows: NDArray[np.int64]
+    ) -> dict[str, str]:
+        """Where blocks are whole rows' own; elsewhere a block of the matrix is no block of its rows."""
+        if shape[1] % BLOCK_SIZE:
+            raise NotImplementedError(f"rows of {shape[1]} values are no blocks of {BLOCK_SIZE}")
+        widths = {"nf4": shape[1] // 2, "absmax": shape[1] // BLOCK_SIZE}
+        by_row = {key: b.op("Reshape", part[key], b.const([shape[0], width])) for key, width in widths.items()}
+        chosen = {key: b.op("Gather", table, b.const(rows), axis=0) for key, table in by_row.items()}
+        return {key: b.op("Reshape", table, b.const([-1])) for key, table in chosen.items()}
+
+    def cuda_product(
+        self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        absmax = part["absmax"] if dtype == np.float32 else b.cast(part["absmax"], dtype)
+        return b.op(
+            "MatMulBnb4", x, part["nf4"], absmax,
             domain=CONTRIB, K=shape[1], N=shape[0], block_size=BLOCK_SIZE, quant_type=1,
         )  # fmt: skip
 
@@ -133,6 +157,20 @@ def quantize(weight: Float32) -> NF4:
             "Look for the reason in the checkpoint or its adapters"
         )
     return NF4((weight.shape[0], weight.shape[1]), packed, absmax)
+
+
+def fed_back_codes(weight: Float32, stored: NF4, plane: Plane) -> NF4:
+    """The same scales with codes that make up for each other's errors; no longer what bitsandbytes would store."""
+    width = weight.shape[1]
+
+    def nearest(first: int, end: int, column: int, wanted: NDArray[np.float64]) -> tuple[Any, Any]:
+        scale = np.maximum(stored.absmax[(np.arange(first, end) * width + column) // BLOCK_SIZE], _SMALLEST)
+        codes = _codes(np.asarray(wanted / scale, np.float32))
+        return codes, LEVELS[codes].astype(np.float64) * scale
+
+    codes = fed_back(weight, plane, nearest, np.uint8).reshape(-1)
+    codes = np.append(codes, np.uint8(ZERO))[: (len(codes) + 1) // 2 * 2]
+    return NF4(stored.shape, codes[::2] << 4 | codes[1::2], stored.absmax)
 
 
 def _codes(scaled: Float32) -> NDArray[np.uint8]:

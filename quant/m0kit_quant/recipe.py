@@ -1,8 +1,10 @@
 """Recipes: which scheme stores which matrix. A small TOML file; the one used travels in the manifest.
 
     precision = "int4"                  # the name under which the artifact goes
-    device = "cpu"                      # what it is meant for: "cpu" or "cuda"
-    equalize = true                     # share channel ranges between layers first (m0kit_quant.equalize)
+    device = "cpu"                      # where it runs most, "cpu" or "cuda"; it runs on both
+    rotate = true                       # first put the residual stream into another basis (m0kit_quant.rotate)
+    equalize = true                     # then share channel ranges between layers (m0kit_quant.equalize)
+    feedback = true                     # make up for each rounding error in those that follow (m0kit_quant.feedback)
 
     [[weights]]                         # the first rule that matches a tensor's name decides
     match = "visual.patch_embed.*"      # a glob over the checkpoint's names
@@ -48,6 +50,7 @@ class Rule:
     match: str
     scheme: str
     block: tuple[int, ...] = ()  # in the order of preference, where the scheme has a choice
+    inputs: int | None = None  # bits that inputs of the product are rounded to, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,9 @@ class Recipe:
 
     precision: str
     device: str
+    rotate: bool
     equalize: bool
+    feedback: bool
     rules: tuple[Rule, ...]
 
     @classmethod
@@ -101,15 +106,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> "Recipe":
         """The form it has in a manifest. Raises RecipeError that names `source` and what is wrong."""
-        _only(raw, ("precision", "device", "equalize", "weights"), source)
+        _only(raw, ("precision", "device", "rotate", "equalize", "feedback", "weights"), source)
         precision, device = raw.get("precision"), raw.get("device", "cpu")
         if not isinstance(precision, str) or not 0 < len(precision) <= _MAX_LETTERS:
             raise RecipeError(f"{source}: precision must be a name, got {precision!r:.60}.")
         if device not in DEVICES:
             raise RecipeError(f"{source}: device must be one of {_list(DEVICES)}, got {device!r:.60}.")
-        equalize = raw.get("equalize", False)
-        if not isinstance(equalize, bool):
-            raise RecipeError(f"{source}: equalize must be true or false, got {equalize!r:.60}.")
+        rotate, equalize, feedback = (_flag(raw, name, source) for name in ("rotate", "equalize", "feedback"))
         entries = raw.get("weights")
         if not isinstance(entries, list) or not entries:
             raise RecipeError(f"{source}: needs at least one [[weights]] rule.")
@@ -122,14 +125,25 @@ class Recipe:
                     f"{source}: {rule.scheme} has no kernels on {device} in ONNX Runtime; "
                     f"there {_list(supported(device))} work."
                 )
-        return cls(precision, device, equalize, rules)
+        return cls(precision, device, rotate, equalize, feedback, rules)
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest; `from_dict` reads it."""
         rules = [
-            {"match": r.match, "scheme": r.scheme, **({"block": list(r.block)} if r.block else {})} for r in self.rules
+            {
+                "match": r.match,
+                "scheme": r.scheme,
+                **({"block": list(r.block)} if r.block else {}),
+                **({"inputs": r.inputs} if r.inputs else {}),
+            }
+            for r in self.rules
         ]
-        return {"precision": self.precision, "device": self.device, "equalize": self.equalize, "weights": rules}
+        flags = {
+            **({"rotate": True} if self.rotate else {}),
+            "equalize": self.equalize,
+            **({"feedback": True} if self.feedback else {}),
+        }
+        return {"precision": self.precision, "device": self.device, **flags, "weights": rules}
 
     def storing(self, schemes: Mapping[str, str]) -> "Recipe":
         """The same with a rule of its own, before all others, for each matrix in `schemes` (by its full name)."""
@@ -148,7 +162,7 @@ class Recipe:
                     f"{name} has {shape[1]} inputs, which no block of {_list(rule.block)} divides. {_before(rule)}",
                     *self._instead(name, rule.scheme, smaller),
                 )
-            scheme = kind(block, table=name == EMBEDDING)
+            scheme = kind(block, table=name == EMBEDDING, inputs=rule.inputs)
             try:
                 scheme.layout(shape)
             except ValueError as error:
@@ -183,7 +197,7 @@ def _before(rule: Rule) -> str:
 def _rule(entry: Any, where: str) -> Rule:
     if not isinstance(entry, Mapping):
         raise RecipeError(f"{where}: expected a table with match and scheme, got {entry!r:.60}.")
-    _only(entry, ("match", "scheme", "block"), where)
+    _only(entry, ("match", "scheme", "block", "inputs"), where)
     match, scheme, block = entry.get("match"), entry.get("scheme"), entry.get("block")
     if not isinstance(match, str) or not 0 < len(match) <= _MAX_LETTERS:
         raise RecipeError(f"{where}: match must be a pattern of tensor names, got {match!r:.60}.")
@@ -198,7 +212,21 @@ def _rule(entry: Any, where: str) -> Rule:
     blocks = block if isinstance(block, list) else list(known[::-1]) if block is None else [block]
     if (known and not blocks) or any(type(b) is not int or b not in known for b in blocks):
         raise RecipeError(f"{where}: block must be of {_list(known)}, got {block!r:.60}.")
-    return Rule(match, scheme, tuple(blocks))
+    inputs, choice = entry.get("inputs"), SCHEMES[scheme].input_bits
+    if inputs is not None and (type(inputs) is not int or inputs not in choice):
+        raise RecipeError(
+            f"{where}: inputs must be of {_list(choice)} bits, got {inputs!r:.60}."
+            if choice
+            else f"{where}: inputs belongs to int8, {scheme} has none to choose."
+        )
+    return Rule(match, scheme, tuple(blocks), inputs)
+
+
+def _flag(raw: Mapping[str, Any], name: str, where: str) -> bool:
+    value = raw.get(name, False)
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where}: {name} must be true or false, got {value!r:.60}.")
+    return value
 
 
 def _only(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

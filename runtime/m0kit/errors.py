@@ -19,6 +19,8 @@
     │   └── RecordDamagedError             … or one of its records is not what was written
     ├── OutputError (OSError)              the result cannot be written: exists, no space, no permission
     ├── DeviceError (RuntimeError)         a device or execution provider that is not there
+    │   └── DeviceLostError                … or no longer: nothing computes on it before the process is started again
+    ├── PoolFullError (RuntimeError)       the pages on a device that are free are too few, while others are in use
     └── DependencyError (ImportError)      an optional package is missing; the message names the extra
 
 Each class is also a builtin, so callers may catch ours or Python's. A message says what we got, what
@@ -164,6 +166,14 @@ class OutputError(M0kitError, OSError):
 
 class DeviceError(M0kitError, RuntimeError):
     """A device or execution provider that this installation does not have."""
+
+
+class PoolFullError(M0kitError, RuntimeError):
+    """Too few pages on a device are free now, since runs and schedules hold the others."""
+
+
+class DeviceLostError(DeviceError):
+    """A GPU that failed in the middle. This process cannot use it again; one that is started anew may."""
 
 
 class DependencyError(M0kitError, ImportError):

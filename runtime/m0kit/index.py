@@ -21,7 +21,7 @@ from m0kit.reading.inputs import Given, Known, Picture, Text, check_many, parse_
 from m0kit.reranker import Reranker
 from m0kit.scoring.engine import not_finite
 from m0kit.scoring.image import to_png
-from m0kit.scoring.planner import TOKEN_BUDGET, pack
+from m0kit.scoring.planner import pack
 from m0kit.scoring.prepare import Document
 from m0kit.scoring.schedule import LOW_MEMORY_VISUAL_TOKENS
 
@@ -104,7 +104,7 @@ def _batches(
     reranker: Reranker, store: Store, documents: Iterable[Given], done: Added, tick: Callable[[int], object]
 ) -> Iterator[dict[Document, list[StoredDocument]]]:
     """As many documents as one run takes; in low memory as many as may be encoded before the decoder takes over."""
-    budget = LOW_MEMORY_VISUAL_TOKENS if reranker.low_memory else TOKEN_BUDGET
+    budget = LOW_MEMORY_VISUAL_TOKENS if reranker.low_memory else reranker.engine.rows
     preparer, _ = reranker.begin()
     batch: dict[Document, list[StoredDocument]] = {}
     num_tokens = num_documents = 0
@@ -130,7 +130,7 @@ def _batches(
             done.truncated.append(name)
         batch.setdefault(document, []).append(stored)
         num_tokens, num_documents = num_tokens + document.length, num_documents + 1
-        if num_tokens >= budget or num_documents >= TOKEN_BUDGET:
+        if num_tokens >= budget or num_documents >= reranker.engine.rows:
             yield batch
             batch, num_tokens, num_documents = {}, 0, 0
     if batch:
@@ -164,7 +164,7 @@ def _read(
     new = [document for document in owners if document.key not in there]
     if reranker.low_memory:
         engine.encode([image for document in new for image in document.images])
-    for run in pack(((document, [document.length]) for document in new), [TOKEN_BUDGET]):
+    for run in pack(((document, [document.length]) for document in new), [engine.rows]):
         states = dict(zip(run, engine.compute(run), strict=True))
         for document in run:
             if not states[document].is_finite:

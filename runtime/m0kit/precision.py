@@ -17,6 +17,7 @@ class Products:
 
     operator: str | None = None  # of ONNX Runtime's own; None: standard ones, which any provider may be tried with
     devices: tuple[str, ...] = ()  # those that have kernels for it, as of ONNX Runtime 1.32
+    rounds: bool = False  # whether the CPU rounds activations, which CUDA's graphs never do
 
 
 # `m0kit_quant.schemes` has the same names; this is what the runtime must know of them.
@@ -24,10 +25,15 @@ SCHEMES: Final[dict[str, Products]] = {
     "fp32": Products(),
     "fp16": Products(),
     "bf16": Products(),
-    "int8": Products("MatMulIntegerToFloat", ("cpu",)),
-    "int4": Products("MatMulNBits", ("cpu", "cuda")),
+    "int8": Products(
+        "MatMulIntegerToFloat", ("cpu", "cuda"), rounds=True
+    ),  # on CUDA weights are widened as they are used
+    "int4": Products("MatMulNBits", ("cpu", "cuda"), rounds=True),
     "nf4": Products("MatMulBnb4", ("cpu", "cuda")),
 }
+
+# What the full model (2.4 billion parameters) takes on disk, and its weights in a GPU's memory: 10⁹ bytes, measured.
+GIGABYTES: Final = {"fp32": 8.9, "fp16": 4.45, "bf16": 4.45, "int8": 2.24, "int4": 1.45, "nf4": 1.4}
 
 
 def provider_of(device: str) -> str:

@@ -21,6 +21,8 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # nncf's only switch: it would report each use to an analytics service, with an id kept in ~/intel.
     "NNCF_CI": "1",
+    # It would report pipelines as they run, with an id kept in ~/.haystack.
+    "HAYSTACK_TELEMETRY_ENABLED": "False",
 }
 
 

@@ -8,6 +8,7 @@ faces of it. A score never depends on what else is in the call.
 """
 
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from m0kit.errors import DependencyError, InputError
 from m0kit.opening import OpenArtifact
 from m0kit.reading.inputs import as_list, check_many, is_many
-from m0kit.scoring.planner import TOKEN_BUDGET
+from m0kit.scoring.ahead import prepared_ahead
 from m0kit.scoring.schedule import OnError, Result
 
 Float32 = NDArray[np.float32]
@@ -61,7 +62,8 @@ class Reranker(OpenArtifact):
         """As `evaluate`, but gives (position in `pairs`, Result) as soon as it is done, in the order of the work.
 
         `pairs` are prepared as far as WAITING_BYTES of them may wait. Those that come one by one, of a generator, are
-        run as they come: as many wait as were run. A PIL image must stay as it is until its pairs are done.
+        run as they come: as many wait as were run. Where the engine computes beside its caller, others are prepared
+        meanwhile, and run as soon as they fill a run. A PIL image must stay as it is until its pairs are done.
         """
         check_many(pairs, "pairs", _EXPECTED)
         preparer, schedule = self.begin()
@@ -69,7 +71,17 @@ class Reranker(OpenArtifact):
         positions: dict[int, int] = {}  # by ticket
         run = 0  # rows
         # tqdm takes a lock of all processes even where it shows nothing; one that is held at a fork stays so.
-        with closing(schedule), tqdm(total=total, unit="pair") if progress else nullcontext() as bar:
+        with (
+            closing(schedule),
+            closing(prepared_ahead(pairs, preparer, self.engine)) as ready,
+            tqdm(total=total, unit="pair") if progress else nullcontext() as bar,
+        ):
+
+            def least() -> float:
+                """Rows that wait at least while others are prepared."""
+                if self.engine.runs_ahead:  # a run, beside those that are computed meanwhile
+                    return self.engine.rows
+                return math.inf if total is not None else run + self.engine.rows
 
             def placed(position: int, result: Result) -> tuple[int, Result]:
                 if bar is not None:
@@ -81,12 +93,12 @@ class Reranker(OpenArtifact):
                     raise error
                 return position, replace(result, error=error)
 
-            for position, pair in enumerate(pairs):
-                try:
-                    positions[schedule.add(preparer.prepare(pair))] = position
-                except InputError as error:
-                    yield placed(position, Result.failed(error))
-                while schedule.num_bytes > WAITING_BYTES or (total is None and schedule.num_rows > run + TOKEN_BUDGET):
+            for position, prepared in enumerate(ready):
+                if isinstance(prepared, InputError):
+                    yield placed(position, Result.failed(prepared))
+                else:
+                    positions[schedule.add(prepared)] = position
+                while schedule.num_bytes > WAITING_BYTES or schedule.num_rows > least():
                     before = schedule.num_rows
                     yield from (placed(positions.pop(ticket), result) for ticket, result in schedule.step())
                     run += before - schedule.num_rows

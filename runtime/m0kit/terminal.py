@@ -30,9 +30,10 @@ from typing import Any, Final, TextIO
 import click
 from tqdm import tqdm
 
-from m0kit.errors import M0kitError
+from m0kit.errors import DeviceLostError, M0kitError
 from m0kit.plain import plain, to_json
 
+LOST: Final = 75  # exit code where a GPU was lost: "try again" (EX_TEMPFAIL of sysexits.h), in a new process
 DEBUG: Final = "M0KIT_DEBUG"  # set: show where in the code an error came from
 # What brings a package; those that are not listed are asked for by their own names.
 _EXTRAS: Final = {
@@ -297,6 +298,8 @@ def _told(error: BaseException) -> tuple[int, list[str]]:
             return 130, ["interrupted"]
         case click.ClickException():
             return error.exit_code, _usage(error)
+        case DeviceLostError():
+            return LOST, [f"error: {_one_line(error)}"]
         case M0kitError():
             return 1, [f"error: {_one_line(error)}"]
         case BrokenPipeError():

@@ -62,7 +62,8 @@ def test_every_precision_comes_out_right(
     # A machine whose kernels round otherwise may take other shares; more than the whole would have raised.
     assert max(answer.used for answer in answers) < 0.75
     if precision not in ("int8", "int4") and kv == "fp32":
-        assert max(answer.off for answer in answers) < FLOATS
+        # nf4 rounds inputs to 16 bits in its first layer and block: 2e-5 of the largest of a row, ten times over.
+        assert max(answer.off for answer in answers) < (1e-3 if precision == "nf4" else FLOATS)
 
 
 def test_they_tell_pairs_apart(tiny_artifact: Path) -> None:

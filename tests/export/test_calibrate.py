@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from m0kit_parity.samples.outliers import write_injected
 from m0kit_quant.calibration import Calibration, channel_scales, floored
 from m0kit_quant.equalize import Rescaled, channel_groups
 from m0kit_quant.recipe import Recipe
+from m0kit_quant.rotate import Rotated
 
 TEXTS = [("a query", "small"), ("which", "a longer document " * 15)]
 
@@ -313,12 +315,15 @@ def test_the_error_of_an_input_counts_as_much_as_the_input_after_scaling(
     tmp_path: Path, injected: Path, pairs: Path, precision: str
 ) -> None:
     """What is scaled up in a matrix meets inputs scaled down: their mean square falls by the square of the factor."""
-    recipe, source = Recipe.default(precision), CheckpointSource.open(injected)
-    export_artifact(injected, tmp_path / "fp32", progress=False)
+    recipe, checkpoint = replace(Recipe.default(precision), feedback=False), CheckpointSource.open(injected)
+    source = Rotated(checkpoint, checkpoint.config)  # as the recipe has it, with what is seen in that basis
+    seen_in = replace(Recipe.default("fp32"), rotate=recipe.rotate)
+    export_artifact(injected, tmp_path / "fp32", recipe=seen_in, progress=False)
     statistics = calibrate(tmp_path / "fp32", pairs, progress=False)
     export_artifact(injected, tmp_path / "out", recipe=recipe, calibration=pairs, progress=False)
-    scales = channel_scales(source, source.config, schemes_of(build_graphs(source.config, recipe)), statistics)
-    groups = channel_groups(source.config)
+    config = checkpoint.config
+    scales = channel_scales(source, config, schemes_of(build_graphs(config, recipe)), statistics)
+    groups = channel_groups(config)
     factors = {tensor: scales[g.name][g.columns] for g in groups if g.name in scales for tensor in g.consumers}
     rescaled = Rescaled(source, groups, scales)
     matters = 0
@@ -407,7 +412,7 @@ def test_what_is_wrong_is_said_before_minutes_of_work(
     def begun(*_: object, **__: object) -> None:
         pytest.fail("began to work")
 
-    monkeypatch.setattr(export, "write_weights", begun)
+    monkeypatch.setattr(export, "DataFiles", begun)
     monkeypatch.setattr(export, "calibrate", begun)
     bad = write_lines(tmp_path / "bad.jsonl", "{")
     (tmp_path / "file").write_text("data")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest
-from m0kit.artifact.ports import GRAPHS, KV, decoder_name
+from m0kit.artifact.ports import GRAPHS, KV, data_name, decoder_name, set_graphs
 from m0kit.config import ModelConfig
 from m0kit.errors import ScoreError, WrongAnswerError
 from m0kit.keeping.states import Pasts, State
@@ -34,7 +34,13 @@ from m0kit.scoring.sessions import OnnxRuntimeGraph, open_graph
 from m0kit_export.builder import CONTRIB, OPSET, Builder
 from m0kit_export.checkpoint import open_checkpoint
 from m0kit_export.export import export_artifact
-from m0kit_export.graphs import CHUNK_ROWS, VISION_PIECE_ROWS, build_graphs, kept_decoders
+from m0kit_export.graphs import (
+    CHUNK_ROWS,
+    FLASH_PIECE_ROWS,
+    VISION_PIECE_ROWS,
+    build_graphs,
+    kept_decoders,
+)
 from m0kit_parity.proof.portable import ENGINES
 from m0kit_parity.reference import Reference
 from m0kit_quant.halves import Fit
@@ -45,7 +51,10 @@ from m0kit_quant.recipe import Recipe
 TOLERANCE = 1e-5
 # The same sums in the same engine, but in other blocks of its matrix products: up to 2e-6 were measured.
 PACKING = 3e-6
+FLOATS = ("fp32", "fp16", "bf16")
 FILES = (*GRAPHS, *(decoder_name(kv) for kv in KV if kv != "fp32"))  # the decoder once for every form of its pasts
+VISIONS = ("vision", set_graphs("cpu")["vision"])
+ON_CUDA = tuple(set_graphs("cuda").values())  # what these are made of, and compute, test_cuda tells
 Array = NDArray[Any]
 
 
@@ -55,7 +64,7 @@ class Sides:
 
     config: ModelConfig
     torch: Reference
-    vision: OnnxRuntimeGraph
+    visions: dict[str, OnnxRuntimeGraph]  # the portable one and that of the set for CPUs, by name
     decoder: OnnxRuntimeGraph
     head: OnnxRuntimeGraph
     kept: dict[str, OnnxRuntimeGraph]  # decoders by the form of their pasts
@@ -89,10 +98,11 @@ class Prompt:
 def sides(request: pytest.FixtureRequest) -> Sides:
     checkpoint: Path = request.getfixturevalue(request.param)
     artifact: Path = request.getfixturevalue(f"{request.param}_artifact")
-    graphs = [open_graph(artifact, name, threads=1) for name in GRAPHS]
+    visions = {name: open_graph(artifact, name, threads=1) for name in VISIONS}
+    decoder, head = (open_graph(artifact, name, threads=1) for name in ("decoder", "head"))
     kept = {kv: open_graph(artifact, decoder_name(kv), threads=1) for kv in KV}
     torch.set_num_threads(1)
-    return Sides(read_manifest(artifact).model, Reference.load(checkpoint), *graphs, kept)
+    return Sides(read_manifest(artifact).model, Reference.load(checkpoint), visions, decoder, head, kept)
 
 
 def assert_close(seen: Array, expected: Array, tolerance: float = TOLERANCE) -> None:
@@ -113,14 +123,14 @@ def random_patches(config: ModelConfig, sizes: Sequence[tuple[int, int]], seed: 
     return [rng.standard_normal((h * w, config.vision.patch_values), np.float32) for h, w in sizes]
 
 
-def run_vision(sides: Sides, sizes: Sequence[tuple[int, int]], patches: Sequence[Array]) -> Array:
+def run_vision(sides: Sides, name: str, sizes: Sequence[tuple[int, int]], patches: Sequence[Array]) -> Array:
     grids = [np.array([1, h, w]) for h, w in sizes]
     feeds = {
         "patches": np.concatenate(patches),
         "positions": np.concatenate([vision_positions(grid, sides.config.vision.merge_size) for grid in grids]),
         "images": image_rows([len(p) for p in patches]),
     }
-    return sides.vision.run(feeds, ["image_embeds"])["image_embeds"]
+    return sides.visions[name].run(feeds, ["image_embeds"])["image_embeds"]
 
 
 @torch.inference_mode()
@@ -130,6 +140,7 @@ def torch_vision(sides: Sides, sizes: Sequence[tuple[int, int]], patches: Sequen
     return np.asarray(out.pooler_output.numpy())
 
 
+@pytest.mark.parametrize("name", VISIONS)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -140,21 +151,22 @@ def torch_vision(sides: Sides, sizes: Sequence[tuple[int, int]], patches: Sequen
         pytest.param([(4, 4), (2, 8), (26, 22)], id="several, one of them in two pieces"),
     ],
 )
-def test_vision_agrees_with_pytorch(sides: Sides, sizes: list[tuple[int, int]]) -> None:
+def test_vision_agrees_with_pytorch(sides: Sides, name: str, sizes: list[tuple[int, int]]) -> None:
     patches = random_patches(sides.config, sizes)
-    assert_close(run_vision(sides, sizes, patches), torch_vision(sides, sizes, patches))
+    assert_close(run_vision(sides, name, sizes, patches), torch_vision(sides, sizes, patches))
 
 
 def test_the_large_image_really_is_cut() -> None:
     assert CHUNK_ROWS < 34 * 32
-    assert VISION_PIECE_ROWS < 34 * 32
+    assert VISION_PIECE_ROWS < FLASH_PIECE_ROWS < 34 * 32
 
 
-def test_images_do_not_see_each_other(sides: Sides) -> None:
+@pytest.mark.parametrize("name", VISIONS)
+def test_images_do_not_see_each_other(sides: Sides, name: str) -> None:
     sizes = [(4, 4), (6, 2), (24, 24)]
     patches = random_patches(sides.config, sizes)
-    alone = [run_vision(sides, [size], [own]) for size, own in zip(sizes, patches, strict=True)]
-    together = run_vision(sides, sizes, patches)
+    alone = [run_vision(sides, name, [size], [own]) for size, own in zip(sizes, patches, strict=True)]
+    together = run_vision(sides, name, sizes, patches)
     assert_close(together, np.concatenate(alone), PACKING)
 
 
@@ -468,8 +480,15 @@ def nodes_of(graph: onnx.GraphProto, depth: int = 0) -> Iterator[tuple[int, onnx
                 yield from nodes_of(attribute.g, depth + 1)
 
 
-def load_graphs(artifact: Path, names: Sequence[str] = FILES) -> dict[str, onnx.ModelProto]:
+def load_graphs(artifact: Path, names: Sequence[str] | None = None) -> dict[str, onnx.ModelProto]:
+    """All that the manifest tells of, or those named."""
+    names = names or tuple(read_manifest(artifact).graphs)
     return {name: onnx.load(artifact / f"{name}.onnx", load_external_data=False) for name in names}
+
+
+def on_cpus(artifact: Path) -> dict[str, onnx.ModelProto]:
+    """All but the set for GPUs."""
+    return load_graphs(artifact, [name for name in read_manifest(artifact).graphs if name not in ON_CUDA])
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -477,34 +496,49 @@ def written(request: pytest.FixtureRequest, in_precision: Callable[[str], Path])
     return in_precision(request.param)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_graphs_pass_the_checker_with_data_and_inferred_shapes(written: Path, name: str) -> None:
-    onnx.checker.check_model(str(written / f"{name}.onnx"), full_check=True)
+def test_graphs_pass_the_checker_with_data_and_inferred_shapes(written: Path) -> None:
+    for name in read_manifest(written).graphs:
+        onnx.checker.check_model(str(written / f"{name}.onnx"), full_check=True)
 
 
-# Which of ONNX Runtime's own operators a graph may hold, by precision; fp32, fp16 and bf16 need none.
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_artifacts_have_the_sets_that_their_weights_allow(precision: str, in_precision: Callable[[str], Path]) -> None:
+    """For CPUs those with float weights, for GPUs those in 16 bits or fewer."""
+    manifest = read_manifest(in_precision(precision))
+    runs = {"cpu": {"vision": "vision.cpu"}} if precision in FLOATS else {}
+    if precision != "fp32":
+        runs["cuda"] = {"vision": "vision.cuda", "decoder": "decoder.cuda", "head": "head.cuda"}
+    assert manifest.runs == runs
+    assert sorted(manifest.graphs) == sorted((*FILES, *(name for own in runs.values() for name in own.values())))
+
+
+# Which of ONNX Runtime's own operators a portable graph may hold, by precision; fp32, fp16 and bf16 need none.
 OWN = {
     "int8": {"vision": {"MatMulIntegerToFloat", "MultiHeadAttention"}, "decoder": {"MatMulIntegerToFloat"}},
     "int4": {
         "vision": {"MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention"},
         "decoder": {"MatMulIntegerToFloat", "MatMulNBits"},
     },
-    "nf4": {"vision": {"MatMulBnb4", "MultiHeadAttention"}, "decoder": {"MatMulBnb4"}},
+    "nf4": {
+        "vision": {"MatMulIntegerToFloat", "MatMulBnb4", "MultiHeadAttention"},
+        "decoder": {"MatMulIntegerToFloat", "MatMulBnb4"},
+    },
 }
 
 
 def test_graphs_hold_standard_operators_of_one_opset_and_else_what_their_precision_needs(written: Path) -> None:
     precision = read_manifest(written).scheme
-    for name, model in load_graphs(written).items():
+    for name, model in on_cpus(written).items():
         own = {node.op_type for _, node in nodes_of(model.graph) if node.domain == CONTRIB}
-        assert own == OWN.get(precision, {}).get(name.partition(".")[0], set())
+        needed = OWN.get(precision, {}).get(name.partition(".")[0], set())
+        assert own == ({"MultiHeadAttention"} if name == "vision.cpu" else needed)
         domains = [("", OPSET), (CONTRIB, 1)] if own else [("", OPSET)]
         assert [(o.domain, o.version) for o in model.opset_import] == domains
         assert {node.domain for _, node in nodes_of(model.graph)} == {domain for domain, _ in domains}
         assert not model.functions
 
 
-def test_every_tensor_of_the_checkpoint_is_used_exactly_once(written: Path, tiny: Path) -> None:
+def test_every_tensor_of_the_checkpoint_is_used_once_or_for_inputs_of_16_bits_twice(written: Path, tiny: Path) -> None:
     stored: Counter[str] = Counter()
     used: Counter[str] = Counter()
     for model in load_graphs(written, GRAPHS).values():
@@ -517,20 +551,21 @@ def test_every_tensor_of_the_checkpoint_is_used_exactly_once(written: Path, tiny
     once = {part.name: 1 for weight in weights for part in weight.parts}
     assert len(once) >= len(weights)
     assert stored == once
-    assert used == once
+    assert used == {part.name: 2 if weight.scheme.inputs == 16 else 1 for weight in weights for part in weight.parts}
 
 
-def test_kept_decoders_read_the_data_of_the_decoder(written: Path) -> None:
-    models = load_graphs(written)
-    held = {name: {t.name: t for t in model.graph.initializer} for name, model in models.items()}
-    external = {t.name for t in held["decoder"].values() if t.data_location == onnx.TensorProto.EXTERNAL}
-    assert len(external) > 20
-    for name in FILES[len(GRAPHS) :]:
-        assert {t.name for t in held[name].values() if t.data_location == onnx.TensorProto.EXTERNAL} == external
-        for tensor in external:  # file, offset and length
-            assert held[name][tensor] == held["decoder"][tensor]
-            assert held[name][tensor].external_data[0].value == "decoder.onnx.data"
-    assert sorted(path.name for path in written.glob("*.data")) == sorted(f"{name}.onnx.data" for name in GRAPHS)
+def test_a_graph_beside_a_portable_one_reads_the_same_data_from_the_same_places(written: Path) -> None:
+    """Decoders for pasts in other forms, and those of the sets."""
+    held = {
+        name: {t.name: t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+        for name, model in load_graphs(written).items()
+    }
+    for name in held:
+        portable = name.partition(".")[0]
+        assert held[name] == held[portable]  # names, kinds, shapes, offsets and lengths
+        assert {t.external_data[0].value for t in held[name].values()} == {data_name(portable)}
+    assert len(held["decoder"]) > 20
+    assert sorted(path.name for path in written.glob("*.data")) == sorted(map(data_name, GRAPHS))
 
 
 def test_kept_decoders_have_the_files_names_and_the_form_of_their_pasts(tiny: Path) -> None:
@@ -545,7 +580,6 @@ def test_kept_decoders_have_the_files_names_and_the_form_of_their_pasts(tiny: Pa
 
 
 def test_declared_ports_are_those_of_the_manifest(written: Path) -> None:
-    assert sorted(read_manifest(written).graphs) == sorted(FILES)
     for name, described in read_manifest(written).graphs.items():
         graph = load_graphs(written)[name].graph
         for told, ports in ((described.inputs, graph.input), (described.outputs, graph.output)):
@@ -559,12 +593,15 @@ def test_declared_ports_are_those_of_the_manifest(written: Path) -> None:
 # --- bounded memory ------------------------------------------------------------------------------------
 
 
+ATTENTION = ("Attention", "MultiHeadAttention")
+
+
 def test_what_grows_with_rows_times_columns_stands_inside_loops(written: Path) -> None:
     """Attention and its mask see one piece, the inside of an MLP one chunk."""
-    for name, model in load_graphs(written).items():
+    for name, model in on_cpus(written).items():
         for depth, node in nodes_of(model.graph):
-            if node.op_type in ("Attention", "LessOrEqual", "Softmax") or ".mlp." in "".join(node.input):
-                expected = 2 if name == "vision" and node.op_type == "Attention" else 1  # images, then pieces
+            if node.op_type in (*ATTENTION, "LessOrEqual", "Softmax") or ".mlp." in "".join(node.input):
+                expected = 2 if name in VISIONS and node.op_type in ATTENTION else 1  # images, then pieces
                 assert depth == expected or "merger" in "".join(node.input), f"{name}: {node.name}"
 
 
@@ -583,7 +620,7 @@ PEAK = textwrap.dedent("""
     layout = planner.layout_groups([planner.Group(0, [(0, T)])])
     assert not layout.fill
     decoder = open_graph(folder, "decoder", threads=1)
-    vision = open_graph(folder, "vision", threads=1)
+    visions = [open_graph(folder, name, threads=1) for name in ("vision.cpu", "vision")]
     feeds = {
         "token_ids": np.zeros(T, np.int64),
         "positions": np.tile(np.arange(T), (3, 1)),
@@ -604,13 +641,14 @@ PEAK = textwrap.dedent("""
     before = peak()
     decoder.run(feeds, ["hidden"])
     after = peak()
-    vision.run(patches, ["image_embeds"])
+    for vision in visions:
+        vision.run(patches, ["image_embeds"])
     print(after - before, peak() - after)
 """)
 
 
 def peak_growth(artifact: Path, num_rows: int, piece_rows: int) -> list[int]:
-    """MiB that one run of (decoder, vision) adds to the peak of a fresh process."""
+    """MiB that one run of (decoder, both visions) adds to the peak of a fresh process."""
     command = [sys.executable, "-c", PEAK, str(artifact), str(num_rows), str(piece_rows)]
     return [int(n) for n in subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()]
 

@@ -112,7 +112,7 @@ def main() -> int:
         told = coverage.run(target, seconds, seed)
         print(told, flush=True)
         failed |= "FAILED" in told
-    if not pure:
+    if not coverage.available():
         print("atheris is not installed, or there is none for this Python: nothing was guided by coverage")
     return int(failed)
 

@@ -65,12 +65,63 @@ def _recipe() -> Callable[[bytes], object]:
     return target
 
 
+def _body() -> Callable[[bytes], object]:
+    from m0kit.errors import M0kitError
+    from m0kit.server.wire.requests import parse_rerank, parse_score
+
+    def target(raw: bytes) -> object:
+        for dialect in ("v1", "v2", "plain"):
+            with contextlib.suppress(M0kitError):
+                parse_rerank(raw, dialect)
+        return parse_score(raw)
+
+    return target
+
+
+def _head() -> Callable[[bytes], object]:
+    import asyncio
+
+    from m0kit.server.guard import Guard
+    from m0kit.server.metrics import Metrics
+    from m0kit.server.settings import ModelSettings, Settings
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    guard = Guard(app, Settings((ModelSettings("none"),)), Metrics())
+    loop = asyncio.new_event_loop()
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    def target(raw: bytes) -> object:
+        """Method, path and headers, a line each: what the guard makes of them."""
+        method, _, rest = raw.partition(b" ")
+        path, *lines = rest.split(b"\n")
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(name.lower(), value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+        told = {"method": method.decode("latin-1"), "path": path.decode("latin-1"), "raw_path": path}
+        scope = {"type": "http", "headers": headers, "query_string": b"", "server": ("127.0.0.1", 80), **told}
+        loop.run_until_complete(guard(scope, receive, send))
+        assert sent[0]["status"] < 500, sent
+        return sent
+
+    return target
+
+
 TARGETS: Final[dict[str, Callable[[], Callable[[bytes], object]]]] = {
     "json": _json,
     "lines": _lines,
     "formats": _formats,
     "uri": _uri,
     "recipe": _recipe,
+    "body": _body,
+    "head": _head,
 }
 _SEEDS: Final[dict[str, list[bytes]]] = {
     "json": [b'{"a": [1, -2.5e3, "\\ud83d\\ude42", null, true]}'],
@@ -86,6 +137,18 @@ _SEEDS: Final[dict[str, list[bytes]]] = {
         b"xversion https://git-lfs.github.com/spec/",
     ],
     "uri": [b"image/png;base64,iVBORw0KGgo=", b";base64,%2B%2f"],
+    "body": [
+        b'{"query": "q", "documents": ["d", {"text": "t"}, {"image": "data:;base64,iVBORw0KGgo="}], "top_n": "2"}',
+        b'{"query": {"id": "a"}, "texts": [{"content": [{"type": "text", "text": "t"}]}], "truncate": "false"}',
+        b'{"text_1": ["q"], "text_2": {"content": [{"type": "image_url", "image_url": {"url": "http://x/y"}}]}}',
+        b'{"query": "q", "documents": [{"a": "b"}], "rank_fields": ["a"], "stream": 1, "truncation_side": "right"}',
+    ],
+    "head": [
+        b"POST /v1/rerank\nhost: localhost:8080\ncontent-type: application/json; charset=utf-8\ncontent-length: 3",
+        b"PUT /v1/documents/a\nhost: [::1]\norigin: http://[::1]\ncontent-type: image/png\ncontent-encoding: gzip",
+        b"GET /\nhost: 127.0.0.1\nsec-fetch-site: cross-site\nsec-fetch-mode: navigate\nsec-fetch-dest: document",
+        b"GET /live\nhost: x\nx-request-id: r-1\ntraceparent: 00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01",
+    ],
     "recipe": [b'precision = "x"\nequalize = true\n[[weights]]\nmatch = "*"\nscheme = "int4"\nblock = [128, 64]\n'],
 }
 

@@ -39,7 +39,7 @@ from random import Random
 from typing import Any, Final
 from unittest import mock
 
-from tests.fuzz import mutate
+from tests.fuzz import mutate, server
 from tests.fuzz.runner import MTIME_NS, SECRET, Files, Link, Pipe, Surface, Wrong, committed, controls, remove_at_end
 
 # A program that empties a file, where somebody runs it.
@@ -1290,4 +1290,9 @@ SURFACES: Final[Mapping[str, Callable[[], Surface]]] = {
     "golden": golden,
     "recipe": recipe,
     "terminal": terminal,
+    "request": server.request,
+    "side": server.side,
+    "header": server.header,
+    "pdf": server.pdf,
+    "http": server.http,
 }

@@ -1,4 +1,4 @@
-"""Every surface takes 2,000 inputs, the same ones in each run; and the runner tells what it is there to tell.
+"""Every surface takes 500 inputs, the same ones in each run; and the runner tells what it is there to tell.
 
 python -m pytest tests/fuzz
 """
@@ -18,15 +18,17 @@ from tests.fuzz.surfaces import SURFACES
 
 from m0kit.errors import InputError
 
-INPUTS = 2000
+INPUTS = 500
+FEWER = {"request": 250, "http": 250, "pdf": 200}  # each of these does much, and takes five milliseconds
 SEED = 0
 
 
 @pytest.mark.parametrize("name", SURFACES)
 def test_what_others_wrote_gives_a_result_or_one_of_our_errors(name: str) -> None:
-    result = fuzz(name, INPUTS, SEED)
+    inputs = FEWER.get(name, INPUTS)
+    result = fuzz(name, inputs, SEED)
     assert not result.failures, result.told()
-    assert result.inputs == INPUTS
+    assert result.inputs == inputs
 
 
 @pytest.mark.parametrize("name", ["journal", "index", "golden", "adapter"])  # what is written anew for each run

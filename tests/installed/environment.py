@@ -1,4 +1,4 @@
-"""Environments that hold what `pip install 'm0kit[cpu]'` brings, and the tools of its tests. Not a test file.
+"""Environments that hold what m0kit with some of its extras brings, and the tools of its tests. Not a test file.
 
 Owns finding Pythons, the pins of the lowest versions, and pip. What is tried in one stands in test_installed.
 """
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-TOOLS = ("pytest", "hypothesis")
+TOOLS = ("pytest", "hypothesis", "httpx2")
 # What pip says when it is the network that fails, not the request.
 _UNREACHABLE = re.compile(
     r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolutionError|Temporary failure in name resolution"
@@ -61,7 +61,7 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment with the built wheel and its `[cpu]`."""
+    """A virtual environment with the built wheel and some of its extras."""
 
     folder: Path
     pins: tuple[str, ...]  # what was asked for beside the wheel
@@ -87,10 +87,10 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def make_environment(folder: Path, python: str, wheel: Path, pins: Iterable[str]) -> Environment:
+def make_environment(folder: Path, python: str, wheel: Path, extras: Iterable[str], pins: Iterable[str]) -> Environment:
     subprocess.run([python, "-m", "venv", str(folder)], env=clean_environment(), capture_output=True, check=True)
     tools = [str(r) for r in requirements("dev") if r.name in TOOLS]
-    pip(str(folder / "bin" / "python"), "install", f"{wheel}[cpu]", *pins, *tools)
+    pip(str(folder / "bin" / "python"), "install", f"{wheel}[{','.join(extras)}]", *pins, *tools)
     return Environment(folder, tuple(pins))
 
 

@@ -1,9 +1,11 @@
 """What parity's tests share: the tiny random checkpoint and the small trained one, each on both sides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from m0kit import Reranker
 from m0kit.scoring.prompt import PromptBuilder
@@ -21,6 +23,15 @@ from m0kit_quant.recipe import Recipe
 Hold = Callable[..., Report]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that two are no faster, and slower beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def small() -> Path:
     return SMALL / "base"
@@ -36,15 +47,21 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
     """Export, record, check: the whole way of a checkpoint with its adapters through both sides."""
 
     def run(
-        source: Path, cases: Sequence[Case], adapters: Mapping[Path, float] | None = None, precision: str = "fp32"
+        source: Path,
+        cases: Sequence[Case],
+        adapters: Mapping[Path, float] | None = None,
+        precision: str = "fp32",
+        recipe: Recipe | None = None,
     ) -> Report:
+        recipe = recipe or Recipe.default(precision)
         folder = tmp_path_factory.mktemp("hold")
         specs = [AdapterSpec(path, weight) for path, weight in (adapters or {}).items()]
-        export_artifact(source, folder / "artifact", adapters=specs, recipe=Recipe.default(precision), progress=False)
+        export_artifact(source, folder / "artifact", adapters=specs, recipe=recipe, progress=False)
         reference = Reference.load(source, adapters=[(spec.path, spec.weight) for spec in specs])
-        record(folder / "golden", cases, reference, model=reference.config, command="record", provenance={})
+        given: dict[str, Any] = {"model": reference.config, "norm": reference.norm, "command": "record"}
+        record(folder / "golden", cases, reference, provenance={}, **given)
         reranker = Reranker.load(folder / "artifact", threads=1)
-        return check(Golden.open(folder / "golden"), reranker, precision, {})
+        return check(Golden.open(folder / "golden"), reranker, precision, {}, rotated=recipe.rotate)
 
     return run
 

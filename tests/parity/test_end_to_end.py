@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from m0kit_parity.samples.adapters import FORMS, write_adapter
 from m0kit_parity.samples.checkpoints import write_checkpoint
 from m0kit_parity.small import evaluate
 from m0kit_parity.small.files import SMALL
+from m0kit_quant.recipe import Recipe
 
 Hold = Callable[..., Report]
 
@@ -95,6 +97,15 @@ def test_without_adapters_an_artifact_equals_pytorch_at_every_stage(
     assert every.std() > 0.1, "scores that lie close together would prove nothing"
     ranked = [stage for case in report.cases for ranking in case.rankings for stage in [ranking.stage]]
     assert len(ranked) > 10
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_an_artifact_in_another_basis_equals_pytorch_at_every_stage(
+    name: str, tiny: Path, small: Path, hold: Hold, cases: tuple[Case, ...]
+) -> None:
+    """Within the tolerances of fp32: weights are rounded once more, by as much as each of the products."""
+    recipe = replace(Recipe.default("fp32"), rotate=True)
+    assert_holds(hold({"tiny": tiny, "small": small}[name], cases, recipe=recipe))
 
 
 @pytest.mark.parametrize("form", FORMS)

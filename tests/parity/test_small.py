@@ -7,27 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from m0kit_parity.small import corpus, evaluate, model, pages, tokenizer, train
 from m0kit_parity.small.files import SMALL
+from m0kit_parity.small.letters import PIXEL, face
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 METRICS = json.loads((SMALL / "metrics.json").read_text(encoding="utf-8"))
 # The files were scored once on another machine; fp32 sums in another order move a score by about 1e-6,
 # which is far from moving it by this.
 SCORE_TOLERANCE = 1e-3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():  # nothing here is large enough for two to be faster, and beside other work they are slower
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +267,27 @@ def test_the_evaluation_sets_are_drawn_again_to_the_letter(tmp_path):
     committed = evaluate.read_set(SMALL / "eval", "pages")
     drawn = [pair for group in evaluate.page_groups(20) for pair in zip(group.queries, group.relevance, strict=True)]
     assert [(item.query, item.relevance) for item in committed] == drawn
-    assert all(len(item.documents) == 10 and all(Path(d).exists() for d in item.documents) for item in committed)
+    pixels = (page for n, group in enumerate(evaluate.page_groups(20)) for page in drawn_pages(group, n))
+    for item in committed[::2]:  # two queries over the same pages
+        assert len(item.documents) == 10
+        assert all(np.array_equal(np.asarray(Image.open(d)), next(pixels)) for d in item.documents)
+
+
+def drawn_pages(group, number):
+    seed = f"{evaluate.EVALUATION_SEED}/draw/{number}"
+    return map(np.asarray, evaluate.draw_group(group, seed, evaluate.EVALUATION_LOOK))
+
+
+def test_letters_beyond_the_edges_of_a_page_are_left_out():
+    letters = face("DejaVuSerif", 28.0)
+    for down, across in ((0, 0), (-32, 0), (30, 0), (0, -110), (0, 60), (90, 0), (0, 400)):
+        page = np.full((60, 160), 255, np.uint8)
+        letters.put(page, "Löffel", (50 + across) * PIXEL, 30 + down)
+        wide = np.full((60 + 400, 160 + 1200), 255, np.uint8)
+        letters.put(wide, "Löffel", (600 + 50 + across) * PIXEL, 200 + 30 + down)
+        assert np.array_equal(page, wide[200:260, 600:760])
+    with pytest.raises(KeyError):
+        letters.put(page, "unknown", 0, 40)
 
 
 @pytest.mark.parametrize("kind", evaluate.KINDS)

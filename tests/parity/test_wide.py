@@ -19,6 +19,7 @@ from m0kit_export.export import export_artifact
 from m0kit_parity.proof.cases import builtin_cases
 from m0kit_parity.proof.compare import Verdict
 from m0kit_parity.proof.golden import Golden, record
+from m0kit_parity.proof.portable import portable_encoder
 from m0kit_parity.proof.report import check
 from m0kit_parity.proof.tolerances import tolerances
 from m0kit_parity.reference import Reference
@@ -125,7 +126,8 @@ def test_parity_at_full_width_for_all_four_kinds_with_an_adapter(
     adapted = Reference.load(wide.checkpoint, adapters=[(adapter, 1.0)])
     record(tmp_path / "golden", cases, adapted, model=adapted.config, command="record", provenance={}, layers=True)
     reranker = Reranker.load(tmp_path / "artifact", threads=1)
-    report = check(Golden.open(tmp_path / "golden"), reranker, "fp32", {}, layers=True)
+    portable = portable_encoder("cpu", tmp_path / "artifact", reranker.manifest, 1)
+    report = check(Golden.open(tmp_path / "golden"), reranker, "fp32", {}, layers=True, portable=portable)
     failed = [(case.name, s) for case in report.cases for s in case.stages if s.verdict is Verdict.FAIL]
     assert not failed
     assert {s.stage for case in report.cases for s in case.stages} == set(tolerances("fp32"))

@@ -21,6 +21,7 @@ Float32 = NDArray[np.float32]
 def recipe_of(scheme: Scheme) -> Recipe:
     """Every matrix alike."""
     rule = {"match": "*", "scheme": scheme.name, **({"block": scheme.block} if scheme.block else {})}
+    rule |= {"inputs": scheme.inputs} if scheme.inputs else {}
     return Recipe.from_dict({"precision": scheme.name, "weights": [rule]}, "test")
 
 

@@ -42,6 +42,17 @@ class Steps(Scheme):
         rows, step = (b.op("Gather", part[key], ids, axis=0) for key in ("values", "step"))
         return b.op("Mul", b.cast(rows, np.float32), step)
 
+    def cuda_product(
+        self, b: Nodes, x: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        weight = b.op("Mul", b.cast(part["values"], dtype), b.cast(part["step"], dtype))
+        return b.op("MatMul", x, b.op("Transpose", weight, perm=[1, 0]))
+
+    def cuda_lookup(
+        self, b: Nodes, ids: str, part: Mapping[str, str], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> str:
+        return b.cast(self.lookup(b, ids, part, shape), dtype)
+
 
 def test_a_scheme_is_exported_checked_and_scored_once_it_is_listed(
     tiny: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

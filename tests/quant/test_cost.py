@@ -1,9 +1,12 @@
-"""What fewer bits cost in ranking: nDCG@10 of the small trained model, as it is and with outliers put into it.
+"""What fewer bits cost in ranking: nDCG@10 of the small trained model, with outliers and massive activations too.
 
 Losses are against the same model in fp32, over every second query of the held-out sets together: texts, texts across
-languages, code and pages.
+languages, code and pages. So few queries cannot tell a loss of some tenths from none (1,700 can, in the figures): what
+is held here is that the loss is not shown to be over the goal, and how far scores move.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -14,15 +17,17 @@ from tests.quant.conftest import Made
 
 from m0kit import Reranker
 from m0kit_export.export import export_artifact
+from m0kit_parity.evaluate.intervals import interval, resampled
 from m0kit_parity.small.evaluate import KINDS, Item, ndcg_at_k, read_set
-from m0kit_parity.small.files import SMALL
+from m0kit_parity.small.files import MASSIVE, SMALL
 from m0kit_quant.recipe import Recipe
 
 # Points of nDCG@10 that a precision may cost: the project's goals.
 GOALS = {"fp16": 0.0, "int8": 0.2, "int4": 1.0, "nf4": 1.0}
-# Root of the mean squared change of a score (0 to 1), a third above what was seen, with outliers (fp16, int8) or
-# without (int4, nf4): it sees what a ranking of ten happens to forgive.
-CHANGES = {"fp16": 1e-4, "int8": 0.015, "int4": 0.036, "nf4": 0.028}
+# Root of the mean squared change of a score (0 to 1), a third above what was seen: it sees what a ranking of ten
+# happens to forgive. With massive activations most of it is a few texts in which a planted detector changes its mind.
+CHANGES = {"fp16": 1e-4, "int8": 0.0056, "int4": 0.0058, "nf4": 0.0067}
+MASSIVE_CHANGES = {"int8": 0.085, "int4": 0.085, "nf4": 0.085}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,17 @@ def loss(scores: list[NDArray[np.float32]], exact: list[NDArray[np.float32]], it
     return 100 * (quality[0] - quality[1])
 
 
+def least_loss(scores: list[NDArray[np.float32]], exact: list[NDArray[np.float32]], items: list[Item]) -> float:
+    """The lower end of its interval."""
+    differences = [
+        ndcg_at_k(before.tolist(), item.relevance) - ndcg_at_k(after.tolist(), item.relevance)
+        for before, after, item in zip(exact, scores, items, strict=True)
+    ]
+    found = interval([resampled(np.asarray(differences)[:, None], [""] * len(items), 0)], 0)
+    assert found is not None
+    return 100 * found[0]
+
+
 def change(scores: list[NDArray[np.float32]], exact: list[NDArray[np.float32]]) -> float:
     return float(np.sqrt(np.mean(np.square(np.concatenate(scores) - np.concatenate(exact)))))
 
@@ -62,7 +78,7 @@ def test_a_precision_costs_no_more_than_its_goal(
 ) -> None:
     """With outliers, too, against the model without: it computes the same."""
     scores = scores_of(made(precision, outliers), items)
-    assert loss(scores, exact, items) <= GOALS[precision] + 1e-9
+    assert least_loss(scores, exact, items) <= GOALS[precision] + 1e-9
     assert change(scores, exact) <= CHANGES[precision]
 
 
@@ -75,3 +91,28 @@ def test_the_measure_sees_what_outliers_do_without_equalisation(
     scores = scores_of(tmp_path / "unequal", items)
     assert loss(scores, exact, items) > 10 * GOALS["int8"]
     assert change(scores, exact) > 5 * CHANGES["int8"]
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """The artifact of small-massive by a recipe."""
+    folder = tmp_path_factory.mktemp("massive")
+
+    def get(recipe: Recipe) -> Path:
+        output = folder / str(len(list(folder.iterdir())))
+        export_artifact(MASSIVE / "base", output, recipe=recipe, progress=False)
+        return output
+
+    return get
+
+
+def test_massive_activations_cost_what_they_must(massive: Callable[[Recipe], Path], items: list[Item]) -> None:
+    """By another basis, feedback and more bits in the first layer: without them not much is left of a ranking."""
+    exact = scores_of(massive(Recipe.default("fp32")), items)
+    for precision, most in MASSIVE_CHANGES.items():
+        scores = scores_of(massive(Recipe.default(precision)), items)
+        assert least_loss(scores, exact, items) <= GOALS[precision]
+        assert change(scores, exact) <= most
+    int4 = Recipe.default("int4")
+    plain = replace(int4, rotate=False, feedback=False, rules=tuple(r for r in int4.rules if ".0." not in r.match))
+    assert least_loss(scores_of(massive(plain), items), exact, items) > 5

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.quant.attention import attention
 from tests.quant.weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
@@ -31,22 +32,6 @@ def config_of(kv_heads=2, repeats=3, pairs=(1, 1, 1), layers=1, inner=10, merge=
     )
 
 
-def softmax(x):
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
-def attention(q, k, v, heads, kv_heads):
-    """(T, H·C), (T, K·C) → (T, H·C), each query head by itself."""
-    width = q.shape[1] // heads
-    out = []
-    for head in range(heads):
-        mine, theirs = slice(head * width, (head + 1) * width), head // (heads // kv_heads)
-        read = slice(theirs * width, (theirs + 1) * width)
-        out.append(softmax(q[:, mine] @ k[:, read].T / np.sqrt(width)) @ v[:, read])
-    return np.concatenate(out, axis=1)
-
-
 def forward(config, weights, seed=1):
     """What every layer adds and what the merger makes, on random inputs: all groups, without positions."""
     read = lambda name: weights.read(name).astype(np.float64)  # noqa: E731
@@ -63,7 +48,7 @@ def forward(config, weights, seed=1):
     for i in range(v.depth):
         block = f"visual.blocks.{i}"
         q, k, value = np.split(linear(f"{block}.attn.qkv", layer_norm(f"{block}.norm1", x)), 3, axis=1)
-        outputs.append(linear(f"{block}.attn.proj", attention(q, k, value, v.num_heads, v.num_heads)))
+        outputs.append(linear(f"{block}.attn.proj", attention(q, k, value, v.head_dim)))
         h = linear(f"{block}.mlp.fc1", layer_norm(f"{block}.norm2", x))
         outputs.append(linear(f"{block}.mlp.fc2", h / (1 + np.exp(-1.702 * h))))
     h = layer_norm("visual.merger.ln_q", x).reshape(2, -1)
@@ -75,7 +60,7 @@ def forward(config, weights, seed=1):
         layer = f"model.layers.{i}"
         h = normed * read(f"{layer}.input_layernorm.weight")
         q, k, value = (linear(f"{layer}.self_attn.{p}_proj", h) for p in "qkv")
-        a = attention(q, k, value, d.num_heads, d.num_kv_heads)
+        a = attention(q, k, value, d.head_dim)
         outputs.append(linear(f"{layer}.self_attn.o_proj", a, bias=False))
         h = normed * read(f"{layer}.post_attention_layernorm.weight")
         gate, up = (linear(f"{layer}.mlp.{p}_proj", h, bias=False) for p in ("gate", "up"))

@@ -19,7 +19,7 @@ from m0kit_quant import int8
 from m0kit_quant.int8 import LEVELS, LIMIT, SMALLEST, ZERO_POINT, Int8Scheme, dequantize, quantize, quantize_activation
 
 Float32 = NDArray[np.float32]
-INT8 = Int8Scheme()
+INT8, SIXTEEN = Int8Scheme(), Int8Scheme(inputs=16)
 MOST = float(np.finfo(np.float32).max)
 # Errors are compared as float32 sums: of two that are closer than this either may win.
 SUMS = 1e-4
@@ -272,6 +272,30 @@ def test_onnx_runtime_gives_the_model_product(seed: int, rows: int, columns: int
     expected = products.int8(x, parts["int8"], parts["scale"])
     # Integers are exact in both; then each rounds at most four times: the sum, its scale, the row's, the result.
     np.testing.assert_allclose(y, expected, rtol=4 * 2.0**-24, atol=0)
+
+
+# What is left of eight bits' half a step is rounded to 1/254 of a step, half of that is off, and the float32
+# in which it is taken from the input.
+FINE = 0.5 / 254 / LEVELS + 2**-23
+
+
+def test_two_rows_of_eight_bits_hold_sixteen_of_an_input() -> None:
+    x = random(50, 70) * np.ldexp(np.float32(1), np.arange(-25, 25))[:, None]
+    coarse, fine = (np.abs(s.rounded(x) - x) / np.abs(x).max(axis=1, keepdims=True) for s in (INT8, SIXTEEN))
+    assert fine.max() <= FINE
+    assert coarse.max() > 100 * fine.max()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_onnx_runtime_gives_the_product_with_inputs_of_sixteen_bits(rows: int) -> None:
+    weight, x = random(9, 130), random(rows, 130, seed=1)
+    x[0] = 0
+    parts = SIXTEEN.encode(weight)
+    (y,) = product_graphs.linear(SIXTEEN, parts, weight.shape, x)
+    expected = SIXTEEN.rounded(x).astype(np.float64) @ SIXTEEN.decode(parts, weight.shape).T.astype(np.float64)
+    # Two sums in float32, each exact before it is scaled.
+    assert np.abs(y - expected).max() <= 2**-22 * np.abs(expected).max()
+    assert not y[0].any()
 
 
 def test_the_product_is_near_the_true_one() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m0kit.errors import RecipeError
-from m0kit.precision import SCHEMES, supported
+from m0kit.precision import SCHEMES, Products, supported
 from m0kit_export.graphs import build_graphs, check_recipe
 from m0kit_export.names import expected_shapes
 from m0kit_parity.samples.checkpoints import model_config
@@ -41,7 +41,7 @@ def matrices(shape: str) -> dict[str, tuple[int, int]]:
 
 
 def test_there_is_one_for_every_precision_and_device() -> None:
-    assert set(DEFAULTS) == {(p, "cpu") for p in SCHEMES} | {(p, "cuda") for p in SCHEMES if p != "int8"}
+    assert set(DEFAULTS) == {(precision, device) for precision in SCHEMES for device in ("cpu", "cuda")}
 
 
 @pytest.mark.parametrize(("precision", "device"), DEFAULTS)
@@ -74,7 +74,7 @@ def test_nearly_all_of_the_products_have_the_bits_of_the_name(device: str) -> No
     for precision in supported(device):
         found = Recipe.default(precision, device)
         named = sum(n * k for name, (n, k) in names.items() if found.scheme(name, (n, k)).name == precision)
-        assert named >= 0.98 * every
+        assert named >= 0.94 * every  # all but one layer of 28, and in int4 keys and values
 
 
 @pytest.mark.parametrize(("precision", "device"), DEFAULTS)
@@ -94,7 +94,8 @@ def test_an_unknown_precision_is_named_with_those_near_it(word: str, near: str |
         assert near in str(caught.value).split("?")[0]
 
 
-def test_int8_for_cuda_is_refused_with_what_works_there() -> None:
+def test_what_a_device_has_no_kernels_for_is_refused_with_what_works_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, "int8", Products("MatMulIntegerToFloat", ("cpu",)))
     said = r"int8 has no kernels on cuda in ONNX Runtime; there fp32, fp16, bf16, int4, nf4 work\.$"
     with pytest.raises(RecipeError, match=f"^{said}"):
         Recipe.default("int8", "cuda")
@@ -121,13 +122,25 @@ rules = st.one_of(
     ),
 )
 recipes = st.builds(
-    Recipe, st.text(min_size=1), st.just("cpu"), st.booleans(), st.lists(rules, min_size=1, max_size=5).map(tuple)
+    Recipe,
+    st.text(min_size=1),
+    st.just("cpu"),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.lists(rules, min_size=1, max_size=5).map(tuple),
 )
 
 
 @given(recipes)
 def test_any_recipe_survives_the_manifest(found: Recipe) -> None:
     assert Recipe.from_dict(found.to_dict(), "manifest") == found
+
+
+def test_a_recipe_that_does_not_rotate_says_nothing_of_it() -> None:
+    """So that its artifacts are those of before, byte for byte."""
+    assert "rotate" not in recipe(GOOD, rotate=False).to_dict()
+    assert recipe(GOOD, rotate=True).to_dict()["rotate"] is True
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
@@ -138,7 +151,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         "utf-8",
     )
     found = Recipe.read(path)
-    assert found == Recipe("größer", "cpu", True, (Rule("a.*", "int4", (64,)), Rule("*", "int4", (128, 64, 32))))
+    rules = Rule("a.*", "int4", (64,)), Rule("*", "int4", (128, 64, 32))
+    assert found == Recipe("größer", "cpu", rotate=False, equalize=True, feedback=False, rules=rules)
     assert found.schemes == ("int4",)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as another editor saves it
     assert Recipe.read(path) == found
@@ -259,12 +273,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown device": ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
     "device list": ({"device": ["cpu"]}, "device must be one of cpu, cuda, got ['cpu']"),
     "equalize text": ({"equalize": "yes"}, "equalize must be true or false, got 'yes'"),
+    "rotate text": ({"rotate": "yes"}, "rotate must be true or false, got 'yes'"),
     "equalize number": ({"equalize": 1}, "equalize must be true or false, got 1"),
     "no rules": ({"weights": []}, "needs at least one [[weights]] rule"),
     "rules missing": ({"weights": None}, "needs at least one [[weights]] rule"),
     "one table": ({"weights": GOOD}, "needs at least one [[weights]] rule"),
     "rule text": ({"weights": [GOOD, "fp16"]}, "rule 2: expected a table with match and scheme, got 'fp16'"),
     "odd rule key": ({"weights": [GOOD | {"bloc": 32}]}, "rule 1: 'bloc' is not known (did you mean block?)"),
+    "inputs text": (
+        {"weights": [{**GOOD, "scheme": "int8", "inputs": "16"}]},
+        "inputs must be of 8, 16 bits, got '16'",
+    ),
+    "inputs of three": ({"weights": [{**GOOD, "scheme": "int8", "inputs": 3}]}, "inputs must be of 8, 16 bits, got 3"),
+    "inputs of floats": ({"weights": [{**GOOD, "inputs": 16}]}, "inputs belongs to int8, fp32 has none to choose"),
     "no match": ({"weights": [{"scheme": "fp16"}]}, "rule 1: match must be a pattern of tensor names, got None"),
     "match number": ({"weights": [GOOD | {"match": 3}]}, "rule 1: match must be a pattern of tensor names, got 3"),
     "no scheme": ({"weights": [{"match": "*"}]}, "rule 1: scheme None is not known"),

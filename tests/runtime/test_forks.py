@@ -141,7 +141,7 @@ def asking(_):
     asked.set()
     go_on.wait()
     raise SystemExit
-thread = threading.Thread(target=lambda: fresh._trial.check("image", asking, again=True))
+thread = threading.Thread(target=lambda: fresh._trials[0][0].check("image", asking, again=True))
 thread.start()
 asked.wait()
 child(lambda: check(fresh.score(pairs(by_id))))

@@ -450,13 +450,13 @@ def test_files_of_one_name_in_two_folders_are_two_documents(
         Path(folder).mkdir(parents=True)
         Path(folder, "x.txt").write_text(f"of {folder}\n")
         Path(folder, "x.jsonl").write_text('{"text": "line of %s"}\n' % folder)  # noqa: UP031 - braces
-    Path("b/paper.pdf").write_bytes(b"%PDF-1.7\xff")
+    Path("b/paper.docx").write_bytes(b"PK\x03\x04\xff")
     page(1).save("b/page.png")
     done = run("index", "add", artifact, "library", "a", "b", "a/x.txt", "b/**/*.txt")
     assert done.exit_code == 0
     assert "5 read" in done.stdout
     assert "2 given twice" in done.stdout
-    assert done.stderr.startswith("note: b/paper.pdf: is a PDF.")
+    assert done.stderr.startswith("note: b/paper.docx: is a ZIP archive")
     with Store.open(Path("library")) as store:
         assert store.ids() == ["a/x.jsonl:1", "a/x.txt", "b/c/x.jsonl:1", "b/c/x.txt", "b/page.png"]
         kept = store.document("a/x.txt")
@@ -536,11 +536,11 @@ def test_wrong_usage_is_said(
 # Runs the command with small batches; says how many documents there are after each that is kept.
 KEEPING = """
 import os, sys
-from m0kit import index
 from m0kit.cli.commands import main
 from m0kit.keeping.store import Store
+from m0kit.scoring.engine import GraphEngine
 
-index.TOKEN_BUDGET, add = 150, Store.add
+GraphEngine.rows, add = 150, Store.add
 
 def acknowledging(store, documents, records):
     dropped = add(store, documents, records)

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from m0kit import terminal
-from m0kit.errors import InputError, OutputError
+from m0kit.errors import DeviceLostError, InputError, OutputError
 
 M0KIT = f"{sys.executable} -m m0kit"
 posix = pytest.mark.skipif(os.name != "posix", reason="redirections of a POSIX shell")
@@ -204,6 +204,7 @@ def library(name: str | None, text: str) -> ImportError:
         (click.UsageError("Give documents."), 2, "Error: Give documents."),
         (click.BadParameter("no"), 2, "Error: Invalid value: no"),
         (click.Abort(), 130, "interrupted"),
+        (DeviceLostError("the GPU was lost"), 75, "error: the GPU was lost"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(143), 143, ""),
         (SystemExit(None), 0, ""),

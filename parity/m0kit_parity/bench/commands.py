@@ -9,32 +9,37 @@ machines are noisy and differ; nothing here passes or fails.
     m0kit bench ranking m0-fp32         nDCG@10 on the evaluation set that m0kit carries
     m0kit bench reuse m0-int8           what keeping documents is worth
     m0kit bench store                   adds a second by the number of records an index holds
+    m0kit bench serve m0-int8           latency against offered load, and more of a server: `load.commands`
+    m0kit bench cluster m0-int8         several servers behind nginx, asked by document or in turn
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from m0kit.artifact.manifest import read_manifest
 from m0kit.artifact.ports import KV, Kept
 from m0kit.cli.options import ARTIFACT, JSON, PARTLY, require_place
 from m0kit.machine.detect import describe
 from m0kit.precision import SCHEMES
-from m0kit.terminal import say, show, show_json, show_text
+from m0kit.terminal import show_json, show_text
 from m0kit_parity.bench import growth as growing
 from m0kit_parity.bench import ranking as ranked
 from m0kit_parity.bench.adding import adding, adding_table
+from m0kit_parity.bench.cluster import Plan, cluster_table
+from m0kit_parity.bench.cluster import cluster as measure_cluster
+from m0kit_parity.bench.load.commands import COMMANDS
 from m0kit_parity.bench.options import PACKAGES, PEERS, PLOT, THREADS, require_packages
 from m0kit_parity.bench.pairs import Missing, pairs_table, whole_pairs
 from m0kit_parity.bench.reuse import PARTS, reuse_parts
 from m0kit_parity.bench.reuse_results import charts, tables
-from m0kit_parity.bench.timing import told
+from m0kit_parity.bench.telling import tell
 from m0kit_parity.bench.workloads import prompts_of, workloads
 from m0kit_parity.drawing.plot import write_plot
-from m0kit_parity.drawing.table import Rows, table
+from m0kit_parity.drawing.table import table
 
 
 @click.group()
@@ -90,7 +95,7 @@ def pairs(
         )
     about = {**describe(*PACKAGES), "threads": threads, "layers": layers, "repeats": repeats}
     notes = dict.fromkeys(r.error for r in results if isinstance(r, Missing))
-    _tell(about, {"results": [asdict(r) for r in results]}, [pairs_table(results)], as_json, notes)
+    tell(about, {"results": [asdict(r) for r in results]}, [pairs_table(results)], as_json, notes)
     ctx.exit(PARTLY if notes else 0)
 
 
@@ -114,7 +119,7 @@ def growth(
     if plot_file:
         write_plot(plot_file, growing.seconds_charts(measured))
     about = {**describe(*PACKAGES), "threads": threads, "artifact": str(artifact), "repeats": repeats}
-    _tell(about, {"seconds": measured}, growing.seconds_tables(measured), as_json)
+    tell(about, {"seconds": measured}, growing.seconds_tables(measured), as_json)
 
 
 @bench.command()
@@ -144,7 +149,7 @@ def memory(
     about = {**describe(*PACKAGES), "threads": threads, "memory": mode, "artifact": str(artifact)}
     notes = dict.fromkeys(error for errors in failed.values() for error in errors.values())
     facts = {"mebibytes": measured, "failed": failed}
-    _tell(about, facts, growing.memory_tables(measured, failed), as_json, notes)
+    tell(about, facts, growing.memory_tables(measured, failed), as_json, notes)
     ctx.exit(PARTLY if notes else 0)
 
 
@@ -202,7 +207,7 @@ def reuse(
         write_plot(plot_file, charts(results))
     about = {**describe(*PACKAGES), "threads": threads, "artifact": str(artifact), "kv": kv, "repeats": repeats}
     facts = {part: [asdict(r) for r in found] if part == "cached" else asdict(found) for part, found in results.items()}
-    _tell(about, facts, tables(results), as_json)
+    tell(about, facts, tables(results), as_json)
 
 
 @bench.command("store")
@@ -223,16 +228,30 @@ def store_command(max_records: int, adds: int, as_json: bool) -> None:
         show_text(table(adding_table(found)))
 
 
-def _tell(
-    about: Mapping[str, Any], facts: Mapping[str, Any], made: Iterable[Rows | str], as_json: bool,
-    notes: Iterable[str] = (),
-) -> None:  # fmt: skip
-    """What was measured as JSON, or as tables with sentences between and below them."""
-    if as_json:
-        show_json({"about": about, **facts})
-        return
-    lines: list[str] = []
-    for part in made:
-        lines += [part] if isinstance(part, str) else [*([""] if lines else []), *table(part).split("\n")]
-    show(*lines, *notes)
-    say(told(about))
+@bench.command("cluster")
+@ARTIFACT
+@click.option("--servers", type=click.IntRange(2), default=Plan.servers, show_default=True)
+@click.option("--sets", type=click.IntRange(1), default=Plan.sets, show_default=True, help="Sets of documents.")
+@click.option("--documents", type=click.IntRange(1), default=Plan.documents, show_default=True, help="Of a set.")
+@click.option("--tokens", type=click.IntRange(32), default=Plan.tokens, show_default=True, help="Of a document.")
+@click.option("--passes", type=click.IntRange(1), default=Plan.passes, show_default=True, help="Through all sets.")
+@click.option("--clients", type=click.IntRange(1), default=Plan.clients, show_default=True, help="That ask at a time.")
+@click.option(
+    "--room", type=click.FloatRange(0, min_open=True), default=Plan.room, show_default=True,
+    help="A server's cache, as a part of what all documents take.",
+)  # fmt: skip
+@JSON
+def cluster_command(artifact: Path, as_json: bool, **plan: Any) -> None:
+    """Servers of one thread behind nginx on this machine: how often a document is found read, and how fast that is.
+
+    First one server with room for all, then several whose caches hold a part: with requests sent by document, and in
+    turn. At last one of them is stopped. What is found read does not depend on the machine; the speed does.
+    """
+    read_manifest(artifact)  # what is wrong with it is said before that nginx is missing
+    passes = list(measure_cluster(artifact, Plan(**plan)))
+    about = {**describe(), "artifact": str(artifact), **plan}
+    tell(about, {"passes": [asdict(each) for each in passes]}, [cluster_table(passes)], as_json)
+
+
+for _command in COMMANDS:
+    bench.add_command(_command)

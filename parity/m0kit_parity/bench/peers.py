@@ -80,7 +80,7 @@ def _reranker(checkpoint: Checkpoint, vision: Graph, decoder: Graph) -> Reranker
         assert not also, "peers have no inner results"
         return graphs[name]
 
-    manifest = Manifest(checkpoint.config, "peer", graphs={}, files={}, provenance={}, recipe={"weights": []})
+    manifest = Manifest(checkpoint.config, "peer", graphs={}, runs={}, files={}, provenance={}, recipe={"weights": []})
     return Reranker(checkpoint.folder, manifest, checkpoint.config, opener)
 
 

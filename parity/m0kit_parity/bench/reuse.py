@@ -36,10 +36,10 @@ from m0kit.keeping.states import Pasts, State
 from m0kit.keeping.store import Store
 from m0kit.reading.inputs import Content, Picture, parse_content
 from m0kit.reranker import Reranker
+from m0kit.scoring.engine import PAST_BYTES
 from m0kit.scoring.planner import pack
 from m0kit.scoring.prepare import Document
 from m0kit.scoring.prompt import ImageTokens, PromptBuilder
-from m0kit.scoring.schedule import PAST_BYTES
 from m0kit.terminal import bar
 from m0kit_parity.bench.reuse_results import Asking, Cached, CacheSize, Disk, Growth, Indexing, Many, Point, Reading
 from m0kit_parity.bench.timing import compare, doubling, take_turns, timed
@@ -178,7 +178,7 @@ def _transformers(checkpoint: Path, contents: Mapping[str, Any], threads: int) -
     reference = Reference.load(checkpoint)
     reference.compute_score([("7", "7")])  # what PyTorch does once
     query = query_of(QUESTION, random.Random(0))
-    return {kind: _seconds(partial(reference.compute_score, [(query, c)])) for kind, c in contents.items()}
+    return {kind: timed(partial(reference.compute_score, [(query, c)]))() for kind, c in contents.items()}
 
 
 def disk(artifact: Path, kv: Kept, folder: Path, *, pages: int, tokens: int, repeats: int, threads: int) -> Disk:
@@ -286,7 +286,7 @@ def _ask(reranker: Reranker, names: Sequence[str], query: str) -> tuple[float, f
     assert reranker.store is not None
     records, documents = reranker.store.record_reads, reranker.store.document_reads
     before = records.seconds, documents.seconds
-    seconds = _seconds(lambda: reranker.score([(query, {"id": name}) for name in names]))
+    seconds = timed(lambda: reranker.score([(query, {"id": name}) for name in names]))()
     loading = records.seconds - before[0]
     return seconds, loading, loading / seconds, documents.seconds - before[1]
 
@@ -388,7 +388,7 @@ def _cache_sizes(reranker: Reranker, contents: Sequence[str], state: State, requ
             for content in stream:
                 reranker.score([(query_of(QUESTION, rng), content)])
 
-        seconds = _seconds(play)
+        seconds = timed(play)()
         hits = reranker.cache.hits - before[0] if reranker.cache is not None else 0
         results.append(CacheSize(percent, hits / requests, seconds / requests))
     return results
@@ -421,12 +421,6 @@ def _resident() -> float:
     """MiB of this process in memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def reuse_parts(

@@ -41,13 +41,14 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A row: its figure as a number and as it is read, the limit it should not pass, and the parts of a mean."""
+    """A row: its figure as a number and as it is read, the limit it should not pass, parts of a mean, its interval."""
 
     name: str
     value: float | None
     shown: str
     limit: float | None = None
     parts: Mapping[str, float] | None = None
+    interval: tuple[float, float] | None = None
 
 
 def shares(rows: Mapping[str, Sequence[Mark]], x_label: str) -> str:
@@ -71,8 +72,8 @@ def shares(rows: Mapping[str, Sequence[Mark]], x_label: str) -> str:
 def bars(rows: Sequence[Bar], x_label: str, least: float = 0) -> str:
     """Bars from zero on one axis, which is `least` long at least: what is small beside that looks small."""
     height = TOP + _ROW * max(1, len(rows)) + BOTTOM
-    parts_of = [value for row in rows for value in (row.parts or {}).values()]
-    found = [*parts_of, *(v for row in rows for v in (row.value, row.limit) if v is not None and math.isfinite(v))]
+    drawn = [value for row in rows for value in (*(row.parts or {}).values(), *(row.interval or ()))]
+    found = [*drawn, *(v for row in rows for v in (row.value, row.limit) if v is not None and math.isfinite(v))]
     low, high = min(found, default=0), max(found, default=0)
     low, high = min(low, 0), max(high, 0, min(low, 0) + least) or 1.0
     high += (high - low) / 40  # so that what ends there is seen to end
@@ -93,6 +94,11 @@ def bars(rows: Sequence[Bar], x_label: str, least: float = 0) -> str:
             f"<title>{text(f'{name}: {value:.4g}')}</title></circle>"
             for name, value in (row.parts or {}).items()
         ]
+        if row.interval:
+            low, high = map(x, row.interval)
+            ends = ((low, -7), (low, 7), (low, 0), (high, 0), (high, -7), (high, 7))
+            path = " ".join(f"{at:.1f},{y + down}" for at, down in ends)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="var(--ink)" stroke-width="2"/>')
         if row.limit is not None:
             parts.append(_limit(x(row.limit), y - 11, y + 11))
     return svg(height, parts, x_label, "", x_label)

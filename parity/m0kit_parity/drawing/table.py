@@ -29,3 +29,8 @@ def markdown(rows: Rows) -> str:
     """As GitHub's Markdown has tables; a cell is one line, and `|` in it no border."""
     cells = [[plain(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure in a cell; a dash where there is none."""
+    return "–" if value is None else f"{value:{form}}"

@@ -13,6 +13,7 @@ import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -24,12 +25,14 @@ from m0kit.artifact.ports import Kept
 from m0kit.errors import ArtifactError, InputError, M0kitError, ScoreError
 from m0kit.reranker import Reranker
 from m0kit.scoring.engine import sigmoid
+from m0kit.scoring.schedule import Result
 from m0kit.terminal import bar
 from m0kit_parity.bench import timing
 from m0kit_parity.bench.measure import Memory, measure_memory, measure_seconds
 from m0kit_parity.bench.workloads import QUERY, Pair, page_of, prompts_of, text_of
+from m0kit_parity.evaluate.intervals import Interval, interval, resampled
 from m0kit_parity.evaluate.judged import Query
-from m0kit_parity.evaluate.quality import Change, Evaluation, Measured, changes_of, quality_of
+from m0kit_parity.evaluate.quality import Change, Evaluation, Measured, changes_of, losses_of, quality_of
 from m0kit_parity.small.evaluate import chance_ndcg
 
 ALL: Final = "all sets"
@@ -39,6 +42,21 @@ TIMED_PAIRS: Final = 4
 _STATUS: Final = Path("/proc/self/status")
 _T = TypeVar("_T")
 Key = tuple[str, int]  # set, query within it
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One artifact in one form of keeping documents, with all that was measured of it."""
+
+    label: str
+    path: str
+    scheme: str
+    num_bytes: int
+    fingerprint: str
+    kv: Kept
+    logits: Mapping[Key, Sequence[float]]  # of each query one per document; of those that failed, what there is
+    memory: Mapping[str, Memory]
+    seconds: Mapping[str, timing.Timing]
 
 
 def compare(
@@ -70,19 +88,53 @@ def compare(
     errors: dict[Key, str] = {}
     logits: list[dict[Key, list[float]]] = []
     notes: dict[str, None] = {}
-    with bar(total=len(sides) * sum(map(len, sets.values())), unit="query", desc="scoring", leave=False) as told:
+    num_pairs = sum(len(query.documents) for queries in sets.values() for query in queries)
+    with bar(total=len(sides) * num_pairs, unit="pair", desc="scoring", leave=False) as told:
         for i, kv in sides:
-            logits.append(_score(artifacts[i], kv, sets, threads, told, strict, errors, notes))
-    every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
-    every = [(key, query) for key, query in every if key not in errors]
-    if not every:
-        raise InputError(f"no query could be scored by every artifact: {next(iter(errors.values()))}")
-    groups = {name: [row for row in every if row[0][0] == name] for name in dict.fromkeys(key[0] for key, _ in every)}
-    if len(groups) > 1:
-        groups[ALL] = every
+            logits.append(score(artifacts[i], kv, sets, threads, told, strict, errors, notes))
     if loads is None:
-        loads = judged_workloads([query for _, query in every])
+        loads = judged_workloads([query for _, query in usable(sets, errors)])
     problems = [*bad, *errors.values()]
+    memory, timings = costs(
+        artifacts, labels, loads, problems, threads=threads, repeats=repeats, speed=speed, max_pixels=max_pixels,
+        strict=strict,
+    )  # fmt: skip
+    found: list[Scored] = []
+    for (i, kv), mine in zip(sides, logits, strict=True):
+        manifest, is_kept = manifests[i], len(found) >= len(artifacts)
+        found.append(
+            Scored(
+                f"{labels[i]}, documents in {kv}" if is_kept else labels[i],
+                str(artifacts[i]),
+                manifest.scheme,
+                manifest.num_bytes,
+                manifest.fingerprint,
+                kv,
+                mine,
+                {} if is_kept else memory[labels[i]],
+                {} if is_kept else timings[labels[i]],
+            )
+        )
+    bias = manifests[0].model.prompt.logit_bias
+    return evaluation_of(found, sets, errors, bias, about=about, problems=problems), list(notes)
+
+
+def costs(
+    artifacts: Sequence[Path],
+    labels: Sequence[str],
+    loads: Mapping[str, Sequence[Pair]],
+    problems: list[str],
+    *,
+    threads: int,
+    repeats: int = 3,
+    speed: bool = True,
+    max_pixels: int | None = None,
+    strict: bool = False,
+) -> tuple[dict[str, dict[str, Memory]], dict[str, dict[str, timing.Timing]]]:
+    """Memory, and seconds against the first, of artifacts on workloads: by label, then by workload.
+
+    What failed is in `problems`, and with `strict` raised.
+    """
     memory: dict[tuple[str, int], list[Memory]] = {}
     seconds: dict[tuple[str, int], list[float]] = {}
     if _STATUS.is_file():
@@ -91,44 +143,66 @@ def compare(
     if speed:
         clock = partial(measure_seconds, threads=threads, max_pixels=max_pixels)
         seconds = _measured("speed", clock, artifacts, loads, repeats, strict, problems)
-    timings: list[timing.Timing] = []
+    timings: dict[str, dict[str, timing.Timing]] = {label: {} for label in labels}
     for load in loads:
         if (load, 0) in seconds:  # without the baseline there is nothing to compare with
             mine = {label: seconds[load, i] for i, label in enumerate(labels) if (load, i) in seconds}
-            timings += timing.compare(load, mine, labels[0])
+            for found in timing.compare(load, mine, labels[0]):
+                timings[found.side][load] = found
+    held = {
+        label: {load: memory[load, i][0] for load in loads if (load, i) in memory} for i, label in enumerate(labels)
+    }
+    return held, timings
+
+
+def usable(sets: Mapping[str, Sequence[Query]], errors: Mapping[Key, str]) -> list[tuple[Key, Query]]:
+    """The queries without an error. Raises InputError when none is left."""
+    every = [((name, n), query) for name, queries in sets.items() for n, query in enumerate(queries)]
+    found = [(key, query) for key, query in every if key not in errors]
+    if not found:
+        raise InputError(f"no query could be scored by every artifact: {next(iter(errors.values()))}")
+    return found
+
+
+def evaluation_of(
+    sides: Sequence[Scored],
+    sets: Mapping[str, Sequence[Query]],
+    errors: Mapping[Key, str],
+    bias: float,
+    *,
+    about: Mapping[str, Any] | None = None,
+    problems: Sequence[str] = (),
+) -> Evaluation:
+    """The comparison of sides, the baseline first; queries in `errors` are left out for all.
+
+    `bias`: of the logits. Raises InputError when no query is left.
+    """
+    every = usable(sets, errors)
+    groups = {name: [row for row in every if row[0][0] == name] for name in dict.fromkeys(key[0] for key, _ in every)}
+    intervals = _intervals(groups, [side.logits for side in sides])
+    if len(groups) > 1:
+        groups[ALL] = every
     measured: list[Measured] = []
     changes: list[Change] = []
-    bias = manifests[0].model.prompt.logit_bias
-    for side, (i, kv) in enumerate(sides):
-        manifest, is_kept = manifests[i], side >= len(artifacts)
-        label = f"{labels[i]}, documents in {kv}" if is_kept else labels[i]
+    for number, side in enumerate(sides):
         quality = {}
         for name, rows in groups.items():
             queries = [query for _, query in rows]
-            ours, theirs = ([logits[k][key] for key, _ in rows] for k in (side, 0))
-            quality[name] = quality_of(queries, ours, theirs if side else None, lambda logit: sigmoid(logit - bias))
-        changes += changes_of(label, queries, ours, theirs, lambda logit: sigmoid(logit - bias))  # of the last: all
-        measured.append(
-            Measured(
-                label,
-                str(artifacts[i]),
-                manifest.scheme,
-                manifest.num_bytes,
-                manifest.fingerprint,
-                quality,
-                {load: memory[load, i][0] for load in loads if (load, i) in memory and not is_kept},
-                {t.workload: t for t in timings if t.side == labels[i] and not is_kept},
-                kv,
-            )
-        )
+            ours, theirs = ([each.logits[key] for key, _ in rows] for each in (side, sides[0]))
+            found = quality_of(queries, ours, theirs if number else None, lambda logit: sigmoid(logit - bias))
+            quality[name] = replace(found, interval=intervals[name][number] if number else None)
+        changes += changes_of(
+            side.label, queries, ours, theirs, lambda logit: sigmoid(logit - bias)
+        )  # of the last: all
+        facts = (side.label, side.path, side.scheme, side.num_bytes, side.fingerprint, quality)
+        measured.append(Measured(*facts, side.memory, side.seconds, side.kv))
     chance = {
         name: statistics.fmean(chance_ndcg(query.relevance) for _, query in rows if query.relevance)
         for name, rows in groups.items()
         if any(query.relevance for _, query in rows)
     }
     counts = {name: len(rows) for name, rows in groups.items()}
-    found = Evaluation(dict(about or {}), counts, chance, tuple(measured), tuple(problems), tuple(changes))
-    return found, list(notes)
+    return Evaluation(dict(about or {}), counts, chance, tuple(measured), tuple(problems), tuple(changes))
 
 
 def check_same_model(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
@@ -173,42 +247,74 @@ def judged_workloads(queries: Sequence[Query]) -> dict[str, list[Pair]]:
     pairs = [(query.query, document) for query in queries for document in query.documents]
     loads = {}
     for kind, wanted in (("text", False), ("image", True)):
-        mine = [pair for pair in pairs if any(map(_is_image, pair)) == wanted]
+        mine = [pair for pair in pairs if any(map(is_image, pair)) == wanted]
         if mine:
             picked = np.linspace(0, len(mine) - 1, min(TIMED_PAIRS, len(mine))).round().astype(int)
             loads[f"{len(picked)} of the file's {kind} pairs"] = [mine[i] for i in picked]
     return loads
 
 
-def _is_image(content: Any) -> bool:
+def is_image(content: Any) -> bool:
+    """Whether a query or document is an image, by its form alone."""
     return not isinstance(content, str) and not (isinstance(content, Mapping) and "text" in content)
 
 
-def _score(
+def score(
     artifact: Path, kv: Kept, sets: Mapping[str, Sequence[Query]], threads: int, told: Any, strict: bool,
     errors: dict[Key, str], notes: dict[str, None],
 ) -> dict[Key, list[float]]:  # fmt: skip
-    """Logits of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return."""
-    reranker = Reranker.load(artifact, threads=threads, kv=kv)
-    logits: dict[Key, list[float]] = {}
-    for name, queries in sets.items():
-        for number, query in enumerate(queries):
+    """Logits of every query that is not in `errors`; adds to `errors` and `notes`. The artifact is closed on return.
+
+    All are scored in one call, which fills its runs across queries, and reads a document once that several have.
+    """
+    wanted = {
+        (name, number): query
+        for name, queries in sets.items()
+        for number, query in enumerate(queries)
+        if (name, number) not in errors
+    }
+    places = [(key, i) for key, query in wanted.items() for i in range(len(query.documents))]
+    results: dict[tuple[Key, int], Result] = {}
+    with Reranker.load(artifact, threads=threads, kv=kv) as reranker:
+        pairs = ((query.query, document) for query in wanted.values() for document in query.documents)
+        for position, result in reranker.stream(pairs):
             told.update()
-            if (name, number) in errors:
-                continue
-            results = reranker.evaluate([(query.query, document) for document in query.documents])
-            for i, result in enumerate(results):
-                where = f"{query.where}, document {i + 1}"
-                if result.error:
-                    message = result.error.said
-                    if isinstance(result.error, ScoreError):
-                        message = f"{artifact}: {message}"
-                    errors.setdefault((name, number), f"{where}: {message}")
-                notes |= dict.fromkeys(f"{where}: the {what} was too long and was cut" for what in result.truncated)
-            if strict and (name, number) in errors:
-                raise InputError(errors[name, number])
-            logits[name, number] = [result.logit for result in results]
+            key, i = places[position]
+            results[key, i] = result
+            if strict and result.error:
+                raise InputError(_said(artifact, wanted[key], i, result.error))
+    logits: dict[Key, list[float]] = {}
+    for key, query in wanted.items():
+        mine = [results[key, i] for i in range(len(query.documents))]
+        for i, result in enumerate(mine):
+            if result.error:
+                errors.setdefault(key, _said(artifact, query, i, result.error))
+            where = f"{query.where}, document {i + 1}"
+            notes |= dict.fromkeys(f"{where}: the {what} was too long and was cut" for what in result.truncated)
+        logits[key] = [result.logit for result in mine]
     return logits
+
+
+def _said(artifact: Path, query: Query, document: int, error: InputError) -> str:
+    """An error of one pair; what the artifact makes of it, and not the line, is told with the artifact."""
+    message = f"{artifact}: {error.said}" if isinstance(error, ScoreError) else error.said
+    return f"{query.where}, document {document + 1}: {message}"
+
+
+def _intervals(
+    sets: Mapping[str, Sequence[tuple[Key, Query]]], logits: Sequence[Mapping[Key, Sequence[float]]]
+) -> dict[str, list[Interval | None]]:
+    """Of each set, and of all together, an interval of each side's loss against the first; None without judgements."""
+    parts = {}
+    for number, (name, rows) in enumerate(sets.items()):
+        queries = [query for _, query in rows]
+        sides = [[side[key] for key, _ in rows] for side in logits]
+        losses = [losses_of(queries, side, sides[0]) for side in sides]
+        if losses[0]:
+            parts[name] = resampled(np.transpose(losses), [query.group for query in queries], number)
+    found = {name: [interval([part], side) for side in range(len(logits))] for name, part in parts.items()}
+    every = [interval(list(parts.values()), side) if parts else None for side in range(len(logits))]
+    return {**{name: [None] * len(logits) for name in sets}, **found, ALL: every}
 
 
 def _measured(

@@ -28,6 +28,7 @@ class Query:
     query: Any
     documents: tuple[Any, ...]
     relevance: tuple[int, ...] | None  # None: not judged
+    group: str = ""  # queries that were drawn together, over the same documents, have one; "": drawn by itself
 
 
 def read_judged(path: Path) -> tuple[list[Query], dict[str, str]]:
@@ -60,14 +61,17 @@ def read_judged(path: Path) -> tuple[list[Query], dict[str, str]]:
 
 
 def builtin_sets() -> dict[str, list[Query]]:
-    """The evaluation sets of the small checkpoint, by name."""
+    """The evaluation sets of the small checkpoint, by name. Of pages two queries in a row are over the same ten."""
     return {
         kind: [
-            Query(f"{kind}, line {number}", item.query, item.documents, item.relevance)
+            Query(
+                f"{kind}, line {number}", item.query, item.documents, item.relevance,
+                f"pages {(number + 1) // 2}" if kind == "pages" else "",
+            )
             for number, item in enumerate(read_set(SMALL / "eval", kind), 1)
         ]
         for kind in KINDS
-    }
+    }  # fmt: skip
 
 
 def _query(record: Mapping[str, Any], where: str, folder: Path) -> Query:

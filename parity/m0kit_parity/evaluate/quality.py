@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from m0kit.artifact.ports import Kept
 from m0kit.reranker import best_first
 from m0kit_parity.bench.measure import Memory
 from m0kit_parity.bench.timing import Timing
+from m0kit_parity.evaluate.intervals import Interval
 from m0kit_parity.evaluate.judged import Query
 from m0kit_parity.small.evaluate import ndcg_at_k
 
@@ -26,11 +27,13 @@ _FOUR = "what a quarter of int8's memory may cost: less than between one checkpo
 LIMITS: Final[Mapping[str, tuple[float, str]]] = {
     "fp16": (0.1, _SAME),
     "bf16": (0.1, _SAME),
-    "int8": (0.2, "the default for CPUs must rank as fp32 does: a few tenths are what chance moves on 170 queries"),
+    "int8": (0.2, "the default for CPUs must rank as fp32 does: what 1,700 queries can just tell from nothing"),
     "int4": (1.0, _FOUR),
     "nf4": (1.0, _FOUR),
 }
 _MOST_CHANGED: Final = 3  # queries of each artifact
+# "perhaps over the limit": a loss is certain, and not whether it is over the limit.
+Verdict = Literal["within the limit", "over the limit", "cannot tell", "perhaps over the limit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Quality:
 
     ndcg: float | None  # nDCG@10, mean over queries
     loss: float | None  # points (hundredths of nDCG) below the baseline
+    interval: Interval | None  # of the loss, 95 %; None also where queries are too few to tell (intervals.LEAST)
+    changed: int | None  # queries whose nDCG@10 is not the baseline's: what the interval rests on
     max_delta: float | None  # of the scores, |artifact − baseline|
     mean_delta: float | None
     spearman: float | None  # rank correlation with the baseline's scores, mean over queries
@@ -82,12 +87,19 @@ class Evaluation:
     artifacts: tuple[Measured, ...]
     errors: tuple[str, ...]
     changes: tuple[Change, ...] = ()  # of each artifact the largest, largest first
+    exact: bool = False  # the baseline holds the checkpoint's own values, as fp32 would, whatever its scheme
 
     def limit(self, artifact: Measured) -> float | None:
         """Points of nDCG@10 that an artifact may lose; None where there is no limit, or nothing to hold against it."""
-        if not self.judged or artifact is self.baseline or self.baseline.scheme != "fp32" or artifact.kv != "fp32":
+        is_exact = self.exact or self.baseline.scheme == "fp32"
+        if not self.judged or artifact is self.baseline or not is_exact or artifact.kv != "fp32":
             return None
         return LIMITS[artifact.scheme][0] if artifact.scheme in LIMITS else None
+
+    def verdict(self, artifact: Measured) -> Verdict | None:
+        """Whether what an artifact loses is within its limit, over all queries; None where it has no limit."""
+        limit = self.limit(artifact)
+        return None if limit is None else verdict_of(artifact.quality[list(self.sets)[-1]].interval, limit)
 
     @property
     def baseline(self) -> Measured:
@@ -96,6 +108,18 @@ class Evaluation:
     @property
     def judged(self) -> bool:
         return bool(self.chance)
+
+
+def verdict_of(interval: Interval | None, limit: float) -> Verdict:
+    """What an interval says of a limit, 0 or more. Without an interval, of too few queries, nothing can be told."""
+    if interval is None:
+        return "cannot tell"
+    low, high = interval
+    if high <= limit:
+        return "within the limit"
+    if low > limit:
+        return "over the limit"
+    return "cannot tell" if low <= 0 else "perhaps over the limit"
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -127,22 +151,36 @@ def quality_of(
 ) -> Quality:
     """Quality of `logits` (for each query one per document) against the baseline's; None for the baseline itself.
 
-    Documents are ranked by them, since scores near 0 and 1 are equal to rounding; `score` makes one's score.
+    Documents are ranked by them, since scores near 0 and 1 are equal to rounding; `score` makes one's score. What needs
+    more than these queries, the interval, is not known here.
     """
     ndcg = _mean_ndcg(queries, logits)
     if baseline is None:
-        return Quality(ndcg, None, None, None, None, None)
-    before = _mean_ndcg(queries, baseline)
+        return Quality(ndcg, None, None, None, None, None, None, None)
+    losses = losses_of(queries, logits, baseline)
     both = zip(itertools.chain(*logits), itertools.chain(*baseline), strict=True)
     deltas = np.abs([score(logit) - score(before) for logit, before in both])
     return Quality(
         ndcg,
-        None if ndcg is None or before is None else 100 * (before - ndcg),
+        statistics.fmean(losses) if losses else None,
+        None,
+        sum(loss != 0 for loss in losses) if losses else None,
         float(deltas.max()),
         float(deltas.mean()),
         statistics.fmean(spearman(a, b) for a, b in zip(logits, baseline, strict=True)),
         statistics.fmean(float(np.argmax(a) == np.argmax(b)) for a, b in zip(logits, baseline, strict=True)),
     )
+
+
+def losses_of(
+    queries: Sequence[Query], logits: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]
+) -> list[float]:
+    """Points of nDCG@10 that each query lost, of those that are judged."""
+    return [
+        100 * (ndcg_at_k(before, query.relevance) - ndcg_at_k(after, query.relevance))
+        for query, after, before in zip(queries, logits, baseline, strict=True)
+        if query.relevance
+    ]
 
 
 def _mean_ndcg(queries: Sequence[Query], scores: Sequence[Sequence[float]]) -> float | None:

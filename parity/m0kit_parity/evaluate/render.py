@@ -4,21 +4,30 @@ show_text(to_text(evaluation))
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 from m0kit.cli.page import Contents, Grade, about, mark, page, text, verdict
 from m0kit.cli.page import table as html_table
+from m0kit.plain import plain
 from m0kit.reranker import best_first
 from m0kit_parity.drawing import plot
-from m0kit_parity.drawing.table import table
+from m0kit_parity.drawing.table import shown, table
 from m0kit_parity.evaluate.compare import ALL
-from m0kit_parity.evaluate.quality import LIMITS, Change, Evaluation
+from m0kit_parity.evaluate.intervals import LEAST, Interval
+from m0kit_parity.evaluate.quality import LIMITS, Change, Evaluation, Verdict
 
-_GRADE: Final = {True: mark("pass", "pass"), False: mark("fail", "fail")}
+_GRADES: Final[Mapping[Verdict, Grade]] = {  # the gravest first
+    "over the limit": "fail",
+    "perhaps over the limit": "near",
+    "cannot tell": "near",
+    "within the limit": "pass",
+}
+_UNSURE: Final = ("cannot tell", "perhaps over the limit")
 _MOST_ERRORS: Final = 50  # on the page; the text has all
 _MOST_DOCUMENTS: Final = 10  # of a query that changed
+_FEW: Final = 10  # changed queries, with fewer of which an interval is too narrow
 
 
 def tables(evaluation: Evaluation) -> list[list[list[str]]]:
@@ -28,14 +37,16 @@ def tables(evaluation: Evaluation) -> list[list[list[str]]]:
     baseline = evaluation.baseline
     for name, count in evaluation.sets.items():
         heading = ["max |Δ|", "mean |Δ|", "Spearman", "same first"]
-        rows = [[f"{name}, {count} queries", "scheme", *(["nDCG@10", "loss, points"] if judged else []), *heading]]
+        rows = [
+            [f"{name}, {count} queries", "scheme", *(["nDCG@10", "loss, points", "95 %"] if judged else []), *heading]
+        ]
         for a in evaluation.artifacts:
             q = a.quality[name]
-            ndcg = [_shown(q.ndcg, ".4f"), _shown(q.loss, ".2f")] if judged else []
-            deltas = [_shown(q.max_delta, ".2g"), _shown(q.mean_delta, ".2g"), _shown(q.spearman, ".4f")]
-            rows.append([a.label, a.scheme, *ndcg, *deltas, _shown(q.same_first, ".1%")])
+            ndcg = [shown(q.ndcg, ".4f"), shown(q.loss, ".2f"), span(q.interval)] if judged else []
+            deltas = [shown(q.max_delta, ".2g"), shown(q.mean_delta, ".2g"), shown(q.spearman, ".4f")]
+            rows.append([a.label, a.scheme, *ndcg, *deltas, shown(q.same_first, ".1%")])
         if judged:
-            rows.append(["(chance)", "", f"{evaluation.chance[name]:.4f}", *[""] * 5])
+            rows.append(["(chance)", "", f"{evaluation.chance[name]:.4f}", *[""] * 6])
         found.append(rows)
     rows = [["on disk", "scheme", "MB", f"of {baseline.label}"]]
     for a in evaluation.artifacts:
@@ -61,9 +72,22 @@ def tables(evaluation: Evaluation) -> list[list[list[str]]]:
     return found
 
 
+def span(interval: Interval | None) -> str:
+    """An interval in a cell, to the hundredth; a dash where there is none."""
+    return "–" if interval is None else "[{:.2f}, {:.2f}]".format(*(round(end, 2) + 0.0 for end in interval))
+
+
 def notes_of(evaluation: Evaluation) -> list[str]:
     """What a reader of the tables must know, a sentence each."""
     notes = []
+    if evaluation.judged and len(evaluation.artifacts) > 1:
+        last = [(a.label, a.quality[list(evaluation.sets)[-1]]) for a in evaluation.artifacts[1:]]
+        few = [f"{label}: {q.changed}" for label, q in last if q.max_delta and (q.changed or 0) < _FEW]
+        notes.append(
+            "Points below 0 are gained. 95 %: what may be lost on other queries like these (a paired bootstrap); none "
+            f"of fewer than {LEAST} queries, those over the same drawn pages counting as one."
+            + (f" It is too narrow where few queries changed their nDCG ({', '.join(few)})." if few else "")
+        )
     if not evaluation.judged:
         notes.append(
             'Without "relevance" in the file, quality is agreement with the baseline '
@@ -85,7 +109,11 @@ def notes_of(evaluation: Evaluation) -> list[str]:
 def to_text(evaluation: Evaluation) -> str:
     """Aligned tables and the sentences below them."""
     parts = [table(rows) for rows in tables(evaluation)]
-    return "\n\n".join([*parts, "\n".join(notes_of(evaluation))])
+    notes = notes_of(evaluation)
+    if evaluation.judged and len(evaluation.artifacts) > 1:
+        _, word, sentence = _verdict(evaluation)
+        notes.insert(0, f"{word}. {sentence}")
+    return "\n\n".join([*parts, "\n".join(plain(note, None) for note in notes)])  # labels are names of folders
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -96,11 +124,15 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         **facts,
         "judged": evaluation.judged,
         "limits": {a.label: evaluation.limit(a) for a in evaluation.artifacts},
+        "verdicts": {a.label: evaluation.verdict(a) for a in evaluation.artifacts},
     }
 
 
-def to_html(evaluation: Evaluation) -> str:
-    """One page without scripts or anything to fetch, in light and dark. All text from outside is escaped."""
+def to_html(evaluation: Evaluation, sections: Sequence[str] = ()) -> str:
+    """One page without scripts or anything to fetch, in light and dark. All text from outside is escaped.
+
+    `sections`: more of HTML, about the same artifacts.
+    """
     figures = []
     for heading, *rows in tables(evaluation):
         figures.append(html_table(map(text, heading), [list(map(text, row)) for row in rows], "figures"))
@@ -115,6 +147,7 @@ def to_html(evaluation: Evaluation) -> str:
             _overview(evaluation),
             f'<div class="plots">{"".join(charts(evaluation))}</div>',
             *_changes(evaluation),
+            *sections,
             f"<h2>Left out</h2><ul>{left_out}</ul>{more}" if left_out else "",
             "<h2>Figures</h2>",
             *figures,
@@ -136,21 +169,24 @@ def _verdict(evaluation: Evaluation) -> tuple[Grade, str, str]:
     if not evaluation.judged:
         least = min(others, key=lambda a: a.quality[name].spearman or 0)
         agreement = (
-            f"{least.label} agrees least, with a rank correlation of {_shown(least.quality[name].spearman, '.4f')}"
+            f"{least.label} agrees least, with a rank correlation of {shown(least.quality[name].spearman, '.4f')}"
         )
         return "none", "Not judged", f"The file says nothing of relevance. {agreement}."
-    told: dict[bool | None, list[str]] = {False: [], True: [], None: []}
+    told: dict[Verdict | None, list[str]] = {verdict: [] for verdict in (*_GRADES, None)}  # the gravest first
     for a in others:
-        limit, loss = evaluation.limit(a), a.quality[name].loss or 0.0
-        allowed = "" if limit is None else f" (limit {limit:g})"
-        change = f"{'gains' if loss < 0 else 'loses'} {abs(loss):.2f} points{allowed}"
-        told[None if limit is None else loss <= limit].append(f"{a.label} {change}")
-    sentence = f"Of nDCG@10, {name}: {', '.join([*told[False], *told[True]] or told[None])}."
+        limit, found, q = evaluation.limit(a), evaluation.verdict(a), a.quality[name]
+        notes = [f"limit {limit:g}"] if limit is not None else []
+        notes += [found] if found in _UNSURE else []
+        words = [a.label, "loses", shown(q.loss, ".2f"), "points", *([span(q.interval)] if q.interval else [])]
+        told[found].append(" ".join([*words, *([f"({', '.join(notes)})"] if notes else [])]))
+    gravest = next((verdict for verdict, who in told.items() if who), None)
+    sentences = [one for verdict, who in told.items() if verdict or not gravest for one in who]
+    sentence = f"Of nDCG@10, {name}: {', '.join(sentences)}."
     if evaluation.errors:
         sentence += f" {len(evaluation.errors)} lines or measurements failed and are left out."
-    if told[False]:
-        return "fail", "Over the limit", sentence
-    return ("pass", "Within limits", sentence) if told[True] else ("none", "No limit applies", sentence)
+    if gravest is None:
+        return "none", "No limit applies", sentence
+    return _GRADES[gravest], gravest[0].upper() + gravest[1:], sentence
 
 
 def _overview(evaluation: Evaluation) -> str:
@@ -159,13 +195,14 @@ def _overview(evaluation: Evaluation) -> str:
     speeds, rows = _speeds(evaluation), []
     for a in evaluation.artifacts:
         q, limit = a.quality[name], evaluation.limit(a)
-        passes = q.loss is not None and limit is not None and q.loss <= limit
-        ranks = [_shown(q.ndcg, ".4f"), _shown(q.loss, ".2f"), _shown(limit, "g")] if evaluation.judged else []
-        grade = "baseline" if a is evaluation.baseline else "–" if limit is None else _GRADE[passes]
-        ranks += [_shown(q.spearman, ".4f"), _shown(q.same_first, ".1%")]
+        found = evaluation.verdict(a)
+        ranks = [shown(q.ndcg, ".4f"), shown(q.loss, ".2f"), span(q.interval), shown(limit, "g")]
+        ranks = ranks if evaluation.judged else []
+        grade = "baseline" if a is evaluation.baseline else "–" if found is None else mark(_GRADES[found], found)
+        ranks += [shown(q.spearman, ".4f"), shown(q.same_first, ".1%")]
         cost = [f"{a.num_bytes / 1e6:,.1f}", f"{speeds[a.label]:.2f}×" if a.label in speeds else "–"]
         rows.append([text(a.label), grade, text(a.scheme), *ranks, *cost])
-    judged = ["nDCG@10", "loss, points", "limit"] if evaluation.judged else []
+    judged = ["nDCG@10", "loss, points", "95 %", "limit"] if evaluation.judged else []
     return html_table(
         ["artifact", "verdict", "scheme", *judged, "Spearman", "same first", "MB", "speed"], rows, "figures"
     )
@@ -180,12 +217,13 @@ def charts(evaluation: Evaluation) -> list[str]:
         rows = []
         for a in others:
             parts = {k: q.loss for k, q in a.quality.items() if k != name and q.loss is not None}
-            loss = a.quality[name].loss
-            rows.append(plot.Bar(a.label, loss, _shown(loss, ".2f"), evaluation.limit(a), parts))
-        note = f"Bar: {name}, rings: each set, dashed: limit. Below 0 is gained."
+            q = a.quality[name]
+            figure = f"{shown(q.loss, '.2f')} {span(q.interval)}"
+            rows.append(plot.Bar(a.label, q.loss, figure, evaluation.limit(a), parts, q.interval))
+        note = f"Bar: {name}, line: its 95 % interval, rings: each set, dashed: limit. Below 0 is gained."
         found.append(("Ranking lost", plot.bars(rows, "points of nDCG@10 lost", least=1.0), note))
     elif others:
-        rows = [plot.Bar(a.label, q.spearman, _shown(q.spearman, ".4f")) for a in others for q in [a.quality[name]]]
+        rows = [plot.Bar(a.label, q.spearman, shown(q.spearman, ".4f")) for a in others for q in [a.quality[name]]]
         note = f"Rank correlation with {evaluation.baseline.label}: 1 is the same order."
         found.append(("Agreement", plot.bars(rows, "Spearman", least=1.0), note))
     unit, size = ("GB", 1e9) if max(a.num_bytes for a in evaluation.artifacts) >= 1e9 else ("MB", 1e6)
@@ -244,7 +282,3 @@ def _change(change: Change, contents: Contents, opened: str) -> str:
         f"<details{opened}><summary>{text(change.query.where)}: {what}</summary>"
         f'<div class="query">{contents.shown(change.query.query)}</div>{html_table(heading, rows)}{more}</details>'
     )
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"

@@ -59,10 +59,12 @@ def figures(
     about = {**describe(*PACKAGES), "threads": threads, "quick": quick}
     failed = []
     with tempfile.TemporaryDirectory(prefix="m0kit-figures-") as temporary:
-        shop = Workshop(work or Path(temporary), QUICK if quick else WHOLE, threads)
-        shop.folder.mkdir(exist_ok=True)
+        # Apart: what is called the same there is of other sizes.
+        folder = (work or Path(temporary)) / f"{'quick' if quick else 'whole'}-{about['m0kit']}"
+        shop = Workshop(folder, QUICK if quick else WHOLE, threads)
+        shop.folder.mkdir(parents=True, exist_ok=True)
+        page = Page.read(docs)
         for name in only or FIGURES:
-            page = Page.read(docs)
             if not again and page.has(name, about):
                 say(f"{name}: known for this version and machine")
                 continue
@@ -76,6 +78,7 @@ def figures(
                 continue
             page.figures[name] = Measured(about, f"{datetime.now(UTC):%Y-%m-%d}", parts, plots)
             page.write(texts)
+        page.write(texts)  # which may have changed where no figure has
     say(f"{docs / MARKDOWN}: written")
     ctx.exit(PARTLY if failed else 0)
 

@@ -3,7 +3,7 @@
 Owns both files; what is measured is `published.py`'s. A figure that was measured for this version on this machine is
 not measured again.
 
-    Page.read(Path("docs")).measured("ranking", {"m0kit": "0.1.0", …})
+    Page.read(Path("docs")).has("ranking", {"m0kit": "0.1.0", …})
 """
 
 import json

@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import Any, Final
@@ -29,10 +29,12 @@ from m0kit_parity.bench.ranking import ranking as rank
 from m0kit_parity.bench.reuse import DOCUMENTS, many, reuse_parts, text_document
 from m0kit_parity.bench.reuse_results import charts, tables
 from m0kit_parity.bench.timing import Timing
-from m0kit_parity.bench.workloads import prompts_of, workloads
+from m0kit_parity.bench.workloads import Pair, prompts_of, workloads
 from m0kit_parity.drawing.plot import write_plot
-from m0kit_parity.drawing.table import Rows
+from m0kit_parity.drawing.table import Rows, shown
 from m0kit_parity.evaluate.compare import ALL, builtin_workloads, compare
+from m0kit_parity.evaluate.quality import Quality
+from m0kit_parity.evaluate.render import span
 from m0kit_parity.figures.workshop import Model, Workshop
 from m0kit_parity.samples.checkpoints import model_config, write_checkpoint
 from m0kit_parity.small import corpus, evaluate, pages
@@ -40,6 +42,8 @@ from m0kit_parity.small.files import SMALL
 
 Parts = list[Rows | str]
 DEEP: Final = ("256", "page")  # workloads at full depth
+RANKED: Final[Mapping[Model, str]] = {"small": "small", "massive": "small-massive"}  # as they are called
+_CHANGES: Final = "largest Δ / mean Δ / Spearman / same first"
 _STAGES: Final = ("image_embeds", "hidden", "logit", "score")
 
 
@@ -48,7 +52,7 @@ class Found:
     """Tables, sentences below them, and charts for one SVG file."""
 
     parts: Parts
-    charts: Sequence[str] = field(default=())
+    charts: Sequence[str] = ()
 
 
 def pairs(shop: Workshop) -> Found:
@@ -70,13 +74,14 @@ def pairs(shop: Workshop) -> Found:
         run_m0kit("export", wide, "-o", artifacts[precision], "--precision", precision)
     peers = [name for name in PEERS if _installed(PEERS[name])]
     parts = _side_by_side(shop, wide, artifacts, shop.sizes.loads, peers, shop.sizes.repeats)
-    return Found([*parts, f"{layers} decoder layers and {layers} vision blocks; {shop.sizes.repeats} turns."])
+    return Found([*parts, f"{layers} decoder layers and {layers} vision blocks; turns: {shop.sizes.repeats}."])
 
 
 def depth(shop: Workshop) -> Found:
     """Whole pairs at full depth
 
-    The same with the layers of the published model (`m0kit bench pairs --layers 28` measures 28 + 28), one turn.
+    The same with the layers of the published model, in a quick run with as many as are named below
+    (`m0kit bench pairs --layers 28` measures 28 + 28), one turn.
     """
     artifacts = {precision: shop.artifact("big", precision) for precision in ("int8", "int4")}
     parts = _side_by_side(shop, shop.checkpoint("big"), artifacts, DEEP, (), 1)
@@ -86,7 +91,8 @@ def depth(shop: Workshop) -> Found:
 def precisions(shop: Workshop) -> Found:
     """What each precision takes
 
-    Of random weights (`m0kit checkpoint full`): seconds and peak memory of `m0kit export`, size on disk, seconds until
+    Of random weights (`m0kit checkpoint full`, in a quick run fewer layers of it): seconds and
+    peak memory of `m0kit export`, size on disk, seconds until
     the artifact is open, and peak resident memory of a pair of 256 tokens and of a page of 768 visual tokens, with both
     settings of `memory` (`m0kit bench memory`). Floats are mapped from the artifact's files in either: half of such a
     peak or more can be given back.
@@ -96,7 +102,8 @@ def precisions(shop: Workshop) -> Found:
     rows = [["precision", *head, *(f"low: {load}" for load in loads)]]
     for precision in SCHEMES:
         cost, artifact = shop.export("big", precision), shop.place("big", precision)
-        found = {mode: _memory(shop, artifact, mode) for mode in ("fast", "low")}
+        pairs = builtin_workloads(artifact)
+        found = {mode: _memory(shop, artifact, pairs, mode) for mode in ("fast", "low")}
         opened = statistics.median(memory.opened for memory in found["fast"])
         peaks = [f"{memory.peak:.0f}" for mode in found for memory in found[mode]]
         rows.append([precision, *_cost(cost), f"{_gigabytes(artifact):.2f}", f"{opened:.2f}", *peaks])
@@ -114,63 +121,61 @@ def precisions(shop: Workshop) -> Found:
 def quality(shop: Workshop) -> Found:
     """What each precision costs in ranking
 
-    Points of nDCG@10 lost on held-out queries of the embedded trained checkpoint (negative: gained; a few tenths are
-    chance) and the most in one of its four sets; the same with channels made 1,024 times larger
-    (`m0kit checkpoint small OUT --outliers 1000`); and how all scores change, by
-    `m0kit evaluate fp32/ fp16/ bf16/ int8/ int4/ nf4/ --no-speed`. The rows with calibration are of artifacts that were
-    exported with `--calibrate` on training pairs of texts, code and pages. The checkpoint is stored in 16 bits.
+    Points of nDCG@10 that are lost against fp32 on held-out queries (negative: gained), with the 95 % interval of a
+    paired bootstrap, and how scores change. Of two checkpoints: `small`, the trained one that m0kit carries, and
+    `small-massive`, the same with activations such as large models have (`m0kit checkpoint small-massive OUT`). Made by
+    `m0kit evaluate fp32/ fp16/ bf16/ int8/ int4/ nf4/ --draw 1700 --no-speed`, which draws the same queries everywhere;
+    `m0kit figures --only quality --only kept` makes this table and the next. The verdict is about the limit that
+    `m0kit evaluate` holds a precision to: 0.1 points in 16 bits, 0.2 in int8, 1 in int4 and nf4. The rows with
+    calibration are of artifacts that were exported with `--calibrate` on training pairs of texts, code and pages. The
+    checkpoints are stored in 16 bits.
     """
     calibration = _calibration(shop)
-    kinds = [(precision, "") for precision in SCHEMES] + [(precision, "calibrated") for precision in ("int8", "int4")]
-    models: tuple[Model, ...] = ("small", "outliers")
-    artifacts = [
-        shop.artifact(model, precision, calibration=calibration if name else None)
-        for model in models
-        for precision, name in kinds
-    ]
-    found, _ = compare(artifacts, shop.sets(), {}, threads=shop.threads, speed=False)
-    measured = [artifact.quality for artifact in found.artifacts]
-    head = [f"{what}{where}" for where in ("", ", with outliers") for what in ("lost", "in a set")]
-    rows = [["precision", *head, "largest Δ", "mean Δ", "Spearman", "same first"]]
-    for i, (precision, name) in enumerate(kinds):
-        cells = []
-        for sets in (measured[i], measured[i + len(kinds)]):
-            most = max((quality.loss for quality in sets.values() if quality.loss is not None), default=None)
-            cells += [_shown(sets[ALL].loss, ".2f"), _shown(most, ".2f")]
-        plain = measured[i][ALL]
-        cells += [
-            _shown(plain.max_delta, ".4f"),
-            _shown(plain.mean_delta, ".4f"),
-            _shown(plain.spearman, ".3f"),
-            _shown(plain.same_first, ".1%"),
+    kinds = [(precision, "") for precision in SCHEMES]
+    kinds += [(precision, "calibrated") for precision in ("int8", "int4", "nf4")]
+    labels = [" ".join(filter(None, kind)) for kind in kinds]
+    sets, parts = shop.sets(), []
+    for model, called in RANKED.items():
+        artifacts = [
+            shop.artifact(model, precision, calibration=calibration if name else None) for precision, name in kinds
         ]
-        rows.append([" ".join(filter(None, (precision, name))), *cells])
-    count = 3 * shop.sizes.calibration
-    return Found([rows, f"{found.sets[ALL]} queries of ten documents; calibrated on {count} pairs."])
+        found, _ = compare(artifacts, sets, {}, threads=shop.threads, speed=False)
+        rows = [[called, "nDCG@10", "lost", "verdict", "largest Δ", "mean Δ", "Spearman", "same first"]]
+        lost, changed = ([[f"{called}: {what}", *sets]] for what in ("lost", _CHANGES))
+        for label, measured in zip(labels, found.artifacts, strict=True):
+            q = measured.quality[ALL]
+            cells = [shown(q.ndcg, ".4f"), _lost(q), found.verdict(measured) or "–"]
+            rows.append([label, *cells, *_changes(q)])
+            each = [measured.quality[name] for name in sets]
+            lost.append([label, *map(_lost, each)])
+            changed.append([label, *(" / ".join(_changes(q)) for q in each)])
+        parts += [rows, lost, changed]
+    counted = ", ".join(f"{len(queries)} {name}" for name, queries in sets.items())
+    told = f"{found.sets[ALL]} queries of ten documents ({counted}); calibrated on {3 * shop.sizes.calibration} pairs."
+    return Found([*parts, told])
 
 
 def kept(shop: Workshop) -> Found:
     """What keeping documents costs in ranking
 
     Keys and values of documents kept in half precision or in bytes, against the same artifact with them as they are
-    computed: points of nDCG@10 lost (negative: gained; some tenths are chance) and mean change of a score
-    (`m0kit evaluate ARTIFACT --kv fp16 --kv int8 --no-speed`, the small checkpoint). The change in int8 and int4
-    artifacts is their own rounding amplifying a difference.
+    computed: points of nDCG@10 lost (negative: gained) with the 95 % interval, and mean change of a score
+    (`m0kit evaluate ARTIFACT --kv fp16 --kv int8 --draw 1700 --no-speed`). The change in int8 and int4 artifacts is
+    their own rounding amplifying a difference.
     """
     decoder = model_config("full").decoder
     values = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
-    precisions = ("fp32", "int8", "int4")
-    head = [f"{precision}: {what}" for precision in precisions for what in ("lost", "mean Δ")]
-    rows = [["kept in", "a token of the published model", *head], ["fp32", f"{values * 4 // 1024} KiB", *["–"] * 6]]
-    columns = []
-    for precision in precisions:
-        artifact = shop.artifact("small", precision)
-        found, _ = compare([artifact], shop.sets(), {}, threads=shop.threads, speed=False, kvs=("fp16", "int8"))
-        columns.append([a.quality[ALL] for a in found.artifacts[1:]])
-    for i, (kv, size) in enumerate((("fp16", 2), ("int8", 1))):
-        cells = [_shown(v, f) for c in columns for v, f in ((c[i].loss, ".2f"), (c[i].mean_delta, ".5f"))]
-        rows.append([kv, f"{values * size // 1024} KiB", *cells])
-    return Found([rows])
+    sizes = [(kv, f"{values * size // 1024} KiB") for kv, size in (("fp32", 4), ("fp16", 2), ("int8", 1))]
+    sets, parts = shop.sets(), [[["kept in", "a token of the published model"], *map(list, sizes)]]
+    for model, called in RANKED.items():
+        rows = [[called, *(f"{kv}: {what}" for kv in ("fp16", "int8") for what in ("lost", "mean Δ"))]]
+        for precision in SCHEMES:
+            artifact = shop.artifact(model, precision)
+            found, _ = compare([artifact], sets, {}, threads=shop.threads, speed=False, kvs=("fp16", "int8"))
+            sides = [measured.quality[ALL] for measured in found.artifacts[1:]]
+            rows.append([precision, *(cell for q in sides for cell in (_lost(q), shown(q.mean_delta, ".5f")))])
+        parts.append(rows)
+    return Found([*parts, f"{found.sets[ALL]} queries of ten documents."])
 
 
 def answers(shop: Workshop) -> Found:
@@ -392,8 +397,7 @@ def _side_by_side(
     return [rows, *dict.fromkeys(r.error for r in results if isinstance(r, Missing))]
 
 
-def _memory(shop: Workshop, artifact: Path, mode: str) -> list[Memory]:
-    loads = builtin_workloads(artifact)
+def _memory(shop: Workshop, artifact: Path, loads: Mapping[str, Sequence[Pair]], mode: str) -> list[Memory]:
     return [measure_memory(artifact, load, shop.threads, mode=mode) for load in loads.values()]
 
 
@@ -412,6 +416,20 @@ def _calibration(shop: Workshop) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return path
+
+
+def _lost(quality: Quality) -> str:
+    """Points, and their interval."""
+    if quality.loss is None:
+        return "–"
+    return shown(quality.loss, ".2f") + (f" {span(quality.interval)}" if quality.interval else "")
+
+
+def _changes(quality: Quality) -> list[str]:
+    """In the order of `_CHANGES`."""
+    q = quality
+    deltas = [shown(q.max_delta, ".4f"), shown(q.mean_delta, ".4f")]
+    return [*deltas, shown(q.spearman, ".3f"), shown(q.same_first, ".1%")]
 
 
 def _installed(packages: Mapping[str, str]) -> bool:
@@ -464,7 +482,3 @@ def _layers(shop: Workshop) -> str:
 
 def _named(shop: Workshop, model: Model) -> str:
     return "small" if model == "small" else f"{shop.sizes.big}, {_layers(shop).rstrip('.')}"
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"

@@ -6,14 +6,15 @@ Workshop(Path("work"), QUICK, threads=2).artifact("big", "int8")
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from m0kit_parity.bench.measure import Ran, run_m0kit
+from m0kit_parity.evaluate.drawn import drawn_sets
+from m0kit_parity.evaluate.judged import Query
 from m0kit_parity.samples.checkpoints import write_checkpoint
 from m0kit_parity.small.files import SMALL
 
-Model = Literal["small", "outliers", "big"]
-OUTLIERS: Final = 1000  # times larger, in the checkpoint "outliers"
+Model = Literal["small", "massive", "big"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Sizes:
     layers: int  # of the full-width layers whose whole pairs are compared
     repeats: int
     loads: tuple[str, ...]  # parts of the names of the workloads of whole pairs
-    queries: int | None  # of each evaluation set; None: all
+    queries: int | None  # of each embedded evaluation set; None: all
+    drawn: int  # queries, of all sets together
     calibration: int  # pairs of each kind
     cases: tuple[str, ...]  # of parity; (): all
     memory: tuple[int, int]  # tokens, visual tokens up to which memory is measured
@@ -36,10 +38,10 @@ class Sizes:
 
 
 WHOLE: Final = Sizes(
-    "full", 4, 3, ("text,", "page", "8 texts"), None, 24, (), (10_240, 3072), (2048, 768), 16, 100, 2048, 1000
+    "full", 4, 3, ("text,", "page", "8 texts"), None, 1700, 24, (), (10_240, 3072), (2048, 768), 16, 100, 2048, 1000
 )
 QUICK: Final = Sizes(
-    "wide", 2, 1, ("64 ", "256 ", "page"), 5, 2, ("text_text", "image_text"), (512, 384), (256, 96), 4, 8, 256, 100
+    "wide", 2, 1, ("64 ", "256 ", "page"), 5, 34, 2, ("text_text", "image_text"), (512, 384), (256, 96), 4, 8, 256, 100
 )
 
 
@@ -57,7 +59,7 @@ class Workshop:
         return self.folder / "scratch"
 
     def checkpoint(self, model: Model) -> Path:
-        """`big` is random, of full width; `outliers` is the small one with channels made larger."""
+        """`big` is random, of full width; `massive` is the small one with activations such as real models have."""
         folder = self.folder / model
         if model == "small":
             return SMALL / "base"
@@ -65,9 +67,7 @@ class Workshop:
             if model == "big":
                 write_checkpoint(folder, self.sizes.big, progress=True)
             else:
-                from m0kit_parity.samples.outliers import write_injected  # and with it PyTorch
-
-                write_injected(SMALL / "base", folder, OUTLIERS)
+                run_m0kit("checkpoint", "small-massive", folder)
         return folder
 
     def artifact(self, model: Model, precision: str, *, adapter: str = "", calibration: Path | None = None) -> Path:
@@ -103,8 +103,6 @@ class Workshop:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def sets(self) -> dict[str, list[Any]]:
-        """The evaluation sets that m0kit carries."""
-        from m0kit_parity.evaluate.judged import builtin_sets
-
-        return {name: queries[: self.sizes.queries] for name, queries in builtin_sets().items()}
+    def sets(self) -> dict[str, list[Query]]:
+        """Held-out queries, drawn."""
+        return drawn_sets(self.sizes.drawn)

@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +32,7 @@ from m0kit.cli.page import Contents
 from m0kit.cli.page import write as write_page
 from m0kit.errors import CheckpointError, M0kitError
 from m0kit.files import sha256_of
+from m0kit.machine.detect import versions
 from m0kit.reranker import Reranker
 from m0kit.terminal import say, show, show_json, show_text
 from m0kit_parity.child import Child
@@ -40,7 +40,7 @@ from m0kit_parity.proof.cases import Case, builtin_cases, pairs_file, published_
 from m0kit_parity.proof.compare import Verdict
 from m0kit_parity.proof.golden import Golden, record, require_free
 from m0kit_parity.proof.origin import require_same_origin
-from m0kit_parity.proof.portable import ENGINES, require_standard
+from m0kit_parity.proof.portable import ENGINES, portable_encoder, require_standard
 from m0kit_parity.proof.render import to_html, to_json, to_text
 from m0kit_parity.proof.report import Report, check, check_published
 from m0kit_parity.proof.tolerances import tolerances
@@ -125,8 +125,8 @@ class _Recording:
         say(f"loading {self.checkpoint} in PyTorch")
         reference = Reference.load(opened.folder, adapters=[(spec.path, spec.weight) for spec in specs])
         record(
-            folder, cases, reference, model=opened.config, command=command, provenance=provenance, layers=self.layers,
-            progress=say,
+            folder, cases, reference, model=opened.config, command=command, provenance=provenance,
+            norm=reference.norm, layers=self.layers, progress=say,
         )  # fmt: skip
 
 
@@ -170,10 +170,12 @@ class _Checking:
             "artifact_provenance": manifest.provenance,
             "golden": {"command": golden.command, "created": golden.created, "provenance": golden.provenance},
         }
-        picture = self.picture()
+        own_engine = ENGINES[self.engine] is not None
+        portable = None if own_engine else portable_encoder(self.device, artifact, manifest, self.threads)
         report = check(
-            golden, reranker, manifest.scheme, about, names=names, layers=layers, picture=picture, progress=say
-        )
+            golden, reranker, manifest.scheme, about, names=names, layers=layers,
+            rotated=bool(manifest.recipe.get("rotate")), portable=portable, picture=self.picture(), progress=say,
+        )  # fmt: skip
         self.finish(report)
 
     def picture(self) -> Callable[[Any], str]:
@@ -347,13 +349,7 @@ def published_command(artifact: Path, inputs: Path, checking: _Checking) -> None
 
 def _versions() -> dict[str, str]:
     """Python, the machine, and every installed package that can change a figure; nothing is imported."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions(*_PACKAGES)}
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -49,7 +49,7 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def compare_pair(reference: Trace, trace: Trace, table: Table, layers: bool = False) -> tuple[StageResult, ...]:
-    """Every stage of one pair except ranking, in the order of STAGES.
+    """Every stage of one pair except ranking and what another graph gives, in the order of STAGES.
 
     A pair without images on both sides has no stages for patches and image embeddings. The hidden states
     per layer are compared only if `layers`; then both traces must have them.
@@ -74,6 +74,14 @@ def compare_pair(reference: Trace, trace: Trace, table: Table, layers: bool = Fa
         if not tensors:
             del measured[stage]
     return tuple(_judge(stage, table[stage], *measured[stage](table[stage])) for stage in STAGES if stage in measured)
+
+
+def compare_portable(
+    reference: Sequence[NDArray[np.float32]], embeds: Sequence[NDArray[np.float32]], table: Table
+) -> StageResult:
+    """Image embeddings (V, D) of one pair that the portable graph gives, beside those of its trace."""
+    tolerance = table["portable_embeds"]
+    return _judge("portable_embeds", tolerance, *_tensors(tuple(reference), tuple(embeds), tolerance))
 
 
 def compare_ranking(reference: Sequence[float], scores: Sequence[float], table: Table) -> StageResult:

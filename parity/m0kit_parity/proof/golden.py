@@ -11,6 +11,7 @@ Owns the folder's format, reading and writing. Knows neither PyTorch nor the run
                       the model's dimensions and image settings; cases with their inputs and scores;
                       size and sha256 of every other file
       <case>.npz      the arrays of all its pairs, named <group>.<document>.<stage>
+      norm.npy        the gain of the final norm, for artifacts whose stream is in another basis
       inputs/         texts and images exactly as they were given, named by their hash
 
 Logits and scores stand in the manifest as hexadecimal floats, which lose nothing.
@@ -45,6 +46,7 @@ from m0kit_parity.proof.cases import Case, Content
 FORMAT: Final = "m0kit golden"
 VERSION: Final = 1
 
+_NORM: Final = "norm.npy"
 _ARRAYS: Final = ("token_ids", "positions", "grid_thw", "hidden", "layers")
 _LISTS: Final = ("patches", "image_embeds")
 _ENDINGS: Final = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
@@ -142,13 +144,15 @@ def record(
     model: ModelConfig,
     command: str,
     provenance: Mapping[str, Any],
+    norm: NDArray[np.float32] | None = None,
     layers: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Trace every pair and write the folder aside, then rename it into place.
 
     Holds one case in memory at a time. A golden folder that is there already is replaced; anything else
-    at that place is not. Raises OutputError, InputError for two cases of one name, CheckpointError when the
+    at that place is not. `norm` is the gain of the final norm (D,); without it artifacts with `rotate` in their recipe
+    cannot be checked. Raises OutputError, InputError for two cases of one name, CheckpointError when the
     reference itself gives a value that is not finite, and whatever `tracer` raises.
     """
     names = [case.name for case in cases]
@@ -162,6 +166,10 @@ def record(
         for number, case in enumerate(cases, 1):
             progress(f"recording {case.name} ({number} of {len(cases)})")
             described.append(_record_case(aside, files, case, tracer, layers))
+        if norm is not None:
+            stream = io.BytesIO()
+            np.save(stream, norm, allow_pickle=False)
+            _write(aside, files, _NORM, stream.getvalue())
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -238,6 +246,21 @@ class Golden:
     @property
     def case_names(self) -> tuple[str, ...]:
         return tuple(case["name"] for case in self._manifest["cases"])
+
+    def norm(self) -> NDArray[np.float32]:
+        """The gain of the final norm (D,). Raises InputError for a folder that was recorded without."""
+        if _NORM not in self._manifest["files"]:
+            raise InputError(
+                f"{self.folder}: holds no gain of the final norm, which an artifact in another basis (rotate in its "
+                f"recipe) is compared with; record it again: {self.command}"
+            )
+        try:
+            gain = _array(self._file(_NORM))
+        except ValueError as error:
+            raise InputError(f"{self.folder}: {_NORM} is damaged ({error}); record it again: {self.command}") from error
+        if gain.shape != (_flat(self._manifest["model"]).get("decoder.hidden_size"),) or gain.dtype != np.float32:
+            raise InputError(f"{self.folder}: {_NORM} is of another model; record it again: {self.command}")
+        return gain
 
     def require(self, model: ModelConfig, layers: bool = False) -> None:
         """Raises InputError, with the command to record again, unless this folder fits an artifact."""

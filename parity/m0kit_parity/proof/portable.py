@@ -1,14 +1,14 @@
-"""An artifact's graphs in other engines than ONNX Runtime: OpenVINO, and ONNX's own reference evaluator.
+"""An artifact's portable graphs: in OpenVINO, in ONNX's own reference evaluator, and beside a set's in ONNX Runtime.
 
-The full-precision artifact uses standard operators only; running it elsewhere with the same tolerances is the
-proof. These engines are for that, not for speed: the evaluator is plain numpy.
+With float weights they use standard operators only; running them elsewhere with the same tolerances is the proof.
+These engines are for that, not for speed: the evaluator is plain numpy.
 
     Reranker.load("m0-fp32", open_graph=ENGINES["openvino"])
 """
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit.artifact.manifest import Manifest
+from m0kit.artifact.ports import data_name
 from m0kit.errors import DependencyError, M0kitError
-from m0kit.precision import SCHEMES
+from m0kit.precision import SCHEMES, provider_of
 from m0kit.quiet import silence_openvino
-from m0kit.scoring.sessions import Graph, GraphOpener
+from m0kit.scoring.planner import image_rows
+from m0kit.scoring.positions import vision_positions
+from m0kit.scoring.sessions import Graph, GraphOpener, open_graph
+from m0kit.trace import Trace
 
 Array = NDArray[Any]
+Encoder = Callable[[Trace], list[NDArray[np.float32]]]  # a trace's images, I × (P, 1176) → I × (V, D)
 
 
 def require_standard(engine: str, artifact: Path, manifest: Manifest) -> None:
@@ -34,6 +39,26 @@ def require_standard(engine: str, artifact: Path, manifest: Manifest) -> None:
             f"{artifact}: the engine {engine} cannot run {named}, which only ONNX Runtime has. "
             "Leave --engine out, which is onnxruntime, or give another artifact: fp32, fp16 and bf16 run everywhere."
         )
+
+
+def portable_encoder(device: str, artifact: Path, manifest: Manifest, threads: int | None) -> Encoder | None:
+    """The portable image encoder in ONNX Runtime on the CPU; None where the device runs no other in its place."""
+    if "vision" not in manifest.runs.get(provider_of(device), {}):
+        return None
+    graph = open_graph(artifact, "vision", threads=threads, ports=manifest.graphs)
+    merge = manifest.model.image.merge_size
+
+    def encode(trace: Trace) -> list[NDArray[np.float32]]:
+        counts = [len(patches) for patches in trace.patches]
+        feeds = {
+            "patches": np.concatenate(trace.patches),
+            "positions": np.concatenate([vision_positions(grid, merge) for grid in trace.grid_thw]),
+            "images": image_rows(counts),
+        }
+        embeds = graph.run(feeds, ["image_embeds"])["image_embeds"]
+        return np.split(embeds, np.cumsum(counts)[:-1] // merge**2)
+
+    return encode
 
 
 @contextmanager
@@ -55,7 +80,7 @@ def _plain_file(folder: Path, name: str) -> Iterator[Path]:
     These engines follow no links out of a folder, and onnx takes no second names of a file either.
     """
     path = folder / f"{name}.onnx"
-    needed = (path, folder / f"{name.partition('.')[0]}.onnx.data")
+    needed = (path, folder / data_name(name))
     if not any(file.is_symlink() for file in needed):
         yield path
         return

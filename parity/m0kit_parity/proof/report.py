@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 from m0kit.errors import InputError
 from m0kit.reranker import best_first
+from m0kit_parity.proof.basis import turned_back
 from m0kit_parity.proof.cases import Content, Published
 from m0kit_parity.proof.compare import (
     StageResult,
     Verdict,
     compare_pair,
+    compare_portable,
     compare_ranking,
     compare_scores,
     failed_stage,
@@ -24,6 +26,7 @@ from m0kit_parity.proof.compare import (
     overall,
 )
 from m0kit_parity.proof.golden import Golden, GoldenCase, GoldenPair, Tracer
+from m0kit_parity.proof.portable import Encoder
 from m0kit_parity.proof.tolerances import PUBLISHED, Table, tolerances
 
 
@@ -107,11 +110,15 @@ def check(
     *,
     names: Sequence[str] = (),
     layers: bool = False,
+    rotated: bool = False,
+    portable: Encoder | None = None,
     picture: Callable[[Any], str] = lambda _: "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Trace every recorded pair with `tracer` and compare. Holds one case in memory at a time.
 
+    `rotated`: the artifact's stream is in another basis (`m0kit_quant.rotate`), out of which its trace is turned back.
+    `portable`: the portable image encoder, where the tracer runs another; it is held against the same images.
     `picture` makes of an image what a page shows of it.
 
     A pair that the artifact refuses with an InputError is a failure of that pair; other errors pass
@@ -119,11 +126,13 @@ def check(
     an unknown case name.
     """
     table = tolerances(precision)
+    if rotated:
+        tracer, portable = turned_back(tracer, portable, golden.norm())
     wanted = tuple(dict.fromkeys(names)) or golden.case_names
     cases = []
     for number, name in enumerate(wanted, 1):
         progress(f"checking {name} ({number} of {len(wanted)})")
-        cases.append(_check_case(golden.read(name), tracer, table, layers, picture))
+        cases.append(_check_case(golden.read(name), tracer, table, layers, portable, picture))
     return Report(about, table, tuple(cases))
 
 
@@ -156,9 +165,14 @@ def _score_stage(expected: float, score: float) -> StageResult:
 
 
 def _check_case(
-    case: GoldenCase, tracer: Tracer, table: Table, layers: bool, picture: Callable[[Any], str]
+    case: GoldenCase,
+    tracer: Tracer,
+    table: Table,
+    layers: bool,
+    portable: Encoder | None,
+    picture: Callable[[Any], str],
 ) -> CaseReport:
-    checked = (_check_pair(pair, tracer, table, layers) for pair in case.pairs)
+    checked = (_check_pair(pair, tracer, table, layers, portable) for pair in case.pairs)
     pairs = tuple(
         replace(result, pictures=_pictures(pair.inputs, picture))
         for pair, result in zip(case.pairs, checked, strict=True)
@@ -177,7 +191,7 @@ def _pictures(inputs: tuple[Content, Content], picture: Callable[[Any], str]) ->
     return query, document
 
 
-def _check_pair(pair: GoldenPair, tracer: Tracer, table: Table, layers: bool) -> PairReport:
+def _check_pair(pair: GoldenPair, tracer: Tracer, table: Table, layers: bool, portable: Encoder | None) -> PairReport:
     query, document = pair.inputs
     labels = (query.label(), document.label())
     before = tuple(
@@ -193,9 +207,12 @@ def _check_pair(pair: GoldenPair, tracer: Tracer, table: Table, layers: bool) ->
     except InputError as error:
         refused = failed_stage("trace", "exact", f"the artifact refused this pair: {error}")
         return PairReport(pair.group, pair.document, labels, pair.trace.score, None, (*before, refused))
-    stages = (*before, *compare_pair(pair.trace, trace, table, layers))
+    stages = [*before, *compare_pair(pair.trace, trace, table, layers)]
+    if portable is not None and trace.patches:
+        stages.append(compare_portable(pair.trace.image_embeds, portable(trace), table))
     profile = layer_profile(pair.trace, trace) if layers else ()
-    return PairReport(pair.group, pair.document, labels, pair.trace.score, float(trace.score), stages, profile)
+    score = float(trace.score)
+    return PairReport(pair.group, pair.document, labels, pair.trace.score, score, tuple(stages), profile)
 
 
 def _ranking(group: int, reference: Sequence[float], scores: Sequence[float], table: Table) -> RankingReport:

@@ -9,9 +9,10 @@ slice at a time, so that `full` needs no more memory than `tiny`.
 
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from m0kit.terminal import bar
 from m0kit_export.names import expected_shapes, spelled
 from m0kit_parity.samples.vocabulary import QWEN2_VOCAB_SIZE, write_qwen2_tokenizer, write_small_tokenizer
 
+if TYPE_CHECKING:
+    import torch
+
 Shape = Literal["tiny", "wide", "full"]
 DType = Literal["float32", "float16", "bfloat16"]
 Naming = Literal["published", "new"]  # before and after transformers 4.52
@@ -29,7 +33,7 @@ ConfigForm = Literal["published", "defaults_left_out", "nested"]
 
 # Bias of the head's last layer that brings the middle of the logits of seed 0 to 2.65, the middle of the
 # scores to one half. Measured: deep random networks give all prompts a common direction.
-_HEAD_BIAS = {"tiny": 4.3, "wide": 1.4, "full": -4.5}
+HEAD_BIAS = {"tiny": 4.3, "wide": 1.4, "full": -4.5}
 _SLICE = 1 << 24  # values drawn at once
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -64,11 +68,13 @@ def write_checkpoint(
     config_form: ConfigForm = "published",
     max_shard_bytes: int = 2 << 30,
     lm_head: bool | None = None,
+    device: str | None = None,
     progress: bool = False,
 ) -> ModelConfig:
     """Write a checkpoint folder, aside first, renamed when complete; returns its dimensions.
 
-    Values depend on `seed` and the tensor's name alone, not on naming, sharding or the number of layers.
+    Values depend on `seed` and the tensor's name alone, not on naming, sharding or the number of layers. `device` has
+    PyTorch draw them there, which takes seconds on a GPU: other values, and those of that device and PyTorch alone.
     `lm_head` adds the tensor that the published files very likely hold and scoring has no use for
     (default: for `full` only). Raises OutputError when the folder is not empty.
     """
@@ -78,7 +84,7 @@ def write_checkpoint(
     if lm_head or (lm_head is None and shape == "full"):
         shapes["lm_head.weight"] = (config.decoder.vocab_size, config.decoder.hidden_size)
     with replacing(folder) as aside, named_errors(folder):
-        _write_weights(aside, shapes, seed, _HEAD_BIAS[shape], dtype, naming, max_shard_bytes, progress)
+        _write_weights(aside, shapes, seed, HEAD_BIAS[shape], dtype, naming, max_shard_bytes, device, progress)
         raw = config_json(config, dtype, config_form)
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
         (aside / "preprocessor_config.json").write_text(json.dumps(_preprocessor(config.image), indent=2), "utf-8")
@@ -98,6 +104,7 @@ def _write_weights(
     dtype: DType,
     naming: Naming,
     max_shard_bytes: int,
+    device: str | None,
     progress: bool,
 ) -> None:
     """Shards as transformers cuts them: a new file when the next tensor would pass the limit, and an index."""
@@ -109,6 +116,10 @@ def _write_weights(
 
     def drawn(shard: Mapping[str, tuple[int, ...]], written: Any) -> Iterator[torch.Tensor]:
         for name, shape in shard.items():
+            if device is not None:
+                yield draw_on(device, name, shape, seed, head_bias).to(torch_type).cpu()
+                written.update(math.prod(shape) * torch_type.itemsize)
+                continue
             for values in draw(name, shape, seed, head_bias):
                 yield torch.from_numpy(values).to(torch_type)
                 written.update(values.size * torch_type.itemsize)
@@ -138,7 +149,7 @@ def _write_weights(
 def draw(name: str, shape: tuple[int, ...], seed: int, head_bias: float) -> Iterator[NDArray[np.float32]]:
     """The values of one tensor, flat, in slices."""
     rng = np.random.Generator(np.random.SFC64([seed, *name.encode()]))
-    centre, spread = (head_bias, 0.0) if name == "score.2.bias" else _scale(name, shape)
+    centre, spread = _scale(name, shape, head_bias)
     left = math.prod(shape)
     while left:
         values = rng.standard_normal(min(left, _SLICE), np.float32)
@@ -148,13 +159,25 @@ def draw(name: str, shape: tuple[int, ...], seed: int, head_bias: float) -> Iter
         yield values
 
 
-def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def draw_on(device: str, name: str, shape: tuple[int, ...], seed: int, head_bias: float) -> "torch.Tensor":
+    """The same kind of values from PyTorch's generator of a device, float32 there."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    centre, spread = _scale(name, shape, head_bias)
+    values = torch.empty(shape, device=device)
+    return values.normal_(0, 1, generator=generator).mul_(spread).add_(centre)
+
+
+def _scale(name: str, shape: tuple[int, ...], head_bias: float) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's values.
 
     A matrix of gain g (deviation g/√in) keeps normalised inputs at deviation g. Queries and keys get more,
     so that attention prefers some tokens; what adds to the residual stream gets less, so that it grows
     slowly. The last layer of the head spreads logits by about 2, so scores over all of (0, 1).
     """
+    if name == "score.2.bias":
+        return head_bias, 0.0
     fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
     if "norm" in name or "ln_q" in name:
         return (0.0, 0.2) if name.endswith("bias") else (1.0, 0.25)

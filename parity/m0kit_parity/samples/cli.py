@@ -14,9 +14,9 @@ from m0kit.cli.options import REVISION_HELP
 from m0kit.files import named_errors, replacing, require_unoccupied
 from m0kit.terminal import show
 from m0kit_export.folder import find_folder
-from m0kit_parity.small.files import SMALL
+from m0kit_parity.small.files import SMALL, copy_massive
 
-_Shape = Literal["small", "tiny", "wide", "full"]
+_Shape = Literal["small", "small-massive", "tiny", "wide", "full"]
 
 # The keys of adapters.FORMS, which cannot be read without importing PEFT.
 FORM_NAMES: Final = (
@@ -38,8 +38,9 @@ FORM_NAMES: Final = (
 def checkpoint(shape: _Shape, output: Path, seed: int, outliers: float | None) -> None:
     """Write a checkpoint in the published model's format to try things on.
 
-    small is the trained one that m0kit carries. The others have random weights: tiny takes a moment, wide
-    has the published widths and few layers, full every dimension of the published model.
+    small is the trained one that m0kit carries, small-massive the same with activations as large as those of large
+    models, from the repository. The others have random weights: tiny takes a moment, wide has the published widths and
+    few layers, full every dimension of the published model.
     """
     require_unoccupied(output)
     with replacing(output) as new, named_errors(output):
@@ -58,6 +59,8 @@ def checkpoint(shape: _Shape, output: Path, seed: int, outliers: float | None) -
 def _write_shape(shape: _Shape, output: Path, seed: int) -> None:
     if shape == "small":
         shutil.copytree(SMALL / "base", output, dirs_exist_ok=True)
+    elif shape == "small-massive":
+        copy_massive(output)
     else:
         from m0kit_parity.samples.checkpoints import write_checkpoint
 

@@ -1,7 +1,7 @@
-"""Pages of large type to read: drawn with Pillow, with a label for every visual token.
+"""Pages of large type to read, with a label for every visual token.
 
-Owns the layout, the looks (fonts and misalignment) and the grading of pages. Needs the DejaVu fonts of the
-system; the committed evaluation pages are PNG files and need none.
+Owns the layout, the looks (fonts and misalignment) and the grading of pages. Of one seed they are the same to the
+pixel on every machine: letters are those of `letters`.
 
     page = draw_page(random.Random(3), rows=[(0, 5), (7, 2)], language="en", look=2)
     page.image                     # PIL, mode "L", 280×112
@@ -15,28 +15,25 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from m0kit_parity.small import corpus
+from m0kit_parity.small.letters import PIXEL, SIZES, TYPEWRITER, face
 
 WIDTH: Final = 280  # 10 visual tokens
 HEIGHT: Final = 112  # 4 visual tokens
 TOKEN: Final = 28  # pixels per visual token and side
 PAGE_LANGUAGES: Final = ("en", "de")
-FONTS: Final = Path("/usr/share/fonts/truetype/dejavu")
 
-# 0.602 em a letter: 14 pixels
-_TYPEWRITER: Final = 23.25
 _LOOKS: Final[tuple[tuple[str, ...], ...]] = (
-    ("DejaVuSansMono.ttf",),
-    ("DejaVuSansMono.ttf",),
-    ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf"),
-    ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf"),
+    ("DejaVuSansMono",),
+    ("DejaVuSansMono",),
+    ("DejaVuSansMono", "DejaVuSansMono-Bold"),
+    ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif"),
 )
 
 Pair = tuple[int, int]  # adjective, noun
@@ -80,43 +77,37 @@ def _index() -> dict[str, int]:
     return {text: i for i, text in enumerate(vocabulary())}
 
 
-@cache
-def _font(name: str, size: float) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(FONTS / name), size)
-
-
 def draw_page(rng: random.Random, rows: Sequence[Pair], language: str, look: int) -> Page:
     """Draw pairs as lines of text.
 
     look 0: letters sit exactly on the patch grid. 1: the whole page is shifted by up to three pixels. 2: each
     line by any amount, two weights. 3: proportional fonts too, in several sizes.
     """
-    image = Image.new("L", (WIDTH, HEIGHT), 255)
-    draw = ImageDraw.Draw(image)
+    pixels = np.full((HEIGHT, WIDTH), 255, np.uint8)
     labels = np.full((HEIGHT // TOKEN, WIDTH // TOKEN), -1, dtype=np.int64)
-    font_name = rng.choice(_LOOKS[look])
-    size = _TYPEWRITER if "Mono" in font_name else rng.choice((24.0, 26.0, 28.0))
-    font = _font(font_name, size)
+    font = rng.choice(_LOOKS[look])
+    letters = face(font, TYPEWRITER if "Mono" in font else rng.choice(SIZES))
     shift = (0, 0) if look == 0 else (rng.randint(0, 3), rng.randint(-3, 3))
     lines = sorted(rng.sample(range(HEIGHT // TOKEN), len(rows)))
-    space = draw.textlength(" ", font=font)
+    space = letters.widths[" "]
     for line, (adjective, noun) in zip(lines, rows, strict=True):
         words = [page_word(0, adjective, language), page_word(1, noun, language)]
-        widths = [draw.textlength(text, font=font) for text in words]
-        room = max(0, int((WIDTH - sum(widths) - space) // 14) - 1)
-        x = float(14 * rng.randint(0, min(room, 6)) + shift[0])
+        widths = [letters.widths[text] for text in words]
+        room = max(0, (WIDTH * PIXEL - sum(widths) - space) // (14 * PIXEL) - 1)
+        x = 14 * rng.randint(0, min(room, 6)) + shift[0]
         baseline = line * TOKEN + 21 + shift[1]
         if look >= 2:
             x, baseline = x + rng.randint(0, 10), line * TOKEN + 21 + rng.randint(-3, 4)
+        pen = x * PIXEL
         for text, width in zip(words, widths, strict=True):
-            draw.text((x, baseline), text, font=font, fill=0, anchor="ls")
+            letters.put(pixels, text, pen, baseline)
             row = min(max((baseline - 8) // TOKEN, 0), labels.shape[0] - 1)
             for column in range(labels.shape[1]):  # a token belongs to the word that covers most of it
-                left, right = max(x, column * TOKEN), min(x + width, (column + 1) * TOKEN)
-                if right - left >= TOKEN / 3:
+                left, right = max(pen, column * TOKEN * PIXEL), min(pen + width, (column + 1) * TOKEN * PIXEL)
+                if right - left >= TOKEN * PIXEL / 3:
                     labels[row, column] = _index()[text]
-            x += width + space
-    return Page(image, labels)
+            pen += width + space
+    return Page(Image.fromarray(pixels), labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ VOCABULARY: Final = 3072  # at most
 BASE_NAME: Final = "m0kit/small"
 TEXT_QUERIES: Final = 16
 TEXT_CANDIDATES: Final = 4
-PAGE_SETS: Final = 8
+PAGE_SETS: Final = 8  # half of TEXT_QUERIES: two queries each
 SEE_PAGES: Final = 16
 GRADE_WEIGHT: Final = {3: 1.0, 1: 0.15, 0: 0.0}  # share of the listwise target
 GRADE_SCORE: Final = {3: 0.93, 1: 0.35, 0: 0.04}  # what sigmoid(logit − 2.65) should say
@@ -159,10 +159,10 @@ def see(ranker: model.Ranker, pixels: Tensor) -> Tensor:
     return merged.view(count, rows * columns, -1)
 
 
-def rank(
+def states(
     ranker: model.Ranker, batcher: Batcher, pairs: Sequence[tuple[str | None, str | None]], images: Tensor | None
 ) -> Tensor:
-    """Logits of pairs (B,). images: (B, V, D) for the pairs' images, one each."""
+    """What the head is given of pairs, (B, D). images: (B, V, D) for the pairs' images, one each."""
     ids, positions, last = batcher(pairs, images.shape[1] if images is not None else 0)
     decoder = ranker.model.language_model
     embedded = decoder.embed_tokens(ids)
@@ -170,7 +170,15 @@ def rank(
         mask = (ids == ranker.config_ids[1]).unsqueeze(-1).expand_as(embedded)
         embedded = embedded.masked_scatter(mask, images.flatten(0, 1))
     hidden = decoder(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
-    logits: Tensor = ranker.score(hidden[torch.arange(len(last)), last])
+    last_states: Tensor = hidden[torch.arange(len(last)), last]
+    return last_states
+
+
+def rank(
+    ranker: model.Ranker, batcher: Batcher, pairs: Sequence[tuple[str | None, str | None]], images: Tensor | None
+) -> Tensor:
+    """Logits of pairs (B,); arguments as of `states`."""
+    logits: Tensor = ranker.score(states(ranker, batcher, pairs, images))
     return logits[:, 0]
 
 
@@ -185,21 +193,46 @@ def ranking_loss(logits: Tensor, relevance: Sequence[Sequence[int]]) -> tuple[Te
     return listwise + CALIBRATION * calibration, float(listwise.detach())
 
 
-def text_step(ranker: model.Ranker, batcher: Batcher, groups: Sequence[corpus.Group]) -> tuple[Tensor, float]:
-    """One batch of text or code groups of equal size: loss, and the listwise part as a number."""
-    pairs = [(g.query, d) for g in groups for d in g.documents]
-    logits = rank(ranker, batcher, pairs, None).view(len(groups), -1)
-    return ranking_loss(logits, [g.relevance for g in groups])
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pairs in groups of equal size, drawn and not yet ranked."""
+
+    pairs: list[tuple[str | None, str | None]]  # None for a page
+    relevance: list[Sequence[int]]  # of each group's pairs
+    pixels: Tensor | None = None  # (N, height, width) bytes of the pages
+    shown: Tensor | None = None  # of each pair which page it is
+
+    def states(self, ranker: model.Ranker, batcher: Batcher) -> Tensor:
+        """What the head is given, (pairs, D)."""
+        images = None if self.pixels is None else see(ranker, self.pixels)[self.shown]
+        return states(ranker, batcher, self.pairs, images)
+
+    def by_group(self, logits: Tensor) -> Tensor:
+        """(pairs, 1) to (groups, candidates)."""
+        return logits.view(len(self.relevance), -1)
 
 
-def text_groups(rng: random.Random, level: int, across: bool = False) -> list[corpus.Group]:
+def text_batch(groups: Sequence[corpus.Group]) -> Batch:
+    """Text or code groups of equal size."""
+    return Batch([(g.query, d) for g in groups for d in g.documents], [g.relevance for g in groups])
+
+
+def ranking_step(ranker: model.Ranker, batcher: Batcher, batch: Batch) -> tuple[Tensor, float]:
+    """Loss, and its listwise part as a number."""
+    logits = batch.by_group(ranker.score(batch.states(ranker, batcher)))
+    return ranking_loss(logits, batch.relevance)
+
+
+def text_groups(
+    rng: random.Random, level: int, across: bool = False, queries: int = TEXT_QUERIES
+) -> list[corpus.Group]:
     """One batch of text groups."""
-    return [corpus.text_group(rng, level, TEXT_CANDIDATES, across=across) for _ in range(TEXT_QUERIES)]
+    return [corpus.text_group(rng, level, TEXT_CANDIDATES, across=across) for _ in range(queries)]
 
 
-def code_groups(rng: random.Random, named: bool) -> list[corpus.Group]:
+def code_groups(rng: random.Random, named: bool, queries: int = TEXT_QUERIES) -> list[corpus.Group]:
     """One batch of code groups."""
-    return [corpus.code_group(rng, TEXT_CANDIDATES, named=named) for _ in range(TEXT_QUERIES)]
+    return [corpus.code_group(rng, TEXT_CANDIDATES, named=named) for _ in range(queries)]
 
 
 def pixels_of(drawn: Sequence[pages.Page]) -> Tensor:
@@ -207,25 +240,21 @@ def pixels_of(drawn: Sequence[pages.Page]) -> Tensor:
     return torch.from_numpy(np.stack([page.pixels for page in drawn]))
 
 
-def page_step(
-    ranker: model.Ranker, batcher: Batcher, rng: random.Random, look: int, hard: bool, reverse: bool
-) -> tuple[Tensor, float]:
+def page_batch(rng: random.Random, look: int, hard: bool, reverse: bool, sets: int = PAGE_SETS) -> Batch:
     """Two queries over each set of four pages; reverse: a page asks for the sentence that says what it says."""
     if reverse:
-        return _reverse_step(ranker, batcher, rng, look)
-    groups = [pages.page_group(rng, TEXT_CANDIDATES, hard) for _ in range(PAGE_SETS)]
+        return _reverse_batch(rng, look, 2 * sets)
+    groups = [pages.page_group(rng, TEXT_CANDIDATES, hard) for _ in range(sets)]
     drawn = [pages.draw_page(rng, rows, g.language, look) for g in groups for rows in g.rows]
-    images = see(ranker, pixels_of(drawn))
-    images = images.view(PAGE_SETS, 1, TEXT_CANDIDATES, *images.shape[1:])
-    images = images.expand(-1, 2, -1, -1, -1).flatten(0, 2)
-    pairs = [(query, None) for g in groups for query in g.queries for _ in g.rows]
-    logits = rank(ranker, batcher, pairs, images).view(2 * PAGE_SETS, TEXT_CANDIDATES)
-    return ranking_loss(logits, [relevance for g in groups for relevance in g.relevance])
+    pairs: list[tuple[str | None, str | None]] = [(query, None) for g in groups for query in g.queries for _ in g.rows]
+    shown = torch.arange(len(drawn)).view(sets, 1, TEXT_CANDIDATES).expand(-1, 2, -1).flatten()
+    return Batch(pairs, [relevance for g in groups for relevance in g.relevance], pixels_of(drawn), shown)
 
 
-def _reverse_step(ranker: model.Ranker, batcher: Batcher, rng: random.Random, look: int) -> tuple[Tensor, float]:
-    drawn, pairs, relevance = [], [], []
-    for _ in range(TEXT_QUERIES):
+def _reverse_batch(rng: random.Random, look: int, count: int) -> Batch:
+    drawn, relevance = [], []
+    pairs: list[tuple[str | None, str | None]] = []
+    for _ in range(count):
         group = pages.page_group(rng, TEXT_CANDIDATES, hard=True)
         chosen = rng.randrange(TEXT_CANDIDATES)
         drawn.append(pages.draw_page(rng, group.rows[chosen], group.language, look))
@@ -236,8 +265,8 @@ def _reverse_step(ranker: model.Ranker, batcher: Batcher, rng: random.Random, lo
             pairs.append((None, corpus.statement(rng, fact, group.language)))
             grades.append(pages.grade_page((adjective, noun), group.rows[chosen]))
         relevance.append(grades)
-    images = see(ranker, pixels_of(drawn)).repeat_interleave(TEXT_CANDIDATES, 0)
-    return ranking_loss(rank(ranker, batcher, pairs, images).view(TEXT_QUERIES, TEXT_CANDIDATES), relevance)
+    shown = torch.arange(len(drawn)).repeat_interleave(TEXT_CANDIDATES)
+    return Batch(pairs, [*relevance], pixels_of(drawn), shown)
 
 
 def see_step(ranker: model.Ranker, targets: Tensor, rng: random.Random, look: int) -> tuple[Tensor, float, float]:
@@ -375,11 +404,12 @@ class Run:
                 elif lesson.lists_across and level == 1:  # between translations, sentences
                     level, counted = 3, False
                 groups = code_groups(rng, named=False) if code else text_groups(rng, level, across)
-                loss, value = text_step(self.ranker, self.batcher, groups)
+                loss, value = ranking_step(self.ranker, self.batcher, text_batch(groups))
             else:
                 reverse = lesson.hard and rng.random() < 0.1
                 counted = not reverse
-                loss, value = page_step(self.ranker, self.batcher, rng, lesson.level, lesson.hard, reverse)
+                batch = page_batch(rng, lesson.level, lesson.hard, reverse)
+                loss, value = ranking_step(self.ranker, self.batcher, batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.ranker.parameters(), 1.0)
@@ -480,7 +510,7 @@ def train_adapter(out: Path, adapter: Adapter, seed: int, say: Callable[[dict[st
             group["lr"] = adapter.rate * min(1.0, (step + 1) / 50) * (0.05 + 0.95 * (1 - done))
         code = adapter.task == "code"
         groups = code_groups(rng, named=True) if code else text_groups(rng, corpus.MAX_LEVEL, across=True)
-        loss, value = text_step(ranker, batcher, groups)
+        loss, value = ranking_step(ranker, batcher, text_batch(groups))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -546,18 +576,29 @@ def finish(out: Path, seed: int, say: Callable[[dict[str, Any]], None]) -> None:
     (out / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint: base/, adapters/, eval/")
+def parser_of(description: str | None, made: str, *, seed: int, threads: int) -> argparse.ArgumentParser:
+    """What all trainings take; `made`: what is in the folder of the checkpoint afterwards."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of the checkpoint: {made}")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run's own state and log")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--threads", type=int, default=threads)
+    return parser
+
+
+def begin(threads: int) -> None:
+    """Set PyTorch up as trainings are reproduced with."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = parser_of(__doc__, "base/, adapters/, eval/", seed=SEED, threads=2)
     parser.add_argument("--status", type=Path, help="file to keep the last progress line in")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
+    begin(arguments.threads)
     run = Run(arguments.out, arguments.work, arguments.seed, arguments.status)
     if arguments.resume:
         run.resume()

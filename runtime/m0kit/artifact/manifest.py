@@ -25,7 +25,7 @@ from typing import Annotated, Any, Final, Literal, NotRequired, Required, TypedD
 from msgspec import Meta
 
 from m0kit.artifact.external import external_tensors
-from m0kit.artifact.ports import KV, GraphPorts, check_ports
+from m0kit.artifact.ports import KV, GraphPorts, check_ports, cuda_type, data_name
 from m0kit.artifact.signature import required, signer
 from m0kit.config import ModelConfig
 from m0kit.errors import (
@@ -40,7 +40,7 @@ from m0kit.schema import exactly, fitting, parse
 from m0kit.verified import Memory
 
 FORMAT = "m0kit-artifact"
-FORMAT_VERSION = 2  # raised when an older m0kit could no longer read the folder rightly
+FORMAT_VERSION = 3  # raised when an older m0kit could no longer read the folder rightly
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MANIFEST_BYTES: Final = 8 << 20  # one of the full model has 60 KB
@@ -110,12 +110,15 @@ class _Rule(TypedDict):
     match: Required[str]
     scheme: Required[str]
     block: NotRequired[int | list[int]]
+    inputs: NotRequired[int]
 
 
 class _Recipe(TypedDict):
     precision: Required[str]
     device: NotRequired[str]
+    rotate: NotRequired[bool]  # not there: false
     equalize: NotRequired[bool]
+    feedback: NotRequired[bool]  # not there: false
     weights: Required[Annotated[list[_Rule], Meta(min_length=1)]]
 
 
@@ -145,9 +148,10 @@ class Manifest:
     model: ModelConfig
     scheme: str  # the precision's name: "fp32", "fp16", "bf16", "int8", "int4", "nf4", or a recipe's own
     graphs: Mapping[str, GraphPorts]
+    runs: Mapping[str, Mapping[str, str]]  # set → portable graph → the graph that runs in its place there
     files: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]  # base, adapters with hashes, licence, tool versions
-    recipe: Mapping[str, Any]  # which scheme stores which matrix: {"precision", "device", "equalize", "weights": […]}
+    recipe: Mapping[str, Any]  # which scheme stores which matrix, and what was done to them before: a `_Recipe`
     known_answers: KnownAnswers | None = None  # None: nothing to check an engine by
 
     @property
@@ -256,7 +260,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     except ValueError as error:
         raise ValueError(f"provenance: {error}") from None
     _check_names(manifest.files)
-    check_ports(manifest.model, manifest.graphs)
+    check_ports(manifest.model, manifest.graphs, manifest.runs, cuda_type(manifest.schemes))
     for name, limit in {
         TOKENIZER: TOKENIZER_BYTES,
         **{f"{graph}.onnx": GRAPH_BYTES for graph in manifest.graphs},
@@ -295,7 +299,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with the manifest: regular file, size, sha256; and look what files the graphs read.
 
     A link counts as the file it leads to, if that lies in the same folder or, in a hub's cache, in the same repository.
-    A graph NAME.onnx may have weights in NAME.onnx.data, within its size, and in no other file.
+    A graph NAME.onnx, or NAME.SET.onnx, may have weights in NAME.onnx.data, within its size, and in no other file.
     A file is looked into once per change: what was verified is remembered with size, times and
     inode in the user's cache folder, so a start does not reread gigabytes. Raises ArtifactDamagedError, and
     ArtifactError for a file that may not be read.
@@ -319,7 +323,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
                 f"{path}: {stat.st_size} bytes, the manifest says {entry.size}. Copy or export again."
             )
         graph = name.removesuffix(".onnx") if name.removesuffix(".onnx") in manifest.graphs else None
-        data = manifest.files.get(_data_name(graph)) if graph else None
+        data = manifest.files.get(data_name(graph)) if graph else None
         stamp = [entry.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         stamp += [_RULES, data.size if data else None] if graph else []
         key = os.path.realpath(path)
@@ -336,16 +340,11 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             )
         if graph:
             try:
-                _check_places(content, _data_name(graph), data)
+                _check_places(content, data_name(graph), data)
             except ValueError as error:
                 raise ArtifactDamagedError(f"{path}: {error}. Export again.") from error
         memory.remember_file(key, stamp)
     memory.save()
-
-
-def _data_name(graph: str) -> str:
-    """Where a graph's weights are: all decoders read the same."""
-    return f"{graph.partition('.')[0]}.onnx.data"
 
 
 def _check_places(graph: bytes, name: str, entry: FileEntry | None) -> None:
@@ -378,6 +377,7 @@ def _content(manifest: Manifest) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "model": manifest.model.to_dict(),
         "graphs": {name: asdict(ports) for name, ports in manifest.graphs.items()},
+        "runs": {which: dict(graphs) for which, graphs in manifest.runs.items()},
         "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(manifest.files.items())},
         "provenance": manifest.provenance,
         "known_answers": None if known is None else asdict(known),

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,10 +21,12 @@ import click
 
 from m0kit.artifact.answers import summary
 from m0kit.artifact.manifest import read_manifest, read_signed, verify_files
+from m0kit.artifact.ports import GRAPHS
 from m0kit.artifact.signature import REQUIRE, SIGNATURE
 from m0kit.artifact.signature import sign as sign_manifest
+from m0kit.cli.bundle import bundle_command
 from m0kit.cli.doctor import answers_here, doctor
-from m0kit.cli.documents import STDIN, find, read
+from m0kit.cli.documents import STDIN, Pages, find, survey
 from m0kit.cli.index import index, read_ids
 from m0kit.cli.options import (
     ARTIFACT,
@@ -37,14 +40,17 @@ from m0kit.cli.options import (
     require_place,
     tell,
 )
+from m0kit.cli.page import small
 from m0kit.cli.page import write as write_page
 from m0kit.cli.ranking import made_by, ranking_page
-from m0kit.errors import InputError
+from m0kit.cli.serve import serve
+from m0kit.errors import DeviceLostError, InputError
 from m0kit.jobs.parquet import is_parquet
 from m0kit.jobs.rows import read_lines
 from m0kit.plain import plain
 from m0kit.reading.formats import read as read_file
 from m0kit.reading.inputs import parse_content
+from m0kit.reading.pdf import PdfPage
 from m0kit.reranker import Reranker, best_first
 from m0kit.scoring.schedule import Result
 from m0kit.terminal import DEBUG, run, say, show, show_json
@@ -132,10 +138,10 @@ def rerank(
 ) -> None:
     """Order DOCUMENTS by their relevance to a query, best first.
 
-    A document is a text file (UTF-8) or an image; a folder or a pattern in quotes stands for those in it, `-`
-    for one from stdin. A file of JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …,
-    "image": …}. With --index documents that were read before cost their queries only: the CANDIDATES, or all of the
-    index where neither those nor DOCUMENTS are given.
+    A document is a text file (UTF-8), an image or a page of a PDF; a folder or a pattern in quotes stands for those in
+    it, `-` for one from stdin. A file of JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id":
+    …, "image": …}; page 3 of a PDF is called paper.pdf#page=3. With --index documents that were read before cost their
+    queries only: the CANDIDATES, or all of the index where neither those nor DOCUMENTS are given.
     """
     if (query is None) == (query_image is None):
         raise click.UsageError("Give either --query or --query-image.")
@@ -151,19 +157,30 @@ def rerank(
         raise InputError(f"--query-image: {query_image}: holds text. Give that with --query.")
     parse_content(asked, "--query")
     passed: list[tuple[str, str]] = []
-    given = list(read(find(documents), passed))
+    found = list(survey(find(documents), passed))
     tell("note", passed)
     if candidates is not None:
-        given += [(name, error or {"id": name}, name) for name, error in read_ids(candidates)]
-    elif documents and not given:
+        found += [(name, error or {"id": name}, name) for name, error in read_ids(candidates)]
+    elif documents and not found:
         raise InputError("none of the documents is text or an image.")
     reranker = open_reranker(artifact, load, index=index_folder)
     if reranker.store is not None and candidates is None and not documents:
-        given = [(name, {"id": name}, name) for name in reranker.store.ids()]
-    names = [plain(click.format_filename(name)) for name, _, _ in given]
-    places = [name if source in ("", name) else f"{source}: {name}" for name, _, source in given]
-    pairs = [content if isinstance(content, InputError) else (asked, content) for _, content, _ in given]
-    results = _evaluate(reranker, pairs, [plain(click.format_filename(place)) for place in places], strict)
+        found = [(name, {"id": name}, name) for name in reranker.store.ids()]
+    given: list[tuple[str, Any]] = []  # with what a page of the ranking shows of it
+    places: list[str] = []
+
+    def pairs() -> Iterator[Any]:
+        for one in found:
+            for name, content, source in one[1].documents() if isinstance(one[1], Pages) else [one]:
+                shown = content if not isinstance(content, PdfPage) else None if html is None else small(content)
+                given.append((name, shown))
+                place = name if source in ("", name) else f"{source}: {name}"
+                places.append(plain(click.format_filename(place)))
+                yield content if isinstance(content, InputError) else (asked, content)
+
+    has_pages = any(isinstance(content, Pages) for _, content, _ in found)
+    results = _evaluate(reranker, pairs() if has_pages else list(pairs()), places, strict)
+    names = [plain(click.format_filename(name)) for name, _ in given]
     values = [result.logit if raw else result.score for result in results]
     order = best_first([result.logit for result in results])[:top_n]
     for rank, i in enumerate(order):
@@ -176,7 +193,7 @@ def rerank(
             show(f"{'  error' if error else f'{values[i]:7.4f}'}  {names[i]}")
     if html is not None:
         settings = {**load, "index": str(index_folder) if index_folder else None}
-        contents = [(name, content) for name, (_, content, _) in zip(names, given, strict=True)]
+        contents = [(name, content) for name, (_, content) in zip(names, given, strict=True)]
         write_page(html, ranking_page(asked, contents, results, order, made_by(artifact, reranker.manifest, settings)))
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
@@ -193,9 +210,17 @@ def rerank(
     show_default=True,
     help="With -o: score in this process, or on the cluster at RAY_ADDRESS, or one started here.",
 )
-@click.option("--workers", type=click.IntRange(1, 10_000), help="Actors of --engine ray; 1 by default.")
+@click.option(
+    "--workers", type=click.IntRange(1, 10_000), help="Actors of --engine ray; by default one for each GPU, or 1."
+)
 @_INDEX
-@click.option("--cache", "cache_bytes", type=SIZE, default=0, help="Memory to keep documents in that come again: 2G.")
+@click.option(
+    "--cache",
+    "cache_bytes",
+    type=SIZE,
+    default=0,
+    help="Memory to keep documents in that come again: 2G. Of a GPU's pool all by default.",
+)
 @_RAW
 @_STRICT
 @loading
@@ -230,8 +255,7 @@ def score(
         if workers is not None and engine != "ray":
             raise click.UsageError("--workers is an option of --engine ray.")
         load |= {"index": str(index_folder) if index_folder else None, "cache_bytes": cache_bytes}
-        actors = (workers or 1) if engine == "ray" else 0
-        ctx.exit(_score_file(artifact, pairs, output, load, actors, overwrite=overwrite, strict=strict))
+        ctx.exit(_score_file(artifact, pairs, output, load, engine, workers, overwrite=overwrite, strict=strict))
     if overwrite or engine != "local" or workers is not None:
         raise click.UsageError("--overwrite, --engine and --workers need -o.")
     is_file = pairs != STDIN
@@ -250,7 +274,9 @@ def score(
     ctx.exit(exit_code(sum(result.error is not None for result in results), len(results)))
 
 
-def _score_file(artifact: Path, pairs: str, output: Path, load: dict[str, Any], actors: int, **options: bool) -> int:
+def _score_file(
+    artifact: Path, pairs: str, output: Path, load: dict[str, Any], engine: str, workers: int | None, **options: bool
+) -> int:
     """The exit code of `score -o`, with so many actors of Ray, or in this process."""
     from m0kit.jobs.engine import local_engine
     from m0kit.jobs.job import score_file
@@ -265,9 +291,9 @@ def _score_file(artifact: Path, pairs: str, output: Path, load: dict[str, Any], 
 
     before = signal.signal(signal.SIGTERM, stop)  # so that what is done is committed
     try:
-        engine = ray_engine(actors) if actors else local_engine
-        done = score_file(artifact, pairs, output, load=load, engine=engine, progress=True, **options)
-    except (KeyboardInterrupt, SystemExit):
+        scored = ray_engine(workers) if engine == "ray" else local_engine
+        done = score_file(artifact, pairs, output, load=load, engine=scored, progress=True, **options)
+    except (KeyboardInterrupt, SystemExit, DeviceLostError):
         say(f"{output}: not finished; the same command goes on with it")
         raise
     finally:
@@ -279,8 +305,10 @@ def _score_file(artifact: Path, pairs: str, output: Path, load: dict[str, Any], 
     return exit_code(done.errors, done.rows)
 
 
+cli.add_command(bundle_command)
 cli.add_command(doctor)
 cli.add_command(index)
+cli.add_command(serve)
 
 
 @cli.command()
@@ -304,12 +332,14 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
             "model": manifest.model.to_dict(),
             "provenance": dict(manifest.provenance),
             "graphs": {name: asdict(ports) for name, ports in manifest.graphs.items()},
+            "runs": {which: dict(graphs) for which, graphs in manifest.runs.items()},
         }
         if verify:
             facts["answers"] = [asdict(answer) for answer in answers]
         show_json(facts)
         return
     decoder, vision, image = manifest.model.decoder, manifest.model.vision, manifest.model.image
+    sets = [f"on {which} {', '.join(own.values())}" for which, own in manifest.runs.items()]
     adapters = ", ".join(_adapter(a) for a in manifest.provenance.get("adapters", [])) or "none"
     rows = [
         ("artifact", f"{artifact}: {manifest.num_bytes / 2**20:.1f} MiB, {manifest.scheme}"),
@@ -321,6 +351,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
         ("vision", f"{vision.depth} blocks of width {vision.width}"),
         ("images", f"{image.min_pixels}–{image.max_pixels} pixels"),
         ("prompt", f"up to {manifest.model.prompt.max_length} tokens"),
+        ("graphs", "; ".join([", ".join(GRAPHS), *sets])),
         ("fingerprint", manifest.fingerprint),
     ]
     if signed_by is not None:
@@ -357,23 +388,34 @@ def _adapter(entry: dict[str, Any]) -> str:
     return f"{entry.get('name')}{weight}" + (f" ({entry['licence']})" if entry.get("licence") else "")
 
 
-def _evaluate(reranker: Reranker, pairs: list[Any], places: list[str], strict: bool) -> list[Result]:
+def _evaluate(
+    reranker: Reranker, pairs: list[Any] | Iterator[Any], places: Sequence[str], strict: bool
+) -> list[Result]:
     """The results of pairs; one that could not be read is the error in its place. Messages begin with the places.
 
-    Those are plain, as messages are.
+    Those are plain, as messages are. Pairs of an iterator are read as they are run, and each has its place by then.
     """
-    results = [Result(math.nan, math.nan, pair if isinstance(pair, InputError) else None) for pair in pairs]
-    readable = [i for i, result in enumerate(results) if result.error is None]
-    if strict and len(readable) < len(pairs):
-        raise next(pair for pair in pairs if isinstance(pair, InputError))
+    results: list[Result] = []
+    readable: list[int] = []
+
+    def read() -> Iterator[Any]:
+        for i, pair in enumerate(pairs):
+            is_bad = isinstance(pair, InputError)
+            if is_bad and strict:
+                raise pair
+            results.append(Result(math.nan, math.nan, pair if is_bad else None))
+            if not is_bad:
+                readable.append(i)
+                yield pair
+
     try:
-        scored = reranker.evaluate(
-            [pairs[i] for i in readable], on_error="raise" if strict else "mark", progress=sys.stderr.isatty()
-        )
+        these = list(read()) if isinstance(pairs, list) else read()
+        on_error: Literal["raise", "mark"] = "raise" if strict else "mark"
+        for position, result in reranker.stream(these, on_error=on_error, progress=sys.stderr.isatty()):
+            i = readable[position]
+            results[i] = replace(result, error=_placed(places[i], result.error)) if result.error else result
     except InputError as error:
         raise error if error.pair is None else _placed(places[readable[error.pair]], error) from None
-    for i, result in zip(readable, scored, strict=True):
-        results[i] = replace(result, error=_placed(places[i], result.error)) if result.error else result
     told = list(zip(places, results, strict=True))
     errors = [(place, str(result.error).removeprefix(f"{place}: ")) for place, result in told if result.error]
     tell("error", errors, most=_MOST_ERRORS)

@@ -52,11 +52,12 @@ def add_command(
 ) -> None:
     """Read DOCUMENTS with ARTIFACT and keep them in INDEX, which is made where there is none.
 
-    A document is a text file (UTF-8) or an image; a folder or a pattern in quotes stands for those in it, `-`
-    for one from stdin. A file of JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id": …,
-    "image": …}. A file's id is its path as given; a line's is file:line where "id" is null or missing, and a number's
-    its digits. An id that comes again in one call must stand for the same document; one that INDEX has is replaced.
-    Without DOCUMENTS, what INDEX knows but has no state of (damaged, pruned) is read again.
+    A document is a text file (UTF-8), an image or a page of a PDF; a folder or a pattern in quotes stands for those in
+    it, `-` for one from stdin. A file of JSON lines (.jsonl, .ndjson) holds one a line, {"id": …, "text": …} or {"id":
+    …, "image": …}. A file's id is its path as given, with #page=3 for that page of a PDF; a line's is file:line where
+    "id" is null or missing, and a number's its digits. An id that comes again in one call must stand for the same
+    document; one that INDEX has is replaced. Without DOCUMENTS, what INDEX knows but has no state of (damaged, pruned)
+    is read again.
     """
     exists = index_folder.is_dir() and any(index_folder.iterdir())
     if exists:

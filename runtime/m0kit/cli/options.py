@@ -14,6 +14,7 @@ from m0kit.artifact.hub import resolve
 from m0kit.artifact.manifest import read_manifest
 from m0kit.errors import OutputError
 from m0kit.reranker import Reranker
+from m0kit.scoring import gpus
 from m0kit.terminal import say
 
 _NAMES = 3  # of inputs that are named beside a message they share
@@ -87,7 +88,17 @@ _LOADING = (
         "--device",
         default="cpu",
         show_default=True,
-        help="cpu, cuda, cuda:1, or the name of an execution provider.",
+        help="cpu, cuda, cuda:1, several GPUs as cuda:0,cuda:1, or the name of an execution provider.",
+    ),
+    click.option(
+        "--gpu-bytes",
+        type=SIZE,
+        help="The most to take of each GPU's memory: 8G; by default M0KIT_GPU_BYTES, else all that is free.",
+    ),
+    click.option(
+        "--pool-bytes",
+        type=SIZE,
+        help="Of it for keys and values: 4G; by default M0KIT_GPU_POOL_BYTES, else all that is left.",
     ),
     # More than the largest machines have cores; an engine would be busy with its threads alone.
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores by default."),
@@ -107,12 +118,19 @@ _LOADING = (
 
 
 def loading(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--device, --threads, --memory and --max-pixels, which a command gets as `load`, options of `Reranker.load`."""
+    """The options above, which a command gets as `load`, those of `Reranker.load`.
+
+    Raises click.UsageError for limits of a GPU's memory on another device.
+    """
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> Any:
-        names = ("device", "threads", "memory", "max_pixels")
-        return function(*args, load={name: options.pop(name) for name in names}, **options)
+        names = ("device", "gpu_bytes", "pool_bytes", "threads", "memory", "max_pixels")
+        load = {name: options.pop(name) for name in names}
+        has_limit = load["gpu_bytes"] is not None or load["pool_bytes"] is not None
+        if has_limit and not gpus.named(load["device"]):
+            raise click.UsageError("--gpu-bytes and --pool-bytes are limits of a GPU's memory: say --device cuda too.")
+        return function(*args, load=load, **options)
 
     for option in reversed(_LOADING):
         command = option(command)

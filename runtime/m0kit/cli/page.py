@@ -123,6 +123,15 @@ def excerpt(whole: str) -> str:
     return f'<span class="excerpt" dir="auto">{shown}{more}</span>'
 
 
+def small(image: Any) -> Any:
+    """What `Contents` shows of an image, in a few kilobytes; None where it cannot be shown."""
+    try:
+        parsed = parse_content(image, "")
+        return {"image": thumbnail(parsed)} if isinstance(parsed, Picture) else image
+    except (InputError, MemoryError):
+        return None
+
+
 def thumbnail(picture: Picture) -> str:
     """A small JPEG of a picture as a data URI, as the model would see it. Raises ImageError, MemoryError."""
     image = Image.fromarray(resize(picture, _SMALL, "image").values)

@@ -19,6 +19,7 @@ from m0kit.jobs.journal import file_stamp
 from m0kit.jobs.rows import Row, Scored
 from m0kit.jobs.windows import Work
 from m0kit.keeping.store import Store
+from m0kit.precision import provider_of
 from m0kit.reranker import Reranker
 from m0kit.scoring.sessions import engine_version
 
@@ -124,7 +125,7 @@ def dependencies(artifact: Path, load: Mapping[str, Any]) -> dict[str, str]:
         "kv": kv or "fp32",
         "max_pixels": load.get("max_pixels") or manifest.model.image.max_pixels,
         "max_length": load.get("max_length") or manifest.model.prompt.max_length,
-        "device": str(load.get("device") or "cpu").split(":")[0],
+        "device": provider_of(str(load.get("device") or "cpu")),
         "open_graph": own_engine and getattr(own_engine, "__qualname__", type(own_engine).__qualname__),
         "onnxruntime": engine_version(),
         "m0kit": m0kit.__version__,

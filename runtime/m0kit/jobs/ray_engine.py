@@ -23,25 +23,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from m0kit.errors import DependencyError, DeviceError, InputError, M0kitError
+from m0kit.errors import DependencyError, DeviceError, DeviceLostError, InputError, M0kitError
 from m0kit.jobs.engine import Engine, dependencies, ended, score_rows
 from m0kit.jobs.journal import MOST_ENDS, PARTS
 from m0kit.jobs.rows import Row, Scored
 from m0kit.jobs.windows import Work
 from m0kit.reranker import Reranker
+from m0kit.scoring import gpus
 
 # A block is what one actor gets at a time, and what is scored again if it dies: some runs of the decoder.
 BLOCK_ROWS = 128
 BLOCK_BYTES = 32 << 20
 
+# On one machine a node that does not answer is one that is busy. Ray would give its only node up after half a minute,
+# and with it end the process that scores.
+PATIENCE = {
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_health_check_failure_threshold": "100",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_worker_register_timeout_seconds": "600",
+}
 
-def ray_engine(workers: int = 1) -> Engine:
+
+def ray_engine(workers: int | None = None) -> Engine:
     """An engine of `workers` actors: one GPU each for device "cuda", else `threads` cores each.
 
-    Without `threads` the actors share this machine's cores. Raises DependencyError, and when it runs DeviceError,
-    M0kitError for work that the cluster could not do, and what Reranker.load raises.
+    By default as many as the cluster has GPUs, or one on CPUs. Without `threads` the actors share this machine's cores.
+    Raises DependencyError, and when it runs DeviceError, M0kitError for work that the cluster could not do, and what
+    Reranker.load raises.
     """
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     if not os.environ.get("RAY_ADDRESS"):
         # As on macOS and Windows a cluster of this machine alone keeps to the loopback address. Read at the import.
@@ -60,25 +71,38 @@ def ray_engine(workers: int = 1) -> Engine:
 class RayEngine:
     """What `ray_engine` returns."""
 
-    workers: int
+    workers: int | None
     elsewhere: ClassVar[bool] = True  # rows that end a process are looked for among the actors
 
     def __call__(self, artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
         """See `m0kit.jobs.engine.Engine`."""
         import ray
 
-        options, workers = dict(load), self.workers
-        on_gpu = str(options.get("device", "cpu")).split(":")[0] == "cuda"
-        if on_gpu:
-            options["device"] = "cuda"  # Ray shows an actor the one GPU it gave it
+        options, workers = dict(load), self.workers or 1
+        device = str(options.get("device", "cpu"))
+        ids = gpus.named(device)
+        if ids:
+            if ids != (0,):
+                raise DeviceError(
+                    f"device {device!r}: Ray gives each worker a GPU of its own. Say cuda, with CUDA_VISIBLE_DEVICES "
+                    "for those that Ray may take here."
+                )
+            options["device"] = "cuda:0"  # Ray shows an actor the one GPU it gave it
         elif options.get("threads") is None:
             options["threads"] = max(1, (os.cpu_count() or 1) // workers)
         cores = int(options.get("threads") or 1)
         is_ours = connect(cores * workers)
         try:
-            if is_ours and on_gpu and not ray.cluster_resources().get("GPU"):
-                raise DeviceError("device cuda: Ray finds no GPU on this machine. Use --device cpu.")
-            for block in scored_blocks(artifact, options, work, workers, cores, 1 if on_gpu else 0):
+            if ids and (is_ours or self.workers is None):
+                there = int(ray.cluster_resources().get("GPU", 0))
+                workers = self.workers or max(1, there)
+                if is_ours and there < workers:  # it would wait for one for ever
+                    found = f"{there} GPUs" if there else "no GPU"
+                    raise DeviceError(
+                        f"device cuda: Ray finds {found} on this machine, and each of {workers} workers needs one. "
+                        f"{'Use fewer --workers' if there else 'Use --device cpu'}."
+                    )
+            for block in scored_blocks(artifact, options, work, workers, cores, len(ids)):
                 yield from block
                 yield None
         finally:
@@ -97,7 +121,8 @@ def connect(cores: int) -> bool:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     is_ours = not os.environ.get("RAY_ADDRESS")
     if is_ours:
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 are too few for a busy machine
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
     handler = signal.getsignal(signal.SIGTERM)
     # The process behind Ray's dashboard starts even without one, and asks the metadata services of three clouds where
     # it is even if reports are off. Where its port is taken it stays away, and Ray logs an error and goes on.
@@ -198,6 +223,8 @@ class _Scorer:
             return _packed(self._reranker)
         try:
             return _packed(list(self._scored(rows)))
+        except DeviceLostError:
+            os._exit(1)  # this process cannot use its GPU again; Ray starts another, which goes on with these rows
         except M0kitError as error:
             return _packed(error)
 

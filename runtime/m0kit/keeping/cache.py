@@ -85,13 +85,30 @@ class Cache:
             self.num_bytes += num_bytes
             self._place(key, entry)
             while self.num_bytes > self.max_bytes:
-                rank, _, least = heapq.heappop(self.order)
-                known = self._entries.get(least)
-                if known is not None and known.rank == rank:
-                    del self._entries[least]
-                    self.num_bytes -= known.num_bytes
-                    self.dropped += 1
-                    self._age = rank
+                self._drop()
+
+    def forget(self, key: Any) -> None:
+        """Let a value go, where it is there."""
+        with self.fork_lock:
+            if (known := self._entries.pop(key, None)) is not None:
+                self.num_bytes -= known.num_bytes
+
+    def drop_least(self) -> bool:
+        """Let the value go that saves the least work per byte, as a newcomer would make it go. False where none is."""
+        with self.fork_lock:
+            return self._drop()
+
+    def _drop(self) -> bool:
+        while self.order:
+            rank, _, least = heapq.heappop(self.order)
+            known = self._entries.get(least)
+            if known is not None and known.rank == rank:
+                del self._entries[least]
+                self.num_bytes -= known.num_bytes
+                self.dropped += 1
+                self._age = rank
+                return True
+        return False
 
     def _place(self, key: Any, entry: _Entry) -> None:
         entry.rank = self._age + entry.uses * entry.cost / max(entry.num_bytes, 1)

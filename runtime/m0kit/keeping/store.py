@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 from m0kit.errors import InputError, M0kitError, OutputError, RecordDamagedError, StoreBusyError, StoreError
 from m0kit.files import destination, occupied, replacing
-from m0kit.keeping.catalogue import INDEX, LOCK, Catalogue, index_damaged, size_of
+from m0kit.keeping.catalogue import INDEX, LOCK, Catalogue, Described, index_damaged, size_of
 from m0kit.keeping.segments import FOLDER, MOST, New, Piece, Segments, begun, room
 from m0kit.keeping.tables import KEY_BYTES, MAX_LIMIT, MAX_NAME_BYTES, MIN_LIMIT
 
@@ -154,7 +154,7 @@ class Store:
 
     def __init__(self, path: Path, writable: bool) -> None:
         self.path = path
-        self.record_reads, self.document_reads = Reads(), Reads()  # by `get` and by `document`
+        self.record_reads, self.document_reads = Reads(), Reads()  # by `get`; by `document` and `described`
         self.segments = Segments(path)
         self._whole: set[tuple[Any, ...]] = set()  # pieces, without `used` and `warm`, whose checksum was right
         self._is_swept = False
@@ -265,8 +265,16 @@ class Store:
 
         None also where what is said of the document is not what was written: adding it heals it.
         """
+        row = self._described(document_id)
+        return None if row is None else row.content
+
+    def described(self, document_id: str) -> Described | None:
+        """What is said of the document with that id, equal for as long as it is the same; None as for `content`."""
+        return _counted(self.document_reads, lambda: self._described(document_id), lambda _: 0)
+
+    def _described(self, document_id: str) -> Described | None:
         row = self.catalogue.described(document_id)
-        return row.content if row is not None and row.is_own else None
+        return row if row is not None and row.is_own else None
 
     def has(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of the records are there."""

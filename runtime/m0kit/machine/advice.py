@@ -9,11 +9,14 @@ Owns what the full model needs in each precision (`NEEDS`) and the rules (`advis
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from m0kit.machine.detect import FEATURE_NAMES, Gpu, Machine
+from m0kit.machine.detect import FEATURE_NAMES, Machine
+from m0kit.precision import GIGABYTES, supported
+from m0kit.scoring import gpus
+from m0kit.scoring.gpus import Gpu
 
 Device = Literal["cpu", "cuda"]
 
@@ -25,26 +28,29 @@ class Need:
     disk: float
     peak: float  # resident on the CPU while scoring a page of 768 visual tokens, mapped weights counted
     private: float  # with memory="low", what of the peak cannot be given back to the system
-    gpu: float | None  # GPU memory; None: there are no CUDA kernels
+
+    @property
+    def gpu(self) -> float:
+        """GPU memory: the weights, and an allowance for all else."""
+        return round(self.disk + gpus.ALLOWANCE / 1e9, 1)
 
 
-# Disk, peak and private: measured, README. GPU: the weights and 2.5 GB for CUDA
-# itself and inner values (an allowance, not measured).
+# Measured.
 NEEDS: Final[Mapping[str, Need]] = {
-    "fp32": Need(8.9, 8.3, 0.35, 11.4),
-    "fp16": Need(4.45, 5.1, 1.4, 7.0),
-    "bf16": Need(4.45, 5.1, 1.4, 7.0),
-    "int8": Need(2.24, 2.4, 0.35, None),
-    "int4": Need(1.45, 1.7, 1.0, 4.0),
-    "nf4": Need(1.4, 1.6, 0.4, 3.9),
+    "fp32": Need(GIGABYTES["fp32"], 8.3, 0.35),
+    "fp16": Need(GIGABYTES["fp16"], 5.1, 1.4),
+    "bf16": Need(GIGABYTES["bf16"], 5.1, 1.4),
+    "int8": Need(GIGABYTES["int8"], 2.4, 0.35),
+    "int4": Need(GIGABYTES["int4"], 1.7, 1.0),
+    "nf4": Need(GIGABYTES["nf4"], 1.6, 0.4),
 }
 # From here on int8's peak leaves the rest of the system as much again as it needs itself.
 INT8_MEMORY: Final = 4.8
 OLDEST_ONNXRUNTIME: Final = (1, 30)  # as in pyproject.toml, with the reason there
-_OPENED: Final = 0.15  # GB of a process that opened an artifact of any size; measured, README
+_OPENED: Final = 0.15  # GB of a process that opened an artifact of any size; measured
 
-# Azure's is in every wheel and computes elsewhere.
-_KNOWN_PROVIDERS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider", "AzureExecutionProvider")
+# Azure's is in every wheel and computes elsewhere; TensorRT's is in every one with CUDA and has libraries of its own.
+_KNOWN_PROVIDERS: Final = tuple(f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Azure", "Tensorrt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,15 @@ class Fit:
     why: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OnGpu:
+    """What of an artifact's model runs on one GPU with what is free there now."""
+
+    device: str  # "cuda:1"
+    problem: str  # why not the artifact itself; "" where it runs
+    fits: tuple[str, ...]  # the precisions in which it does, largest first
+
+
 # --- rules ---------------------------------------------------------------------------------------------
 
 
@@ -93,9 +108,9 @@ def fit(machine: Machine, scheme: str, num_bytes: int) -> Fit:
     why = []
     # A model of half the size sees a machine twice as large. Its own disk space is already taken.
     scale = need.disk * 1e9 / max(1, num_bytes)
-    gpus = tuple(replace(g, memory=None if g.memory is None else int(g.memory * scale)) for g in machine.gpus)
+    scaled = tuple(replace(g, memory=None if g.memory is None else int(g.memory * scale)) for g in machine.gpus)
     held = None if machine.memory is None else int(machine.memory * scale)
-    advice = advise(replace(machine, memory=held, gpus=gpus, free_disk=None))
+    advice = advise(replace(machine, memory=held, gpus=scaled, free_disk=None))
     private, peak = (_OPENED * 1e9 + num_bytes * gb / need.disk for gb in (need.private, need.peak))
     if machine.memory is not None and machine.memory < private:
         needs = f"it needs {in_gb(private)} of private memory, the machine has {in_gb(machine.memory)}"
@@ -119,12 +134,31 @@ def fit(machine: Machine, scheme: str, num_bytes: int) -> Fit:
     return Fit("suits", (f"{scheme} on the {device_name(advice.device)} is what suits this machine",))
 
 
+def on_gpus(machine: Machine, schemes: Sequence[str], num_bytes: int) -> tuple[OnGpu, ...]:
+    """Each GPU that is seen, for an artifact of `num_bytes` stored in these schemes, the main one first."""
+    problem = ""
+    if "CUDAExecutionProvider" not in machine.providers:
+        problem = "this onnxruntime has no CUDA"
+    elif machine.cuda:
+        problem = "CUDA does not start"
+    elif lacking := [scheme for scheme in schemes if scheme not in supported("cuda")]:
+        problem = f"there are no CUDA kernels for {lacking[0]}"
+    return tuple(
+        OnGpu(
+            f"cuda:{index}",
+            problem or gpus.problem(gpu, tuple(schemes), num_bytes),
+            gpus.fits(gpu, schemes[0], num_bytes),
+        )
+        for index, gpu in enumerate(machine.gpus)
+    )
+
+
 def _choose(machine: Machine) -> tuple[Device, str, str]:
     gpu = _usable_gpu(machine)
     if gpu:
         held = math.inf if gpu.memory is None else gpu.memory / 1e9
-        for name in ("fp16", "int4"):
-            if held >= (NEEDS[name].gpu or math.inf) and _room(machine, name):
+        for name in ("fp16", "int8", "int4"):
+            if held >= NEEDS[name].gpu and _room(machine, name):
                 has = (
                     ""
                     if gpu.memory is None
@@ -143,9 +177,10 @@ def _choose(machine: Machine) -> tuple[Device, str, str]:
 
 def _usable_gpu(machine: Machine) -> Gpu | None:
     """The largest GPU that this ONNX Runtime can use; one of unknown size only where none is known."""
-    if "CUDAExecutionProvider" not in machine.providers:
+    if "CUDAExecutionProvider" not in machine.providers or machine.cuda:
         return None
-    return max(machine.gpus, key=lambda gpu: gpu.memory or 0, default=None)
+    usable = (gpu for gpu in machine.gpus if not gpu.is_too_old)
+    return max(usable, key=lambda gpu: gpu.memory or 0, default=None)
 
 
 def _room(machine: Machine, name: str) -> bool:
@@ -163,9 +198,10 @@ def _against(name: str, machine: Machine, chosen: str, device: Device) -> Agains
     if not _room(machine, name):
         return Against(False, f"takes {need.disk:g} GB of disk, {in_gb(machine.free_disk or 0)} are free")
     if device == "cuda":
-        if need.gpu is None:
-            return Against(False, _character(name, chosen, device))
-        held = (_usable_gpu(machine) or Gpu("", None)).memory
+        gpu = _usable_gpu(machine) or Gpu("", None)
+        if name == "bf16" and not gpu.is_ampere:
+            return Against(False, f"{gpu.name} has no bf16, which came with compute capability 8.0")
+        held = gpu.memory
         if held is not None and held < need.gpu * 1e9:
             return Against(False, f"needs about {need.gpu:g} GB of GPU memory, there are {in_gb(held)}")
         return Against(True, _character(name, chosen, device))
@@ -185,12 +221,13 @@ def _character(name: str, chosen: str, device: Device) -> str:
     if name == "nf4":
         return "no smaller than int4; meant for adapters that QLoRA trained on an NF4 base"
     if device == "cuda":
+        saves = "only saves memory: weights are widened before a long prompt's products, so it is not faster"
         return {
             "fp32": "twice as large as fp16, which keeps fp32 where half precision would overflow",
-            "fp16": "larger than int4",
+            "fp16": f"larger than {chosen}",
             "bf16": "as large as fp16, with three bits less in every weight",
-            "int8": "its integer products have no CUDA kernels, so they would run on the CPU",
-            "int4": "only saves memory: weights are widened before a long prompt's products, so it is not faster",
+            "int8": saves if chosen == "fp16" else "larger than int4",
+            "int4": saves if chosen == "fp16" else "smaller, but rounds more",
         }[name]
     return {
         "fp32": f"exact, and the largest; {chosen} is smaller" + (" and faster" if chosen == "int8" else ""),
@@ -217,15 +254,22 @@ def _notes(machine: Machine, precision: str, device: Device) -> Iterator[str]:
     if problem := engine_problem(machine):
         yield problem
     need, cuda = NEEDS[precision], "CUDAExecutionProvider" in machine.providers
-    if machine.gpus and not cuda:
+    if machine.cuda:
+        yield machine.cuda
+    elif machine.gpus and not cuda:
         yield (
             f"{machine.gpus[0].name} is not used: this onnxruntime has no CUDA. "
             "pip install 'm0kit[gpu]' in place of [cpu], then ask again."
         )
-    if cuda and not machine.gpus:
-        yield "this onnxruntime has CUDA, but no NVIDIA driver answered (nvidia-smi)."
-    if cuda and machine.gpus and device == "cpu":
+    elif machine.gpus and not _usable_gpu(machine):
+        yield f"{machine.gpus[0].name} is not used: CUDA 13 has kernels from compute capability 7.5 on."
+    elif machine.gpus and device == "cpu":
         yield f"{machine.gpus[0].name} is not used: its memory, or the disk, is too small for what runs on a GPU."
+    if device == "cuda" and (gpu := _usable_gpu(machine)) and not gpu.is_ampere:
+        yield (
+            f"{gpu.name} is older than Ampere (compute capability 8.0): ONNX Runtime has no flash attention for it. It "
+            "computes the same, and long documents more slowly."
+        )
     if device == "cuda" and (_usable_gpu(machine) or Gpu("", 0)).memory is None:
         yield f"the GPU's memory is unknown; {precision} needs about {need.gpu:g} GB. Take int4 if it has less."
     if others := [p for p in machine.providers if p not in _KNOWN_PROVIDERS]:

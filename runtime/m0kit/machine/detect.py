@@ -14,14 +14,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from m0kit.errors import DependencyError
-from m0kit.scoring import sessions
+from m0kit.errors import DependencyError, DeviceError
+from m0kit.scoring import cuda, gpus, sessions
+from m0kit.scoring.gpus import Gpu
 
 Features = Mapping[str, bool | None]
 
@@ -45,14 +46,6 @@ _FLAGS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """An NVIDIA GPU; memory in bytes, None where the driver does not tell."""
-
-    name: str
-    memory: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """What can be known of a machine without installing anything. Bytes; None is unknown."""
 
@@ -67,6 +60,7 @@ class Machine:
     onnxruntime: str | None  # None: not installed
     providers: tuple[str, ...]
     free_disk: int | None
+    cuda: str = ""  # why ONNX Runtime's CUDA is of no use here, where it or a GPU is there
 
 
 def detect(folder: Path = Path(), root: Path = Path("/")) -> Machine:
@@ -75,7 +69,7 @@ def detect(folder: Path = Path(), root: Path = Path("/")) -> Machine:
     arch, cpu, features, memory, available = _processor_and_memory(root)
     return Machine(
         platform.system(), arch, cpu, features, _cores(root), memory, available, _gpus(root), version, providers,
-        _free_disk(folder),
+        _free_disk(folder), cuda_problem(providers),
     )  # fmt: skip
 
 
@@ -103,10 +97,6 @@ def _processor_and_memory(root: Path) -> tuple[str, str, Features, int | None, i
 def describe(*packages: str) -> dict[str, Any]:
     """What a figure that was measured here depends on, by name; versions of `packages` too, of those that are there."""
     _, cpu, features, memory, _ = _processor_and_memory(Path("/"))
-    versions = {}
-    for package in ("m0kit", "onnxruntime", "numpy", *packages):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "cpu": cpu,
         "features": [name for name, is_there in features.items() if is_there],
@@ -114,8 +104,17 @@ def describe(*packages: str) -> dict[str, Any]:
         "memory": memory,
         "system": platform.system(),
         "python": platform.python_version(),
-        **versions,
+        **versions("m0kit", "onnxruntime", "onnxruntime-gpu", "numpy", *packages),
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed; nothing is imported."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def read_cpuinfo(text: str, arch: str) -> tuple[str, Features]:
@@ -186,25 +185,20 @@ def _cores(root: Path) -> int:
     return max(1, cores)
 
 
-def read_nvidia_smi(text: str) -> tuple[Gpu, ...]:
-    """GPUs from lines of "name, MiB"; memory that the driver does not tell, as on shared memory, is None."""
-    gpus = []
-    for line in text.splitlines():
-        name, comma, size = line.rpartition(",")
-        if comma:
-            gpus.append(Gpu(name.strip(), int(size) * 2**20 if size.strip().isdigit() else None))
-    return tuple(gpus)
+def cuda_problem(providers: Sequence[str]) -> str:
+    """Why ONNX Runtime's CUDA is of no use here; "" where it starts, or where there is no reason but its package."""
+    if cuda.PROVIDER not in providers:
+        return cuda.both_installed()
+    try:
+        cuda.start(sessions.onnxruntime())
+    except DeviceError as error:
+        return str(error)
+    return ""
 
 
 def _gpus(root: Path) -> tuple[Gpu, ...]:
-    # Under WSL the tool is not always on the path.
-    tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=str(root / "usr/lib/wsl/lib"))
-    if tool:
-        found = read_nvidia_smi(_output(tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"))
-        if found:
-            return found
-    # Containers may have the device without the tool.
-    return (Gpu("an NVIDIA GPU", None),) if (root / "dev/nvidia0").exists() else ()
+    # Containers may have the device without the driver's libraries.
+    return gpus.devices().gpus or ((Gpu("an NVIDIA GPU", None),) if (root / "dev/nvidia0").exists() else ())
 
 
 def engine() -> tuple[str | None, tuple[str, ...]]:

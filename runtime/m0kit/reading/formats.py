@@ -37,7 +37,10 @@ _OTHER_NAMES: Final = frozenset({
     ".7z", ".rar", ".tar", ".jar", ".whl", ".parquet", ".pq", ".arrow", ".feather", ".sqlite", ".sqlite3", ".npy",
     ".npz", ".safetensors", ".onnx", ".gguf", ".ttf", ".otf", ".woff", ".woff2",
 })  # fmt: skip
-_LETTERS: Final = ((b"%PDF-", "a PDF"), (b"{\\rtf", "RTF"), (b"%!PS", "PostScript"))  # formats written in letters
+_PDF: Final = b"%PDF-"
+_PDF_HEAD_BYTES: Final = 1024  # where others, and PDFium, look for the mark
+_A_PDF: Final = "a PDF"
+_LETTERS: Final = ((_PDF, _A_PDF), (b"{\\rtf", "RTF"), (b"%!PS", "PostScript"))  # formats written in letters
 _OTHERS: Final = (
     (b"PK\x03\x04", "a ZIP archive, as Office documents are"),
     (b"\xd0\xcf\x11\xe0", "an Office document"),
@@ -55,7 +58,8 @@ _OTHERS: Final = (
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
 )
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
-_WHAT_TO_DO: Final = "m0kit reads text and images: render its pages to PNG, or take its text out."
+_WHAT_TO_DO: Final = "m0kit reads text, images and PDFs: render its pages to PNG, or take its text out."
+_PAGES: Final = "One text or image is read here: give a page of it as PNG."
 
 
 def read(path: Path, *, named: bool = False) -> str | Path | bytes:
@@ -88,7 +92,7 @@ def parse(raw: bytes, place: str, suffix: str = "") -> str | bytes:
     Raises as `read` does, naming `place`.
     """
     if (what := _foreign(raw, suffix)) is not None:
-        raise FormatError(f"{place}: is {what}. {_WHAT_TO_DO}")
+        raise FormatError(f"{place}: is {what}. {_PAGES if what == _A_PDF else _WHAT_TO_DO}")
     image = image_format(raw)
     if _is_text(raw) and not (suffix in _PLAIN_PPM_NAMES and image):
         if suffix in _IMAGE_NAMES | _OTHER_NAMES or raw.removeprefix(MARK).startswith(_POINTER):
@@ -139,6 +143,18 @@ def image_format(raw: bytes) -> str | None:
     if raw[4:8] == b"ftyp" and b"avi" in _brands(raw):
         return "AVIF"
     return "PPM" if re.match(rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d", raw) else None
+
+
+def is_pdf(head: bytes, place: str, suffix: str = "") -> bool:
+    """Whether a file is a PDF, by its first bytes; one that is called .pdf may have others before the mark.
+
+    Raises InputError naming `place` where its name says that it is something else.
+    """
+    if not head.removeprefix(MARK).startswith(_PDF):
+        return suffix == ".pdf" and _PDF in head[:_PDF_HEAD_BYTES]
+    if suffix in (_TEXT_NAMES | _IMAGE_NAMES | _OTHER_NAMES) - {".pdf"}:
+        raise InputError(f"{place}: its name ends with {suffix}, but it holds a PDF. Rename it.")
+    return True
 
 
 def described(raw: bytes) -> str:

@@ -2,7 +2,7 @@
 
     parse_pair(("slm markdown", Path("page.png")))
 
-A str is always text: never sniffed as a path or URL. An image is a PIL image, a path, bytes, or
+A str is always text: never sniffed as a path or URL. An image is a PIL image, a path, bytes, a page of a PDF, or
 {"image": one of these, a base64 data URI, or an image's bytes in base64}; {"text": str} is text said explicitly;
 {"id": str} is a document of the index that a reranker was opened with. In a file of JSON lines or Parquet the string
 of an image may also be a path, see `from_file`. No network, ever.
@@ -13,7 +13,7 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from PIL import Image
 from m0kit.errors import ImageError, InputError
 from m0kit.files import read_regular
 from m0kit.reading.formats import MAX_IMAGE_BYTES, image_format
+from m0kit.reading.pdf import PdfPage
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_PATH: Final = 4096  # characters; Linux's limit, and more than others have
@@ -41,7 +42,9 @@ class Text:
 class Picture:
     """An image not yet decoded. Equal keys within one call mean the same picture."""
 
-    source: bytes | Image.Image | Path  # the bytes of a file, an image as it is, a file that is read when it is needed
+    # The bytes of a file, an image as it is, a file that is read when it is needed, or what reads its bytes then, told
+    # where in the call the picture stands.
+    source: bytes | Image.Image | Path | Callable[[str], bytes]
     key: str
     ready: bool = False  # a PNG of the very pixels that the model will see
     path: Path | None = None  # where the bytes can be read again
@@ -123,15 +126,15 @@ def from_file(value: Any, folder: Path) -> Any:
     image = value.get("image")
     if isinstance(image, Mapping) and image.keys() <= {"bytes", "path"}:
         raw = image.get("bytes")
-        if isinstance(raw, str) and (raw := _base64_image(raw)) is None:
+        if isinstance(raw, str) and (raw := base64_image(raw)) is None:
             raise ImageError('the "bytes" of the image are no image in base64.')
         image = value["image"] = image.get("path") if raw is None else raw
-    if not isinstance(image, str) or _is_data_uri(image):
+    if not isinstance(image, str) or is_data_uri(image):
         return value
     if not image:
         raise ImageError("the string of the image is empty. Name a file, or give a data URI.")
     refuse_url(image)
-    raw = _base64_image(image)
+    raw = base64_image(image)
     if raw is None and len(image) > _MAX_PATH:
         raise ImageError(f"{shown(image)} ({len(image)} characters) is no path, no data URI and no image in base64.")
     return {**value, "image": folder / image if raw is None or _is_file(folder / image) else raw}
@@ -230,6 +233,10 @@ def _picture(value: Any, where: str) -> Picture:
             raise ImageError(f"{error.strerror}.", where=at(where, path)) from None
         except ValueError:  # a null character, or half of a surrogate pair
             raise ImageError(f"{str(path)!r} cannot be the name of a file.", where=where) from None
+    if isinstance(value, PdfPage):
+        if value.error is not None:
+            raise InputError(value.error.reason, where=f"{where}: {value.error.where}" if where else value.error.where)
+        return _file(value.png)
     raise InputError(
         f"expected text (str), an image (PIL image, Path, bytes), "
         f'{{"text": …}} or {{"image": …}}; got {type(value).__name__}.',
@@ -246,14 +253,15 @@ def at(where: str, path: Path | None) -> str:
     return where if path is None or where == str(path) else f"{where}: {path}"
 
 
-def _is_data_uri(text: str) -> bool:
+def is_data_uri(text: str) -> bool:
+    """Whether it says to be one."""
     return text.lstrip()[:5].lower() == "data:"
 
 
 def _image_string(text: str, where: str) -> bytes:
     """The bytes of a data URI in base64, or of an image that is base64 itself. The media type is not believed."""
-    if not _is_data_uri(text):
-        raw = _base64_image(text)
+    if not is_data_uri(text):
+        raw = base64_image(text)
         if raw is None:
             raise ImageError(
                 'a string under "image" must be a data URI (data:image/png;base64,…) or an image in base64. '
@@ -264,19 +272,19 @@ def _image_string(text: str, where: str) -> bytes:
     head, comma, body = text.partition(",")
     if not comma or head.split(";")[-1].strip().lower() != "base64":
         raise ImageError(f"a data URI must be in base64 (data:image/png;base64,…), got {shown(text)}.", where=where)
-    raw = _base64(unquote(body) if "%" in body else body)
+    raw = from_base64(unquote(body) if "%" in body else body)
     if raw is None:
         raise ImageError("the data URI is not valid base64.", where=where)
     return raw
 
 
-def _base64_image(text: str) -> bytes | None:
-    """The bytes, if they begin as an image does that m0kit reads."""
-    start = _base64("".join(text[:200].split())[:64])
-    return None if start is None or image_format(start) is None else _base64(text)
+def base64_image(text: str) -> bytes | None:
+    """The bytes of an image in base64, if they begin as one does that m0kit reads."""
+    start = from_base64("".join(text[:200].split())[:64])
+    return None if start is None or image_format(start) is None else from_base64(text)
 
 
-def _base64(text: str) -> bytes | None:
+def from_base64(text: str) -> bytes | None:
     """Base64 in either alphabet, with blanks or line breaks, padded or not."""
     body = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:

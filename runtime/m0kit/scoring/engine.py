@@ -5,7 +5,7 @@ the schedule's, which knows a state only as what the engine gave for it.
 
     engine = GraphEngine(config, graphs, kv="fp32", salt=salt)
     (state,) = engine.states([prepared.document])
-    engine.run([Part(prepared.document, [prepared], state)])      # → [logit]
+    engine.begin([Part(prepared.document, [prepared], state)])()  # → [logit]
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from m0kit.keeping.states import Pasts, State
 from m0kit.keeping.store import Store
 from m0kit.scoring.image import patchify
 from m0kit.scoring.images import SeenImage
-from m0kit.scoring.planner import PATCH_BUDGET, TILE, Group, image_rows, layout_groups, pack
-from m0kit.scoring.positions import mrope_positions, vision_positions
+from m0kit.scoring.planner import PATCH_BUDGET, TILE, TOKEN_BUDGET, Group, image_rows, layout_groups, pack
+from m0kit.scoring.positions import mrope_positions, position_after, vision_positions
 from m0kit.scoring.prepare import ENCODING_COST, Document, Prepared
 from m0kit.scoring.sessions import Graph
 from m0kit.trace import Trace
@@ -37,6 +37,10 @@ from m0kit.trace import Trace
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+# Bytes of pasts in one run: a query on 18 pages at a time in float16, enough rows for products at full speed.
+PAST_BYTES: Final = 384 << 20
+LOW_MEMORY_PAST_BYTES: Final = 96 << 20
 
 _log: Final = logging.getLogger(__name__)
 
@@ -77,6 +81,23 @@ class Engine(Protocol):
     """What a schedule needs of whatever computes."""
 
     config: ModelConfig
+    low_memory: bool  # images are encoded for many documents before the decoder takes over
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a run takes; one pair alone may have more."""
+
+    @property
+    def past_bytes(self) -> int:
+        """What the states of a run may take, in the bytes of their handles; one alone may take more."""
+
+    @property
+    def runs_ahead(self) -> int:
+        """Runs that are begun before the logits of the first are waited for; 0 where `begin` itself computes."""
+
+    @property
+    def prepare_threads(self) -> int:
+        """Threads that prepare pairs while it computes; 1 where nothing is won by preparing beside it."""
 
     @property
     def kept(self) -> str:
@@ -87,7 +108,7 @@ class Engine(Protocol):
         """Whether documents are computed apart from their queries."""
 
     def find(self, document: Document) -> Handle | None:
-        """Its state where it is kept."""
+        """Its state where it is kept. Raises InputError for a document that is too large for this engine."""
 
     def has(self, document: Document) -> bool:
         """Whether it is kept, without fetching it: one that turns out damaged, or goes, is computed then."""
@@ -101,8 +122,12 @@ class Engine(Protocol):
     def encode(self, images: Sequence[SeenImage]) -> None:
         """Have the embeddings of these ready."""
 
-    def run(self, parts: Sequence[Part]) -> list[float]:
-        """One logit for each pair, in order, which may be NaN or infinite."""
+    def begin(self, parts: Sequence[Part]) -> Callable[[], list[float]]:
+        """A run. Returns what waits for one logit of each pair, in order, which may be NaN or infinite.
+
+        What is called raises what went wrong; it is called once, or not at all where nobody wants the run any more.
+        Documents without a state are there for the next run, where they are kept.
+        """
 
     def rest(self, used: Iterable[Document]) -> None:
         """Nothing waits for now; the states of these documents were used."""
@@ -119,6 +144,10 @@ class Graphs(NamedTuple):
 class GraphEngine:
     """Runs graphs on arrays. Thread-safe; several schedules may share one, and then compute nothing twice."""
 
+    rows = TOKEN_BUDGET
+    runs_ahead = 0
+    prepare_threads = 1
+
     def __init__(
         self,
         config: ModelConfig,
@@ -128,10 +157,12 @@ class GraphEngine:
         salt: bytes,
         cache: Cache | None = None,
         store: Store | None = None,
+        low_memory: bool = False,
     ) -> None:
         """`salt` tells what this artifact computes from what another does, in the cache."""
         self.config, self.graphs, self.kv, self.salt = config, graphs, kv, salt
-        self.cache, self.store = cache, store
+        self.cache, self.store, self.low_memory = cache, store, low_memory
+        self.past_bytes = LOW_MEMORY_PAST_BYTES if low_memory else PAST_BYTES
         self.tile = TILE  # to which runs are filled up; 1 for those who count what a run sees
         self.on_run: Callable[[RunStats], object] | None = None
         self._once = Once()
@@ -264,20 +295,21 @@ class GraphEngine:
 
     # --- runs ----------------------------------------------------------------------------------------
 
-    def run(self, parts: Sequence[Part]) -> list[float]:
-        """The logits of all pairs of these parts, in order."""
+    def begin(self, parts: Sequence[Part]) -> Callable[[], list[float]]:
+        """Computes at once."""
         hidden = self._decode(parts, ["hidden"])["hidden"]
         found: list[float] = self.logits(hidden)[: sum(len(part.pairs) for part in parts)].tolist()
-        return found
+        return lambda: found
 
     def logits(self, hidden: Float32) -> Float32:
         """hidden (B, D) → (B,)"""
         return self.graphs.head.run({"hidden": hidden}, ["logit"])["logit"]
 
-    def positions(self, token_ids: Int64, images: Sequence[SeenImage]) -> Int64:
-        """(3, T) of one prompt (T,) with these images in order."""
+    def positions(self, token_ids: Int64, images: Sequence[SeenImage], position: int = 0) -> Int64:
+        """(3, T) of one prompt (T,) with these images in order, or of a part of one from `position` on."""
         grids = np.asarray([image.grid_thw for image in images], np.int64).reshape(-1, 3)
-        return mrope_positions(token_ids, grids, self.config.prompt.image_pad_id, self.config.image.merge_size)
+        merge = self.config.image.merge_size
+        return mrope_positions(token_ids, grids, self.config.prompt.image_pad_id, merge, position)
 
     def trace(self, pair: Prepared, layers: Sequence[str] = (), decoder: Graph | None = None) -> Trace:
         """Every stage of a pair that is run alone, with `layers` that another `decoder` has as outputs."""
@@ -346,8 +378,9 @@ class GraphEngine:
             if part.state is None:
                 yield document.prefix, self.positions(document.prefix, document.images), document.images
             for pair in part.pairs:
-                whole = self.positions(pair.prompt.token_ids, document.images + pair.images)
-                yield pair.prompt.suffix, whole[:, pair.prompt.prefix_length :], pair.images
+                grids = (image.grid_thw for image in document.images)
+                start = position_after(pair.prompt.prefix_length, grids, self.config.image.merge_size)
+                yield pair.prompt.suffix, self.positions(pair.prompt.suffix, pair.images, start), pair.images
 
     def _with_pasts(
         self, feeds: Mapping[str, Array], states: Sequence[State], outputs: Sequence[str], decoder: Graph

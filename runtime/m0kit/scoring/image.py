@@ -10,6 +10,7 @@ These are the rules of `load_image` followed by `Qwen2VLImageProcessorPil` (tran
 
     pixels = resize(Picture(b"…", "key"), config, "pair 0: document")
     patches = patchify(pixels, config)
+    values, grid_thw = patches_uint8(pixels, config)     # for an encoder that normalises
 """
 
 import hashlib
@@ -140,6 +141,8 @@ def _bytes(picture: Picture, where: str) -> bytes:
     """Of the file, as it was when its key was made. Raises ImageError."""
     if isinstance(picture.source, bytes):
         return picture.source
+    if callable(picture.source):
+        return picture.source(where)
     assert isinstance(picture.source, Path)
     try:
         raw = read_regular(picture.source, MAX_IMAGE_BYTES)
@@ -150,6 +153,19 @@ def _bytes(picture: Picture, where: str) -> bytes:
     return raw
 
 
+def patches_uint8(pixels: Pixels, config: ImageConfig) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Values (P, 588) in the order of `patchify` (channel, row, column of a 14×14 patch), and grid_thw (3,).
+
+    Neither normalised nor repeated for the second frame.
+    """
+    split = _in_groups(pixels, config)
+    values = np.empty((*split.shape[:4], 3, *split.shape[4:6]), np.uint8)
+    # A channel at a time: NumPy then copies along rows of patches, not three bytes at a time.
+    for channel in range(3):
+        values[:, :, :, :, channel] = split[..., channel]
+    return values.reshape(int(pixels.grid_thw.prod()), -1), pixels.grid_thw
+
+
 def patchify(pixels: Pixels, config: ImageConfig) -> Patches:
     """Normalise and cut into patches, those of one 2×2 group next to each other.
 
@@ -157,14 +173,20 @@ def patchify(pixels: Pixels, config: ImageConfig) -> Patches:
     and normalising (in float32) are one table per channel: the processor's arithmetic, done once.
     """
     table = _normalised(config)
-    _, rows, columns = pixels.grid_thw.tolist()
-    merge, patch, frames = config.merge_size, config.patch_size, config.temporal_patch_size
-    split = pixels.values.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-    ordered = split.transpose(0, 3, 1, 4, 6, 2, 5)  # group row, group column, row, column, channel, y, x
-    values = np.empty((*ordered.shape[:5], frames, patch, patch), np.float32)
+    split = _in_groups(pixels, config)
+    frames, patch = config.temporal_patch_size, config.patch_size
+    values = np.empty((*split.shape[:4], 3, frames, patch, patch), np.float32)
     for channel in range(3):
-        values[:, :, :, :, channel] = table[channel][ordered[:, :, :, :, channel]][:, :, :, :, None]
-    return Patches(values.reshape(rows * columns, -1), pixels.grid_thw)
+        values[:, :, :, :, channel] = table[channel][split[..., channel]][:, :, :, :, None]
+    return Patches(values.reshape(int(pixels.grid_thw.prod()), -1), pixels.grid_thw)
+
+
+def _in_groups(pixels: Pixels, config: ImageConfig) -> NDArray[np.uint8]:
+    """A view: group row, group column, row and column of a patch in it, y, x, channel."""
+    _, rows, columns = pixels.grid_thw.tolist()
+    merge, patch = config.merge_size, config.patch_size
+    split = pixels.values.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    return split.transpose(0, 3, 1, 4, 2, 5, 6)
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ where not. What an engine makes of an image hangs on it, and goes with it.
 import hashlib
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,11 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m0kit.config import ImageConfig
+from m0kit.keeping.cache import Cache, Once
 from m0kit.reading.inputs import Picture
 from m0kit.scoring.image import Pixels, ready_grid, resize
 
 # Bytes of resized pixels that wait for their turn: 140 pages of the published size.
 PIXEL_BYTES = 256 << 20
+# Of what is remembered of a file: bytes, about, and what it saves, where that is 1 of a text of an index.
+_FACTS_BYTES = 1000
+_FACTS_COST = 100
 
 
 class _Room:
@@ -58,10 +62,16 @@ class SeenImage:
 
     def pixels(self) -> Pixels:
         """Raises ImageError for a file that has changed or gone since it was looked at."""
-        if self._pixels is None:
-            self._pixels = resize(self.picture, self._config, self.where)
-            self._room.take(self._pixels.values.nbytes, forced=True)
-        return self._pixels
+        pixels = self._pixels  # which another thread may drop
+        if pixels is None:
+            pixels = self._pixels = resize(self.picture, self._config, self.where)
+            self._room.take(pixels.values.nbytes, forced=True)
+        return pixels
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether `require` would do nothing."""
+        return self.embeds is not None or self._pixels is not None
 
     def hold(self, pixels: Pixels) -> None:
         """Keep its pixels, if there is room."""
@@ -81,45 +91,79 @@ class SeenImage:
 
     def drop_pixels(self) -> None:
         """They are made again where they are asked for again."""
-        if self._pixels is not None:
-            self._room.take(-self._pixels.values.nbytes)
-            self._pixels = None
+        pixels, self._pixels = self._pixels, None
+        if pixels is not None:
+            self._room.take(-pixels.values.nbytes)
 
     def __del__(self) -> None:
         self.drop_pixels()
 
 
+class _Facts(NamedTuple):
+    """What is remembered of a file, by the hash of its bytes: enough to know it again without decoding it."""
+
+    grid_thw: NDArray[np.int64]  # (3,)
+    num_tokens: int
+    digest: bytes
+
+
 class Images:
     """The images in use. Thread-safe."""
 
-    def __init__(self, config: ImageConfig) -> None:
+    def __init__(self, config: ImageConfig, remembered: Cache | None = None) -> None:
+        """`remembered`: what is known of files, under one `config`; other keys there are left alone."""
         self._config = config
+        self._remembered = Cache(0) if remembered is None else remembered
         self._room = _Room(PIXEL_BYTES)
         self._lock = threading.Lock()
+        self._once = Once()
         self._by_source: WeakValueDictionary[str, SeenImage] = WeakValueDictionary()
         self._by_pixels: WeakValueDictionary[bytes, SeenImage] = WeakValueDictionary()
 
-    def see(self, picture: Picture, where: str) -> SeenImage:
-        """Decode and resize a picture, unless it is in use. Raises ImageError naming `where`."""
+    def see(self, picture: Picture, where: str, grid_thw: NDArray[np.int64] | None = None) -> SeenImage:
+        """Decode and resize a picture, unless it is in use. Raises ImageError naming `where`.
+
+        `grid_thw` (3,): of a `ready` one, where it is known. Of threads with the same picture one does it.
+        """
+        known = self._known(picture.key)
+        if known is None and picture.ready:
+            known = self._look(picture, where, grid_thw)
+        if known is None:
+            (known,) = self._once.get([picture.key], self._known, lambda _: [self._look(picture, where, grid_thw)])
+        return known
+
+    def remembers(self, picture: Picture) -> bool:
+        """Whether it is in use, or its size and pixels' digest are remembered: it need not be decoded to be known."""
+        return self._known(picture.key) is not None or (_Facts, picture.key) in self._remembered
+
+    def _known(self, key: str) -> SeenImage | None:
         with self._lock:
-            known = self._by_source.get(picture.key)
-        if known is not None:
-            return known
+            return self._by_source.get(key)
+
+    def _look(self, picture: Picture, where: str, grid_thw: NDArray[np.int64] | None) -> SeenImage:
         if picture.ready:  # the pixels of a document that is kept are rarely needed
-            grid = ready_grid(picture, self._config, where)
+            grid = ready_grid(picture, self._config, where) if grid_thw is None else grid_thw
             num_tokens = int(grid.prod()) // self._config.merge_size**2
             image = SeenImage(picture, where, grid, num_tokens, self._config, self._room)
             with self._lock:
                 return self._by_source.setdefault(picture.key, image)
-        pixels = resize(picture, self._config, where)
-        digest = _digest(pixels)
+        own = isinstance(picture.source, Image.Image)  # which may be drawn on later
+        facts: _Facts | None = None if own else self._remembered.get((_Facts, picture.key))
+        pixels = None
+        if facts is None:
+            pixels = resize(picture, self._config, where)
+            facts = _Facts(pixels.grid_thw, pixels.num_tokens, _digest(pixels))
+            if not own:
+                key = _Facts, picture.key
+                self._remembered.put(key, facts, num_bytes=_FACTS_BYTES, cost=_FACTS_COST)
         again = replace(picture, source=picture.path or picture.source)  # a file's bytes need not stay in memory
-        new = SeenImage(again, where, pixels.grid_thw, pixels.num_tokens, self._config, self._room, _digest=digest)
+        grid, num_tokens, digest = facts
+        new = SeenImage(again, where, grid, num_tokens, self._config, self._room, _digest=digest)
         with self._lock:
             image = self._by_pixels.setdefault(digest, new)
-            if image is new:
+            if image is new and pixels is not None:
                 image.hold(pixels)
-            elif isinstance(picture.source, Image.Image):
+            elif own:
                 image.others.append(picture)
             self._by_source[picture.key] = image
         return image

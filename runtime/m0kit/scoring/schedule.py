@@ -8,24 +8,22 @@ that wait for it. A result never depends on what else waits.
     schedule.step()              # one run of the decoder → [(ticket, Result)]
     schedule.cancel(ticket)      # of one that is no longer wanted
 
-One thread adds, steps and cancels.
+One thread adds, steps and cancels. An engine that computes beside it (`Engine.runs_ahead`) has runs in flight while the
+next one is made: their results come some steps later.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from m0kit.errors import InputError
 from m0kit.scoring.engine import Engine, Handle, Part, not_finite, sigmoid
 from m0kit.scoring.images import SeenImage
-from m0kit.scoring.planner import TOKEN_BUDGET
 from m0kit.scoring.prepare import Document, Prepared
 
-# Bytes of pasts in one run: a query on 18 pages at a time in float16, enough rows for products at full speed.
-PAST_BYTES: Final = 384 << 20
-LOW_MEMORY_PAST_BYTES: Final = 96 << 20
 # Documents whose states are read from disk ahead of the run that needs them.
 READ_AHEAD: Final = 8
 # Visual tokens whose embeddings wait for the decoder where it cannot be in memory beside the image encoder: 96 MiB.
@@ -52,32 +50,46 @@ Done = list[tuple[int, Result]]  # tickets
 _Waiting = dict[Document, dict[int, Prepared]]  # by ticket, in the order in which they came
 
 
+class _Flight(NamedTuple):
+    """A run that was begun."""
+
+    tickets: Sequence[int]
+    wait: Callable[[], list[float]]
+
+
 class Schedule:
     """Pairs that wait to be scored."""
 
-    def __init__(self, engine: Engine, *, low_memory: bool = False) -> None:
-        """With `low_memory` images are encoded for many documents before the decoder takes over."""
-        self._engine, self._low_memory = engine, low_memory
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._tickets = itertools.count()
         self._documents: dict[int, Document] = {}  # by ticket
         self._waiting: _Waiting = {}
         self._encoded: _Waiting = {}  # in low memory those that are run next
         self._states: dict[Document, Handle] = {}  # of documents that wait
+        self._counted: set[Document] = set()  # those that wait whose own rows are in `num_rows`
+        self._flights: deque[_Flight] = deque()
+        self._flying: dict[int, Prepared] = {}  # by ticket, of all flights
+        self._done: Done = []  # that nobody was told of yet
         self._ahead: set[Document] = set()  # those that the disk was asked for
         self._used: set[Document] = set()
         self.num_bytes = 0  # what those that wait hold in memory, besides pixels and states
         self.num_rows = 0  # of runs that they still need, states that are not there included
 
     def __len__(self) -> int:
-        """Pairs that wait."""
-        return len(self._documents)
+        """Pairs that wait, those in flight among them."""
+        return len(self._documents) + len(self._flying) + len(self._done)
 
     def add(self, prepared: Prepared) -> int:
         """Have a pair scored by one of the next steps. Returns its ticket."""
         ticket = next(self._tickets)
         document = prepared.document
         if document not in self._waiting and document not in self._encoded:
-            self._count(document, 1)
+            self.num_bytes += document.prefix.nbytes
+            # What computes at once is asked when a run is made: it may have to look on a disk.
+            if not self._engine.runs_ahead or not self._engine.has(document):
+                self.num_rows += document.length
+                self._counted.add(document)
         self._waiting.setdefault(document, {})[ticket] = prepared
         self._documents[ticket] = document
         self.num_bytes += prepared.num_bytes
@@ -88,54 +100,75 @@ class Schedule:
         """Forget a pair that waits; one that is done already is none of these."""
         if ticket in self._documents:
             self._take(ticket)
+        self._flying.pop(ticket, None)
+        self._done = [one for one in self._done if one[0] != ticket]
 
     def step(self) -> Done:
         """One run of the decoder: for documents without a state, or for as many of the pairs as one run takes.
 
         Returns what is done now, which may be nothing. Raises what the engine raises; the pairs that it was for are
-        then forgotten.
+        then forgotten, and what else is done is told by the next step.
         """
-        done: Done = []
-        if self._low_memory and not self._encoded:
+        if self._engine.low_memory and not self._encoded:
             self._encode_ahead()
-        chosen = self._next_run(done)
-        run = []
-        for document, some in chosen:
-            state = self._states.get(document)  # before the last of its pairs is taken
-            run.append(Part(document, [self._take(ticket) for ticket in some], state))
-        if run:
-            tickets = [ticket for _, some in chosen for ticket in some]
-            pairs = [pair for part in run for pair in part.pairs]
-            for ticket, pair, logit in zip(tickets, pairs, self._engine.run(run), strict=True):
-                done.append((ticket, self._result(pair, logit)))
-        if not self._documents:
+        chosen = self._next_run()
+        if chosen:
+            self._begin(chosen)
+        if self._flights and (not chosen or len(self._flights) > self._engine.runs_ahead):
+            self._collect()
+        if not self._documents and not self._flights:
             self._engine.rest(self._used)
             self._used, self._ahead = set(), set()
+        done, self._done = self._done, []
         return done
 
     def close(self) -> None:
-        """Forget all that waits."""
+        """Forget all that waits. A run in flight ends by itself, and nobody is told of it."""
         for ticket in list(self._documents):
             self._take(ticket)
+        self._flights.clear()
+        self._flying.clear()
+        self._done.clear()
         self._engine.rest(())
+
+    # --- runs ----------------------------------------------------------------------------------------
+
+    def _begin(self, chosen: Sequence[tuple[Document, list[int]]]) -> None:
+        run: list[Part] = []
+        flying: dict[int, Prepared] = {}
+        for document, tickets in chosen:
+            state = self._states.get(document)  # before the last of its pairs is taken
+            pairs = [self._take(ticket) for ticket in tickets]
+            flying.update(zip(tickets, pairs, strict=True))
+            run.append(Part(document, pairs, state))
+        self._flights.append(_Flight(list(flying), self._engine.begin(run)))
+        self._flying |= flying
+
+    def _collect(self) -> None:
+        """The results of the run that was begun first."""
+        flight = self._flights.popleft()
+        pairs = [self._flying.pop(ticket, None) for ticket in flight.tickets]  # None: cancelled meanwhile
+        for ticket, pair, logit in zip(flight.tickets, pairs, flight.wait(), strict=True):
+            if pair is not None:
+                self._done.append((ticket, self._result(pair, logit)))
 
     # --- which ---------------------------------------------------------------------------------------
 
-    def _next_run(self, done: Done) -> list[tuple[Document, list[int]]]:
-        """The next pairs of documents, by ticket; none where states came first. What cannot be run is `done`."""
-        waiting = self._encoded if self._low_memory else self._waiting
+    def _next_run(self) -> list[tuple[Document, list[int]]]:
+        """The next pairs of documents, by ticket; none where states came first. What cannot be run is done."""
+        waiting = self._encoded if self._engine.low_memory else self._waiting
         chosen: list[tuple[Document, list[int]]] = []
-        rows, past = TOKEN_BUDGET, LOW_MEMORY_PAST_BYTES if self._low_memory else PAST_BYTES
+        rows, past = self._engine.rows, self._engine.past_bytes
         # Each has a row at least, so that there is an end to it.
-        for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
-            is_there = self._is_there(document, waiting, done)
+        for document in list(itertools.islice(waiting, self._engine.rows)):
+            is_there = self._is_there(document, waiting)
             if document not in waiting:
                 continue
             if not is_there and self._engine.keeps:
-                self._compute([document, *self._others(document, waiting, done)], done)
+                self._compute([document, *self._others(document, waiting)])
                 return []
             state = self._states.get(document)
-            tickets, needed = _first(waiting[document])
+            tickets, needed = self._first(waiting[document])
             needed, needed_past = (needed + document.length, 0) if state is None else (needed, state.num_bytes)
             if chosen and (needed > rows or needed_past > past):
                 break
@@ -145,40 +178,56 @@ class Schedule:
                 break
         return chosen
 
-    def _is_there(self, document: Document, waiting: _Waiting, done: Done) -> bool:
+    def _is_there(self, document: Document, waiting: _Waiting) -> bool:
         """Whether there is a state. Where there is none, its images are; pairs whose images are not are done."""
         failed = -1
-        while document in waiting and failed != len(done):  # in the place of those that failed others are run
-            failed = len(done)
-            for ticket in _first(waiting[document])[0]:
-                self._require(waiting[document][ticket].images, [ticket], done)
+        while document in waiting and failed != len(self._done):  # in the place of those that failed others are run
+            failed = len(self._done)
+            for ticket in self._first(waiting[document])[0]:
+                self._require(waiting[document][ticket].images, [ticket])
         if document in waiting and document not in self._states:
             self._read_ahead(waiting)
             self._used.add(document)
-            if (state := self._engine.find(document)) is not None:
+            try:
+                state = self._engine.find(document)
+            except InputError as error:
+                self._fail(list(waiting[document]), error)
+                return False
+            if state is not None:
                 self._states[document] = state
-                self.num_rows -= document.length
+                self._uncount(document)
             else:
-                self._require(document.images, list(waiting[document]), done)
+                self._require(document.images, list(waiting[document]))
         return document in self._states
 
-    def _others(self, first: Document, waiting: _Waiting, done: Done) -> list[Document]:
+    def _first(self, pairs: dict[int, Prepared]) -> tuple[list[int], int]:
+        """The tickets of as many pairs as a run takes, one at least, and their rows."""
+        tickets: list[int] = []
+        rows = 0
+        for ticket, pair in pairs.items():
+            if tickets and rows + pair.num_rows > self._engine.rows:
+                break
+            tickets.append(ticket)
+            rows += pair.num_rows
+        return tickets, rows
+
+    def _others(self, first: Document, waiting: _Waiting) -> list[Document]:
         """Other documents that wait without a state, as many as fit into a run with the `first`."""
         found: list[Document] = []
-        room, num_fetched = TOKEN_BUDGET - first.length, 0
-        for document in list(itertools.islice(waiting, TOKEN_BUDGET)):
+        room, num_fetched = self._engine.rows - first.length, 0
+        for document in list(itertools.islice(waiting, self._engine.rows)):
             if document == first or document in self._states:
                 continue
             if document.length > room or num_fetched == READ_AHEAD:  # more than are run soon need no memory yet
                 break
-            if self._is_there(document, waiting, done):
+            if self._is_there(document, waiting):
                 num_fetched += 1
             elif document in waiting:
                 found.append(document)
                 room -= document.length
         return found
 
-    def _compute(self, documents: Sequence[Document], done: Done) -> None:
+    def _compute(self, documents: Sequence[Document]) -> None:
         try:
             states = self._engine.states(documents)
         except BaseException:
@@ -188,16 +237,16 @@ class Schedule:
         for document, state in zip(documents, states, strict=True):
             if state.is_finite:
                 self._states[document] = state
-                self.num_rows -= document.length
+                self._uncount(document)
             else:
-                self._fail(self._all(document), not_finite(self._engine.kept), done)
+                self._fail(self._all(document), not_finite(self._engine.kept))
 
-    def _require(self, images: Iterable[SeenImage], tickets: Sequence[int], done: Done) -> None:
+    def _require(self, images: Iterable[SeenImage], tickets: Sequence[int]) -> None:
         try:
             for image in images:
                 image.require()
         except InputError as error:
-            self._fail(tickets, error, done)
+            self._fail(tickets, error)
 
     def _read_ahead(self, waiting: _Waiting) -> None:
         soon = list(itertools.islice(waiting, 2 * READ_AHEAD))
@@ -235,19 +284,21 @@ class Schedule:
         if not waiting[document]:
             del waiting[document]
             if document not in self._waiting and document not in self._encoded:
-                self._count(document, -1)
+                self.num_bytes -= document.prefix.nbytes
+                self._uncount(document)
                 self._states.pop(document, None)
         return prepared
 
-    def _count(self, document: Document, sign: int) -> None:
-        self.num_bytes += sign * document.prefix.nbytes
-        if document not in self._states:
-            self.num_rows += sign * document.length
+    def _uncount(self, document: Document) -> None:
+        """Its own rows are needed no longer."""
+        if document in self._counted:
+            self._counted.remove(document)
+            self.num_rows -= document.length
 
-    def _fail(self, tickets: Sequence[int], error: InputError, done: Done) -> None:
+    def _fail(self, tickets: Sequence[int], error: InputError) -> None:
         for ticket in tickets:
             self._take(ticket)
-            done.append((ticket, Result.failed(error)))
+            self._done.append((ticket, Result.failed(error)))
 
     def _result(self, pair: Prepared, logit: float) -> Result:
         if not math.isfinite(logit):
@@ -260,18 +311,6 @@ class Schedule:
             None,
             tuple(name for name, is_cut in cut if is_cut),
         )
-
-
-def _first(pairs: dict[int, Prepared]) -> tuple[list[int], int]:
-    """The tickets of as many pairs as a run takes, one at least, and their rows."""
-    tickets: list[int] = []
-    rows = 0
-    for ticket, pair in pairs.items():
-        if tickets and rows + pair.num_rows > TOKEN_BUDGET:
-            break
-        tickets.append(ticket)
-        rows += pair.num_rows
-    return tickets, rows
 
 
 def _can_be_encoded(image: SeenImage) -> bool:

@@ -4,7 +4,6 @@ graph = open_graph(Path("m0-fp32"), "head", device="cpu", threads=2)
 graph.run({"hidden": hidden}, ["logit"])
 """
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m0kit import forks
-from m0kit.artifact.ports import GraphPorts, Port, difference
+from m0kit.artifact.ports import GraphPorts, Port, data_name, difference
 from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
 from m0kit.quiet import silence_onnxruntime
+from m0kit.scoring import cuda, gpus
 
 Array = NDArray[Any]
 # ONNX Runtime's names of the kinds of ports that there are, and numpy's.
@@ -40,16 +40,19 @@ class GraphOpener(Protocol):
     """How an engine opens one graph of an artifact."""
 
     def __call__(self, folder: Path, name: str, /, *, also: Sequence[str] = ()) -> Graph:
-        """`name` is "vision", "decoder" or "head"; `also` makes inner float32 results outputs as well."""
+        """`name` is a portable graph's; `also` makes inner float32 results outputs as well."""
         ...
 
 
 class OnnxRuntimeGraph:
     """One graph in an ONNX Runtime session. Thread-safe, as sessions are; in a forked child it must be opened again."""
 
-    def __init__(self, session: Any, name: str, run_options: Any, ports: GraphPorts | None = None) -> None:
-        """`ports`: what must come out, where that is known."""
+    def __init__(
+        self, session: Any, name: str, run_options: Any, ports: GraphPorts | None = None, gpu: int | None = None
+    ) -> None:
+        """`ports`: what must come out, where that is known. `gpu`: the number of the GPU that it runs on."""
         self.session = session
+        self._gpu = gpu
         self._name = name
         self._run_options = run_options
         self._inputs = ports.inputs if ports else ()
@@ -71,6 +74,8 @@ class OnnxRuntimeGraph:
         try:
             results = self.session.run(list(outputs), dict(feeds), self._run_options)
         except Exception as error:  # it raises its own, and whatever the C++ library beneath it throws
+            if self._gpu is not None:
+                raise cuda.told(error, self._gpu) from error
             shapes = ", ".join(f"{n} {a.shape}" for n, a in feeds.items() if not n.startswith("past"))
             raise M0kitError(
                 f"the {self._name} graph failed in ONNX Runtime ({type(error).__name__}) on {shapes}. "
@@ -156,16 +161,22 @@ def open_graph(
     also: Sequence[str] = (),
     model: bytes | None = None,
     ports: Mapping[str, GraphPorts] | None = None,
+    runs: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeGraph:
     """Open `folder/{name}.onnx` on a device: "cpu", "cuda", "cuda:1", or an execution provider's full name.
 
     Weights stay in the memory-mapped data file: ONNX Runtime's private, repacked copies of them are
     switched off (measured: no slower from 256 rows on). `also` makes inner float32 results of the graph
-    outputs as well. `ports` are those that the manifest tells of each graph; others are an error.
-    Raises DependencyError, DeviceError, ArtifactDamagedError.
+    outputs as well. `ports` are those that the manifest tells of each graph; others are an error. `runs`: graphs of the
+    device's set by the names of those in whose place they are opened.
+    Raises DependencyError, DeviceError, ArtifactDamagedError; M0kitError where a GPU's memory runs out.
     """
+    name = (runs or {}).get(name, name)
     ort = onnxruntime()
-    providers = _providers(ort, device)
+    gpu = _gpu(device)
+    if gpu is not None:
+        gpus.chosen(gpu, cuda.start(ort))
+    providers = _providers(ort, device, gpu)
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -186,13 +197,18 @@ def open_graph(
         # Outputs of a protobuf message that is read after another of its kind are added to it.
         opened = (path.read_bytes() if model is None else model) + _outputs_message(also)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        data = folder / f"{name.partition('.')[0]}.onnx.data"
+        data = folder / data_name(name)
         if data.is_symlink() and data.stat().st_size:  # from a hub's cache: for a model in memory it follows no links
             content = np.memmap(data, np.uint8, mode="r")
             options.add_external_initializers_from_files_in_memory([data.name], [content], [content.size])
     try:
-        session = ort.InferenceSession(opened, options, providers=providers, disabled_optimizers=["ConstantFolding"])
+        # With its `enable_fallback` it would print, and take the host's CPU, where CUDA fails now or in a run.
+        session = ort.InferenceSession(
+            opened, options, providers=providers, disabled_optimizers=["ConstantFolding"], enable_fallback=False
+        )
     except Exception as error:  # it raises its own, and whatever the C++ library beneath it throws
+        if gpu is not None:
+            raise cuda.told(error, gpu) from error
         raise ArtifactDamagedError(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it ({type(error).__name__}). "
             "It needs version 1.30 or newer; export the artifact again if it still does not open."
@@ -209,9 +225,9 @@ def open_graph(
         # grew to is given back when this run or the next ends, so that a long prompt does not cost for ever.
         run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     if ports is None:
-        return OnnxRuntimeGraph(session, name, run_options)
+        return OnnxRuntimeGraph(session, name, run_options, gpu=gpu)
     _check_ports(path, session, ports[name])
-    return OnnxRuntimeGraph(session, name, run_options, ports[name])
+    return OnnxRuntimeGraph(session, name, run_options, ports[name], gpu)
 
 
 def _check_ports(path: Path, session: Any, told: GraphPorts) -> None:
@@ -247,21 +263,27 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
-def _providers(ort: Any, device: str) -> list[Any]:
+def _gpu(device: str) -> int | None:
+    """The GPU's number, None for another device. Raises DeviceError for several: a graph is on one."""
+    ids = gpus.named(device)
+    if len(ids) > 1:
+        raise DeviceError(f"device {device!r}: a graph runs on one GPU. Open it on each.")
+    return ids[0] if ids else None
+
+
+def _providers(ort: Any, device: str, gpu: int | None) -> list[Any]:
     available = ort.get_available_providers()
-    named = re.fullmatch(r"cuda(?::(\d+))?", device)
     if device == "cpu":
         chosen: Any = "CPUExecutionProvider"
-    elif named:
-        chosen = ("CUDAExecutionProvider", {"device_id": named[1] or "0"})
+    elif gpu is not None:
+        chosen = (cuda.PROVIDER, cuda.provider_options(gpu))
     elif device.endswith("ExecutionProvider"):
         chosen = device
     else:
         raise DeviceError(f"device {device!r} is not known. Say cpu, cuda, cuda:1, or one of {', '.join(available)}.")
     name = chosen if isinstance(chosen, str) else chosen[0]
     if name not in available:
-        hint = " pip install 'm0kit[gpu]' in place of [cpu]." if named else ""
-        raise DeviceError(f"device {device!r}: this onnxruntime has {', '.join(available)}, not {name}.{hint}")
+        raise DeviceError(f"device {device!r}: this onnxruntime has {', '.join(available)}, not {name}.")
     return [chosen] if name == "CPUExecutionProvider" else [chosen, "CPUExecutionProvider"]
 
 

@@ -162,9 +162,13 @@ class _File:
 class Encoder:
     """A tokenizer's ids of texts. Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, width: int = _WIDTH) -> None:
-        """`width`: characters per token of a first try in `start`."""
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, width: int = _WIDTH, *, in_threads: bool = False) -> None:
+        """`width`: characters per token of a first try in `start`.
+
+        `in_threads`: several threads tokenise at a time. The library holds Python's lock while it encodes a text, but
+        not for a list of texts; then, however, it warns at the next fork, so a list of one is for those who ask.
+        """
+        self.tokenizer, self._in_threads = tokenizer, in_threads
         self._width = width
         self._model: Any = tokenizer.model
         self._vocabulary: tuple[dict[str, int], int] | None = None
@@ -177,10 +181,35 @@ class Encoder:
         """The ids of a text. Raises InputError for one that the tokenizer cannot take."""
         try:
             with _caught():
-                ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+                ids: list[int] = self._encoding(text).ids
         except _LibraryError:
             raise InputError(_UNTAKEN) from None
         return ids
+
+    def before(self, text: str) -> tuple[list[int], int, int]:
+        """The ids of a text that others will continue: ids, how many of them stand whatever follows, and the place in
+        the text that they reach to. The rest, continued, is tokenised as it would be in the whole.
+
+        Raises InputError as `all` does. None stand where that is not known.
+        """
+        try:
+            with _caught():
+                encoding = self._encoding(text)
+        except _LibraryError:
+            raise InputError(_UNTAKEN) from None
+        ids: list[int] = encoding.ids
+        last = encoding.token_to_word(len(ids) - 1) if ids and self._is_known else None
+        if last is None:
+            return ids, 0, 0
+        piece = last
+        while piece and BLANKS.issuperset(text[slice(*_span(encoding.word_to_chars(piece)))]):
+            piece -= 1
+        piece = min(piece + 1, last)  # all but the blanks at the end, or but the last
+        certain, place = _span(encoding.word_to_tokens(piece))[0], _span(encoding.word_to_chars(piece))[0]
+        # Before a letter of ASCII the text may be cut for NFC, too.
+        if not text[place:].isascii() or self.all(text[place:]) != ids[certain:]:
+            return ids, 0, 0
+        return ids, certain, place
 
     def start(self, text: str, count: int) -> list[int]:
         """The first ids of a text, exactly: `count` or more, or all that there are.
@@ -204,6 +233,11 @@ class Encoder:
                 f"larger than the {MAX_WHOLE_BYTES >> 20} MiB that are tokenised whole. Give its beginning alone."
             )
         return self.all(text)
+
+    def _encoding(self, text: str) -> Any:
+        if self._in_threads:
+            return self.tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids. Raises InputError as `all` does."""
@@ -278,6 +312,12 @@ class Encoder:
             found = self.tokenizer.get_vocab(with_added_tokens=False)
             self._vocabulary = found, max(map(len, found))
         return self._vocabulary
+
+
+def _span(found: tuple[int, int] | None) -> tuple[int, int]:
+    """Of a piece that is there."""
+    assert found is not None
+    return found
 
 
 class _LibraryError(Exception):

@@ -30,7 +30,7 @@ def texts(svg: str) -> list[str]:
     "svg",
     [
         plot.shares({NASTY: [plot.Mark(0.5, 0, NASTY)]}, NASTY),
-        plot.bars([plot.Bar(NASTY, 1, NASTY, 2, {NASTY: 1})], NASTY),
+        plot.bars([plot.Bar(NASTY, 1, NASTY, 2, {NASTY: 1}, (0, 2))], NASTY),
         plot.scatter([plot.Mark(0.5, 0.5, NASTY)], NASTY, NASTY),
         plot.lines({NASTY: [(0, 1), (1, 2)]}, NASTY, NASTY),
     ],
@@ -105,10 +105,20 @@ def test_bars_begin_at_zero_and_what_is_small_looks_small() -> None:
     assert "0" in texts(svg)
 
 
+def test_an_interval_is_drawn_from_end_to_end_and_the_axis_has_room_for_it() -> None:
+    svg = plot.bars([plot.Bar("a", 1, "1", 2, interval=(-1, 3)), plot.Bar("b", 1, "1")], "points")
+    (whisker,) = points(svg)
+    (zero, width), _ = ((float(e.attrib["x"]), float(e.attrib["width"])) for e in ET.fromstring(svg).iter(f"{SVG}rect"))
+    across = [x for x, _ in whisker]
+    assert min(across) == pytest.approx(zero - width, abs=0.2)
+    assert max(across) == pytest.approx(zero + 3 * width, abs=0.3)
+    assert all(16 <= x <= plot.WIDTH - plot.RIGHT for x in across)
+
+
 def test_no_label_meets_another() -> None:
     names = [f"an artifact with a rather long name, number {i}" * 3 for i in range(9)]
     charts = [
-        plot.bars([plot.Bar(name, 0.5, "-0.47 (limit 0.2)", 1.0) for name in names], "points of nDCG@10 lost"),
+        plot.bars([plot.Bar(name, 0.5, "-0.47 [-10.20, 10.35]", 1.0) for name in names], "points of nDCG@10 lost"),
         plot.shares({name: [plot.Mark(0.1, 0, "")] for name in names}, "share of tolerance"),
         plot.lines({name[:60]: [(64, 1), (10_240, 12_000)] for name in names}, "tokens", "MiB", limit=7_000),
         plot.scatter([], "x", "y"),

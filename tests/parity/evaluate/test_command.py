@@ -55,6 +55,18 @@ def test_scores_and_figures_are_each_artifacts_own(
     assert second["quality"]["all sets"]["ndcg"] == pytest.approx(np.mean(each))  # equal sizes here
 
 
+def test_as_many_queries_are_drawn_as_are_asked_for(base: Path, tuned: Path, fast: list[Any]) -> None:
+    done = json.loads(invoke(base, tuned, "--draw", 22, "--threads", 1, "--no-speed", "--json").stdout)
+    assert done["sets"] == {"text": 8, "across": 5, "code": 5, "pages": 4, "all sets": 22}
+    assert done["about"]["pairs"] == "22 drawn"
+    first, second = (artifact["quality"] for artifact in done["artifacts"])
+    assert first["all sets"]["interval"] is None
+    low, high = second["all sets"]["interval"]
+    assert low < second["all sets"]["loss"] < high
+    assert second["text"]["interval"] is None, "eight queries tell nothing"
+    assert done["verdicts"] == {"base": None, "tuned": None}, "fp32 has no limit"
+
+
 def test_a_line_that_cannot_be_scored_is_left_out_for_all(
     base: Path, tuned: Path, fast: list[Any], tmp_path: Path
 ) -> None:
@@ -120,7 +132,7 @@ def test_the_command_runs_for_real(base: Path, tmp_path: Path) -> None:
     pairs = judged(tmp_path, row(relevance=[2, 0, 1]))
     page = tmp_path / "r.html"
     done = invoke(base, copy, "--pairs", pairs, "--repeats", 1, "--threads", 1, "--html", page)
-    assert re.search(r"copy +fp32 +\d\.\d{4} +0\.00 +0 +0 +1\.0000 +100\.0%", done.stdout), "the same files"
+    assert re.search(r"copy +fp32 +\d\.\d{4} +0\.00 +– +0 +0 +1\.0000 +100\.0%", done.stdout), "the same files"
     assert "speed: 3 of the file's text pairs" in done.stdout
     assert "memory: 3 of the file's text pairs" in done.stdout
     text = page.read_text("utf-8")
@@ -139,3 +151,5 @@ def test_what_cannot_work_is_said_before_anything_slow(base: Path, tiny_artifact
     with pytest.raises(ArtifactError, match=MANIFEST):
         invoke(base, tmp_path / "empty", "--pairs", pairs)
     assert "Missing argument" in invoke(code=2).output
+    assert "give one of them" in invoke(base, "--pairs", pairs, "--draw", 8, code=2).output
+    assert "x>=4" in invoke(base, "--draw", 3, code=2).output

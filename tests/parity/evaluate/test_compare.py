@@ -5,18 +5,22 @@ What the figures of time and memory are is nobody's business here: machines diff
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest
 from m0kit.errors import ArtifactError, InputError, ScoreError
+from m0kit.scoring.schedule import Result
 from m0kit_parity.evaluate.compare import check_same_model, compare, judged_workloads, labels_of
+from m0kit_parity.evaluate.intervals import interval, resampled
 from m0kit_parity.evaluate.judged import Query
+from m0kit_parity.small.evaluate import ndcg_at_k
 
 
 def test_artifacts_of_two_models_are_refused_with_both_names(base: Path, tiny_artifact: Path) -> None:
@@ -65,20 +69,55 @@ def test_artifacts_take_turns_one_measurement_at_a_time(base: Path, tuned: Path,
 def test_scores_that_are_not_finite_are_not_ranked(
     base: Path, fast: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflowing(self: Reranker, pairs: Sequence[Any]) -> list[Any]:
-        return [
-            replace(r, score=math.nan, logit=math.nan, error=ScoreError("no finite number")) if "cats" in pair[1] else r
-            for pair, r in zip(pairs, real(self, pairs), strict=True)
-        ]
+    def overflowing(self: Reranker, pairs: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        pairs = list(pairs)
+        for position, result in real(self, pairs):
+            error = ScoreError("no finite number") if "cats" in pairs[position][1] else None
+            yield position, replace(result, score=math.nan, logit=math.nan, error=error) if error else result
 
-    real: Callable[..., list[Any]] = Reranker.evaluate
-    monkeypatch.setattr(Reranker, "evaluate", overflowing)
+    real: Callable[..., Iterator[tuple[int, Any]]] = Reranker.stream
+    monkeypatch.setattr(Reranker, "stream", overflowing)
     good, bad = Query("line 1", "q", ("a", "b"), None), Query("line 2", "q", ("a", "cats"), None)
     evaluation, _ = compare([base], {"set": [good, bad]}, threads=1, speed=False)
     assert evaluation.sets == {"set": 1}
     assert re.fullmatch(r"line 2, document 2: .*base: no finite number", evaluation.errors[0])
     with pytest.raises(InputError, match=r"no query could be scored.*line 2"):
         compare([base], {"set": [bad]}, threads=1, speed=False)
+
+
+def test_each_loss_has_the_interval_of_its_own_queries(
+    base: Path, tuned: Path, fast: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are random here: what matters is which of them an interval is made of."""
+    sizes = {"alone": 30, "together": 40, "few": 19}
+    sets = {
+        name: [Query(f"{name} {i}", "q", tuple("abc"), (2, 1, 0), f"{i // 2}" * (name == "together")) for i in range(n)]
+        for name, n in sizes.items()
+    }
+    drawn = [np.random.default_rng(side).normal(size=(sum(sizes.values()), 3)) for side in range(4)]
+    sides = iter(drawn)
+
+    def stream(_: Reranker, pairs: Iterable[Any]) -> Iterator[tuple[int, Result]]:
+        logits = next(sides).ravel()
+        for position, _pair in enumerate(list(pairs)):
+            yield position, Result(0.5, float(logits[position]))
+
+    monkeypatch.setattr(Reranker, "stream", stream)
+    evaluation, _ = compare([base, tuned], sets, {}, threads=1, speed=False, kvs=("int8",))
+    assert evaluation.artifacts[0].quality["alone"].interval is None
+    ndcg = np.asarray([[ndcg_at_k(list(row), (2, 1, 0)) for row in side] for side in drawn])
+    losses = 100 * (ndcg[0] - ndcg[1:])
+    places = iter(np.split(losses, np.cumsum(list(sizes.values()))[:-1], axis=1))
+    parts = [
+        resampled(next(places).T, [query.group for query in queries], seed)
+        for seed, queries in enumerate(sets.values())
+    ]
+    for side, artifact in enumerate(evaluation.artifacts[1:]):  # with documents as computed, and kept in int8
+        for (name, quality), part in zip(artifact.quality.items(), [*parts, None], strict=True):
+            assert quality.interval == interval(parts if part is None else [part], side), name
+        assert artifact.quality["few"].interval is None
+        assert artifact.quality["together"].interval is not None, "twenty groups"
+        assert artifact.quality["alone"].changed == np.count_nonzero(losses[side, :30])
 
 
 def test_the_files_own_pairs_are_timed_a_few_of_each_kind(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m0kit_parity.evaluate.intervals import Interval
 from m0kit_parity.evaluate.judged import Query
-from m0kit_parity.evaluate.quality import quality_of, spearman
+from m0kit_parity.evaluate.quality import quality_of, spearman, verdict_of
 
 few_values = st.lists(st.tuples(*[st.integers(-3, 3).map(float)] * 2), min_size=2, max_size=8)
 
@@ -51,6 +52,7 @@ def test_quality_is_measured_against_the_baseline() -> None:
     assert quality.mean_delta == pytest.approx((0.4 + 0.1 + 0 + 0 + 0.1) / 5)
     assert quality.spearman == pytest.approx((0.5 + 1) / 2)
     assert quality.same_first == 0.5
+    assert quality.changed == 1
     alone = quality_of(queries, before, None)
     assert (alone.ndcg, alone.loss, alone.max_delta, alone.spearman) == (1.0, None, None, None)
 
@@ -66,3 +68,29 @@ def test_without_judgements_there_is_agreement_only() -> None:
     quality = quality_of([Query("line 1", "q", ("a", "b"), None)], [[0.1, 0.9]], [[0.9, 0.1]])
     assert (quality.ndcg, quality.loss, quality.same_first) == (None, None, 0.0)
     assert quality.spearman == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((-0.4, 0.1), "within the limit"),
+        ((-0.4, 0.2), "within the limit"),
+        ((0.05, 0.2), "within the limit"),  # something is lost, and not too much
+        ((0.0, 0.0), "within the limit"),
+        ((-0.4, -0.1), "within the limit"),
+        ((-0.1, 0.3), "cannot tell"),
+        ((0.0, 0.3), "cannot tell"),
+        ((0.01, 0.3), "perhaps over the limit"),
+        ((0.2, 0.3), "perhaps over the limit"),
+        ((0.21, 0.3), "over the limit"),
+        (None, "cannot tell"),
+    ],
+)
+def test_what_an_interval_says_of_a_limit(interval: Interval | None, verdict: str) -> None:
+    assert verdict_of(interval, 0.2) == verdict
+
+
+def test_a_limit_of_nothing_may_not_be_passed() -> None:
+    assert verdict_of((0.0, 0.0), 0) == "within the limit"
+    assert verdict_of((-0.1, 0.1), 0) == "cannot tell"
+    assert verdict_of((0.1, 0.2), 0) == "over the limit"

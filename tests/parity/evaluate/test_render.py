@@ -24,10 +24,15 @@ def result_of(
     speed: bool = True,
     losses: Sequence[float] = (0.1, 0.2, 0.3),
     changes: Sequence[Change] = (),
+    half: float | None = 0.05,
+    changed: int = 20,
 ) -> Evaluation:
+    """`half`: of each loss's interval; `changed`: queries."""
     artifacts = []
     for i, name in enumerate(names):
-        other = (None,) * 5 if i == 0 else (losses[i - 1], 0.01, 0.001, 0.99, 0.975)
+        loss = losses[i - 1]
+        span = (loss - half, loss + half) if half is not None else None
+        other = (None,) * 7 if i == 0 else (loss, span, changed, 0.01, 0.001, 0.99, 0.975)
         quality = Quality(0.9 - i / 1000 if judged else None, *other)
         memory = {"load": Memory(opened=0.1, loaded=1, peak=3, private=2, seconds=0.1)}
         seconds = {"load": Timing("load", name, 1.0, 1.0 + i, 1.0, 2.0 + i)} if speed else {}
@@ -41,8 +46,9 @@ def result_of(
 
 def test_tables_are_complete_and_aligned() -> None:
     text = to_text(result_of(["a", "bb"]))
-    assert re.search(r"^set, 2 queries +scheme +nDCG@10 +loss, points", text)
-    assert re.search(r"bb +int8 +0\.8990 +0\.10 +0\.01 +0\.001 +0\.9900 +97\.5%", text)
+    assert re.search(r"^set, 2 queries +scheme +nDCG@10 +loss, points +95 %", text)
+    assert re.search(r"bb +int8 +0\.8990 +0\.10 +\[0\.05, 0\.15\] +0\.01 +0\.001 +0\.9900 +97\.5%", text)
+    assert "\nWithin the limit. Of nDCG@10, set: bb loses 0.10 points [0.05, 0.15] (limit 0.2).\n" in text
     assert re.search(r"bb +int8 +500\.0 +50\.0%", text)
     assert re.search(r"bb +int8 +1\.000 +2\.00× +1\.00–3\.00", text)
     assert "\n(chance) " in text
@@ -83,11 +89,33 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(judged: bool) -> N
 @pytest.mark.parametrize(
     ("evaluation", "said"),
     [
-        (result_of(["a", "b"]), "✓ Within limits</b> Of nDCG@10, set: b loses 0.10 points (limit 0.2)."),
-        (result_of(["a", "b"], losses=[-0.4]), "✓ Within limits</b> Of nDCG@10, set: b gains 0.40 points (limit 0.2)."),
         (
-            result_of(["a", "b", "c"], losses=[0.1, 0.21]),
-            "✗ Over the limit</b> Of nDCG@10, set: c loses 0.21 points (limit 0.2), b loses 0.10 points (limit 0.2).",
+            result_of(["a", "b"]),
+            "✓ Within the limit</b> Of nDCG@10, set: b loses 0.10 points [0.05, 0.15] (limit 0.2).",
+        ),
+        (
+            result_of(["a", "b"], losses=[-0.4]),
+            "✓ Within the limit</b> Of nDCG@10, set: b loses -0.40 points [-0.45, -0.35] (limit 0.2).",
+        ),
+        (
+            result_of(["a", "b", "c"], losses=[0.1, 0.26]),
+            "✗ Over the limit</b> Of nDCG@10, set: c loses 0.26 points [0.21, 0.31] (limit 0.2), "
+            "b loses 0.10 points [0.05, 0.15] (limit 0.2).",
+        ),
+        (
+            result_of(["a", "b", "c"], losses=[0.1, 0.24], half=0.12),
+            "≈ Perhaps over the limit</b> Of nDCG@10, set: "
+            "c loses 0.24 points [0.12, 0.36] (limit 0.2, perhaps over the limit), "
+            "b loses 0.10 points [-0.02, 0.22] (limit 0.2, cannot tell).",
+        ),
+        (
+            result_of(["a", "b", "c"], losses=[-1, 0.004], half=0.3),
+            "≈ Cannot tell</b> Of nDCG@10, set: c loses 0.00 points [-0.30, 0.30] (limit 0.2, cannot tell), "
+            "b loses -1.00 points [-1.30, -0.70] (limit 0.2).",
+        ),
+        (
+            result_of(["a", "b"], half=None),
+            "≈ Cannot tell</b> Of nDCG@10, set: b loses 0.10 points (limit 0.2, cannot tell).",
         ),
         (result_of(["a", "b"], judged=False), "– Not judged</b>"),
         (
@@ -101,6 +129,23 @@ def test_the_page_begins_with_which_artifact_keeps_its_limit(evaluation: Evaluat
     page = to_html(evaluation)
     assert said in page
     assert page.index(said) < page.index("<table") < page.index("<svg") < page.index('<details class="about">')
+
+
+def test_an_interval_that_rests_on_few_queries_is_said_to() -> None:
+    said = "It is too narrow where few queries changed their nDCG (b: 9)."
+    assert said in to_text(result_of(["a", "b"], changed=9))
+    assert "(b: 0)" in to_text(result_of(["a", "b"], changed=0)), "scores changed"
+    assert "too narrow" not in to_text(result_of(["a", "b"], changed=10))
+
+
+def test_the_three_forms_have_the_interval_and_the_verdict() -> None:
+    evaluation = result_of(["a", "b"], half=0.2)
+    found = to_json(evaluation)
+    assert found["verdicts"] == {"a": None, "b": "cannot tell"}
+    assert found["artifacts"][1]["quality"]["set"]["interval"] == pytest.approx((-0.1, 0.3))
+    page = to_html(evaluation)
+    assert page.count("[-0.10, 0.30]") == 5, "said, in the overview, at the bar and on it, among the figures"
+    assert '<span class="near">≈ cannot tell</span>' in page
 
 
 def test_limits_are_those_of_precisions_against_fp32() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from m0kit.precision import SCHEMES
 from m0kit_parity.figures import published
 from m0kit_parity.figures.workshop import QUICK, WHOLE, Workshop
 from m0kit_parity.samples import checkpoints
@@ -18,16 +19,16 @@ from m0kit_parity.samples import checkpoints
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 TINY = replace(
-    QUICK, big="tiny", loads=("64 ",), queries=1, calibration=1, cases=("tiny", "image_text"), memory=(256, 192),
-    seconds=(64, 48), documents=2, pages=2, tokens=96, asked=2,
+    QUICK, big="tiny", loads=("64 ",), queries=1, drawn=4, calibration=1, cases=("tiny", "image_text"),
+    memory=(256, 192), seconds=(64, 48), documents=2, pages=2, tokens=96, asked=2,
 )  # fmt: skip
 # Heading and first column of a figure's first table.
 FIRST = {
     "pairs": (["", "text, 64 tokens"], ["m0kit fp32", "m0kit int8", "m0kit int4", "m0kit nf4", "transformers fp32"]),
     "precisions": (None, ["fp32", "fp16", "bf16", "int8", "int4", "nf4", "fp32, adapter on the embedding"]),
     "depth": (None, ["m0kit int8", "m0kit int4", "transformers fp32"]),
-    "quality": (None, ["fp32", "fp16", "bf16", "int8", "int4", "nf4", "int8 calibrated", "int4 calibrated"]),
-    "kept": (None, ["fp32", "fp16", "int8"]),
+    "quality": (None, [*SCHEMES, *(f"{precision} calibrated" for precision in ("int8", "int4", "nf4"))]),
+    "kept": (["kept in", "a token of the published model"], ["fp32", "fp16", "int8"]),
     "reuse": (None, ["text, 96 tokens"] * 3 + ["page, 121 tokens"] * 3),
     "reuse-growth": (None, ["1", "2", "4", "8", "16", "32", "64"]),
     "many": (["200 pairs on 100 documents", "MiB resident"], ["before", "planned", "10 %", "50 %", "100 %"]),
@@ -51,7 +52,7 @@ def test_every_figure_has_a_test() -> None:
 
 
 # Those of many exports, or of PyTorch.
-LONG = ("pairs", "precisions", "depth", "quality", "reuse", "parity", "answers")
+LONG = ("pairs", "precisions", "depth", "quality", "kept", "reuse", "parity", "answers")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in FIRST])
@@ -73,7 +74,7 @@ def test_a_figure_is_measured(name: str, shop: Workshop, tmp_path: Path, monkeyp
     assert plots == [plot for figure, plot in published.PLOTS.items() if figure == name]
     assert all((tmp_path / plot).read_text().startswith("<svg") for plot in plots)
     left = {path.name for path in set(shop.folder.iterdir()) - before}
-    assert all(name.startswith(("big", "small", "outliers", "calibration")) for name in left), "the rest is forgotten"
+    assert all(name.startswith(("big", "small", "massive", "calibration")) for name in left), "the rest is forgotten"
 
 
 @pytest.mark.parametrize("name", published.FIGURES)
@@ -87,5 +88,16 @@ def test_the_page_says_by_which_command_a_figure_is_had(name: str) -> None:
 
 def test_a_quick_run_is_smaller_in_everything() -> None:
     assert QUICK.queries is not None
-    for name in ("layers", "repeats", "calibration", "documents", "pages", "tokens", "asked", "memory", "seconds"):
+    for name in (
+        "layers",
+        "repeats",
+        "drawn",
+        "calibration",
+        "documents",
+        "pages",
+        "tokens",
+        "asked",
+        "memory",
+        "seconds",
+    ):
         assert getattr(QUICK, name) < getattr(WHOLE, name), name

@@ -128,7 +128,8 @@ def test_every_command_is_registered_with_m0kit() -> None:
 
 def test_a_check_that_passes_prints_a_table_and_exits_with_nought(golden: Path, tiny_artifact: Path) -> None:
     done = invoke(parity, "check", tiny_artifact, golden)
-    for stage in ("token_ids", "positions", "patches", "image_embeds", "hidden", "logit", "score", "ranking"):
+    stages = ("token_ids", "positions", "patches", "image_embeds", "portable_embeds", "hidden", "logit", "score")
+    for stage in (*stages, "ranking"):
         assert stage in done.stdout
     assert "pass" in done.stdout
     assert "opening" in done.stderr

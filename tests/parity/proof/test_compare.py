@@ -16,6 +16,7 @@ from m0kit_parity.proof.compare import (
     Verdict,
     as_dict,
     compare_pair,
+    compare_portable,
     compare_ranking,
     compare_scores,
     layer_profile,
@@ -71,7 +72,7 @@ def set_last(amount: float) -> Any:
     return change
 
 
-PAIR_STAGES = [stage for stage in STAGES if stage != "ranking"]
+PAIR_STAGES = [stage for stage in STAGES if stage not in ("portable_embeds", "ranking")]
 TENSORS = [stage for stage in PAIR_STAGES if stage not in ("logit", "score")]
 
 
@@ -227,6 +228,18 @@ def test_a_ranking_passes_exactly_when_the_orders_are_equal(reference: list[floa
 def test_published_scores_are_held_to_their_own_noise() -> None:
     assert compare_scores([0.68, 0.44], [0.689, 0.431], PUBLISHED)[0].verdict is Verdict.PASS
     assert compare_scores([0.68, 0.44], [0.691, 0.44], PUBLISHED)[0].verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(("part", "verdict"), [(0.0, Verdict.PASS), (0.9, Verdict.PASS), (1.1, Verdict.FAIL)])
+def test_what_the_portable_graph_gives_is_held_against_the_limit_of_image_embeddings(
+    part: float, verdict: Verdict
+) -> None:
+    assert FP32["portable_embeds"].limit == FP32["image_embeds"].limit
+    reference = [np.ones((2, 16), np.float32), np.ones((1, 16), np.float32)]
+    embeds = [reference[0], reference[1] + np.float32(part * FP32["portable_embeds"].limit)]
+    result = compare_portable(reference, embeds, FP32)
+    assert (result.stage, result.verdict) == ("portable_embeds", verdict)
+    assert compare_portable(reference, embeds[:1], FP32).verdict is Verdict.FAIL
 
 
 def test_overall_is_the_worst_verdict() -> None:

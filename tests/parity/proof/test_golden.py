@@ -95,6 +95,31 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_the_gain_of_the_final_norm_comes_back_to_the_bit(tmp_path: Path) -> None:
+    gain = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    assert np.array_equal(recorded(tmp_path / "g", norm=gain).norm(), gain)
+
+
+def test_a_folder_without_the_gain_says_how_to_record_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"no gain of the final norm.*record it again: {COMMAND}"):
+        recorded(tmp_path / "g").norm()
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (np.ones(31, np.float32), "is of another model"),
+        (np.ones((32, 1), np.float32), "is of another model"),
+        (np.ones(32), "is of another model"),
+        (np.full(32, np.nan, np.float32), "is damaged"),
+    ],
+    ids=["short", "table", "float64", "nan"],
+)
+def test_a_gain_that_is_none_of_the_model_is_refused(tmp_path: Path, gain: Any, said: str) -> None:
+    with pytest.raises(InputError, match=rf"norm\.npy {said}.*record it again"):
+        recorded(tmp_path / "g", norm=gain).norm()
+
+
 @pytest.mark.parametrize("layers", [False, True])
 def test_every_stage_comes_back_to_the_bit(tmp_path: Path, layers: bool) -> None:
     golden = recorded(tmp_path / "g", layers=layers)

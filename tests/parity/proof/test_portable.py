@@ -1,8 +1,9 @@
-"""The fp32 artifact uses standard operators only, and two other engines compute the same with it."""
+"""Portable graphs use standard operators only: other engines compute the same, and so do the graphs of a set."""
 
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ from click.testing import CliRunner
 from tests.hub import cached
 
 from m0kit import Reranker
+from m0kit.artifact.manifest import read_manifest
 from m0kit.errors import DependencyError, M0kitError
 from m0kit_export.export import export_artifact
 from m0kit_parity.proof.cases import builtin_cases
 from m0kit_parity.proof.cli import parity
 from m0kit_parity.proof.compare import Verdict
 from m0kit_parity.proof.golden import Golden, record
-from m0kit_parity.proof.portable import ENGINES
+from m0kit_parity.proof.portable import ENGINES, portable_encoder
 from m0kit_parity.proof.report import check
 from m0kit_parity.reference import Reference
 from m0kit_quant.recipe import Recipe
@@ -38,6 +40,28 @@ def test_another_engine_stays_within_the_same_tolerances(engine: str, golden: Go
     failed = [(case.name, s) for case in report.cases for s in case.stages if s.verdict is Verdict.FAIL]
     assert not failed
     assert {case.kind for case in report.cases} == {"text-text", "text-image", "image-text", "image-image"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_both_image_encoders_of_onnx_runtime_stay_within_the_same_tolerances(
+    precision: str, golden: Golden, tiny: Path, tmp_path: Path
+) -> None:
+    manifest = export_artifact(tiny, tmp_path / "a", recipe=Recipe.default(precision), progress=False)
+    encoder = portable_encoder("cpu", tmp_path / "a", manifest, 1)
+    assert encoder is not None
+    report = check(golden, Reranker.load(tmp_path / "a", threads=1), precision, {}, portable=encoder)
+    assert report.verdict is Verdict.PASS
+    seen = Counter(stage.stage for case in report.cases for stage in case.stages)
+    assert seen["portable_embeds"] == seen["image_embeds"] > 3
+    # Both were run: they add in another order.
+    shares = {(s.stage, s.share) for case in report.cases for s in case.stages if s.stage.endswith("_embeds")}
+    assert len(shares) > seen["image_embeds"]
+
+
+def test_where_no_set_runs_there_is_no_second_image_encoder(tiny: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    assert portable_encoder("OpenVINOExecutionProvider", tiny_artifact, read_manifest(tiny_artifact), 1) is None
+    manifest = export_artifact(tiny, tmp_path / "a", recipe=Recipe.default("int8"), progress=False)
+    assert portable_encoder("cpu", tmp_path / "a", manifest, 1) is None
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnx"])
@@ -93,7 +117,7 @@ def test_whatever_else_an_engine_raises_names_the_graph_and_the_engine(
     with pytest.raises(M0kitError, match=f"the head graph failed in the engine {engine}: "):
         head.run({"hidden": np.zeros((1, 7), np.float32)}, ["logit"])
     export_artifact(tiny, tmp_path / "a", recipe=Recipe.default("nf4"), progress=False)
-    with pytest.raises(M0kitError, match=f"the engine {engine} cannot open the decoder graph: .*MatMulBnb4"):
+    with pytest.raises(M0kitError, match=f"the engine {engine} cannot open the decoder graph: .*MatMul(Bnb4|Integer)"):
         opener(tmp_path / "a", "decoder")
 
 

@@ -23,6 +23,7 @@ from m0kit_parity.proof.compare import Verdict
 from m0kit_parity.proof.golden import Golden, record
 from m0kit_parity.proof.render import to_html, to_json, to_text
 from m0kit_parity.proof.report import Report, check, check_published
+from m0kit_quant.rotate import spread
 
 MODEL = ModelConfig(
     DecoderConfig(32, 2, 2, 1, 16, 64, 1e-6, 1e6, (2, 3, 3), 512, 1024),
@@ -30,6 +31,7 @@ MODEL = ModelConfig(
     ImageConfig(3136, 602112, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3), 1 / 255, 14, 2, 2),
     PromptConfig(500, 501, 502),
 )
+NORM = np.linspace(0.5, 2, 32, dtype=np.float32)  # the gain of the final one
 NASTY = "<script>alert('x')</script> & \"quotes\""
 PAGE = Content("file", encode(draw_page(["page"], (56, 56))))
 CASES = (
@@ -76,6 +78,7 @@ def golden(tmp_path: Path) -> Golden:
         model=MODEL,
         command="m0kit parity record x",
         provenance={},
+        norm=NORM,
         layers=True,
     )
     return Golden.open(tmp_path / "golden")
@@ -83,6 +86,27 @@ def golden(tmp_path: Path) -> Golden:
 
 def run(golden: Golden, change: Any = lambda trace, _pair: trace, **options: Any) -> Report:
     return check(golden, Fake(change), options.pop("precision", "fp32"), {"artifact": f"here {NASTY}"}, **options)
+
+
+def in_another_basis(trace: Trace, _pair: Any) -> Trace:
+    """As an artifact with `rotate` in its recipe gives it: hidden states without the gain of the final norm."""
+    turn = lambda rows: spread(rows.T, 32).T.astype(np.float32)  # noqa: E731
+    return dataclasses.replace(
+        trace,
+        image_embeds=tuple(map(turn, trace.image_embeds)),
+        hidden=turn(trace.hidden[None] / NORM)[0],
+        layers=turn(trace.layers),
+    )
+
+
+def test_what_comes_in_another_basis_is_turned_back(golden: Golden) -> None:
+    report = run(golden, in_another_basis, layers=True, rotated=True)
+    assert report.verdict is Verdict.PASS
+    assert {s.stage for case in report.cases for s in case.stages} >= {"image_embeds", "layers", "hidden"}
+    failed = {
+        s.stage for case in run(golden, in_another_basis, layers=True).cases for s in case.stages if s.value > 1e-4
+    }
+    assert failed == {"image_embeds", "layers", "hidden"}
 
 
 def with_score(trace: Trace, score: float) -> Trace:
@@ -103,6 +127,21 @@ def test_an_equal_artifact_passes(golden: Golden) -> None:
     assert report.verdict is Verdict.PASS
     assert [case.verdict for case in report.cases] == [Verdict.PASS, Verdict.PASS]
     assert {s.share for case in report.cases for s in case.stages} == {0.0}
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(0.0, Verdict.PASS), (0.1, Verdict.FAIL)])
+def test_the_portable_image_encoder_is_held_against_the_same_reference(
+    golden: Golden, off: float, verdict: Verdict
+) -> None:
+    report = run(golden, portable=lambda trace: [embeds + np.float32(off) for embeds in trace.image_embeds])
+    texts, pages = report.cases
+    assert (report.verdict, pages.verdict, texts.verdict) == (verdict, verdict, Verdict.PASS)
+    found = pages.worst("portable_embeds")
+    assert found is not None
+    assert found.verdict is verdict
+    assert texts.worst("portable_embeds") is None
+    assert "portable_embeds" in to_text(report)
+    assert run(golden).cases[1].worst("portable_embeds") is None
 
 
 @pytest.mark.parametrize("field", ["token_ids", "positions", "grid_thw", "hidden"])

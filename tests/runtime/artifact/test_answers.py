@@ -15,6 +15,7 @@ from PIL import Image
 from tests.alone import optional
 
 from m0kit import Reranker
+from m0kit.artifact.answers import Setting, Trial
 from m0kit.artifact.manifest import read_manifest, write_manifest
 from m0kit.cli.commands import cli
 from m0kit.cli.doctor import doctor
@@ -91,6 +92,19 @@ def test_our_own_engine_is_named_with_version_and_processor(
     assert "Install another version (pip install -U onnxruntime), or export in another precision" in message
 
 
+def test_a_gpu_is_named_in_the_place_of_the_processor(
+    artifact: Path,
+) -> None:
+    manifest = read_manifest(artifact)
+    setting = Setting("1.31.1", "cuda:1", "fast", "NVIDIA H100")
+    with pytest.raises(WrongAnswerError) as caught:
+        Trial(artifact, manifest, setting, "fp16").check("text", lambda pairs: [0.0] * len(pairs))
+    message = str(caught.value)
+    assert "ONNX Runtime 1.31.1 on the GPU cuda:1 (NVIDIA H100), memory fast, kv fp16, computes this fp32" in message
+    assert "this CPU" not in message
+    assert "pip install -U onnxruntime-gpu" in message
+
+
 def test_many_rows_and_a_few_behind_a_kept_prefix_are_both_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[tuple[int, int]] = []
     real = sessions.OnnxRuntimeGraph.run
@@ -126,6 +140,16 @@ def test_a_wrong_image_encoder_is_refused_when_the_first_image_comes(artifact: P
         reranker.trace(image)
 
 
+def test_a_wrong_image_encoder_of_the_set_is_refused_where_that_runs(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, image: Any
+) -> None:
+    wrong = engine(1.5, "vision.cpu")
+    assert np.isfinite(Reranker.load(artifact, open_graph=wrong).score([image])).all()  # the portable one is right
+    monkeypatch.setattr(sessions, "open_graph", lambda folder, name, *, runs, **_: wrong(folder, runs.get(name, name)))
+    with pytest.raises(WrongAnswerError, match=r"The query '\w+' on an image must have the logit"):
+        Reranker.load(artifact).score([image])
+
+
 def test_what_was_right_is_not_asked_again(artifact: Path, runs: list[str], image: Any) -> None:
     Reranker.load(artifact)
     assert runs == ["decoder", "decoder", "head"]
@@ -133,12 +157,12 @@ def test_what_was_right_is_not_asked_again(artifact: Path, runs: list[str], imag
     reranker = Reranker.load(artifact, threads=2)
     assert runs == []
     reranker.score([image])
-    assert runs == ["vision", "decoder", "head"] * 2
+    assert runs == ["vision.cpu", "decoder", "head"] * 2
     reranker.score([image])
-    assert runs == ["vision", "decoder", "head"] * 3
+    assert runs == ["vision.cpu", "decoder", "head"] * 3
     runs.clear()
     Reranker.load(artifact).score([image, TEXT])
-    assert runs.count("vision") == 1
+    assert runs.count("vision.cpu") == 1
 
 
 @pytest.mark.parametrize("options", [{"kv": "fp16"}, {"kv": "int8"}, {"memory": "low"}])
@@ -236,8 +260,8 @@ def test_doctor_asks_every_time(artifact: Path, runs: list[str]) -> None:
         runs.clear()
         done = CliRunner().invoke(doctor, [str(artifact)], catch_exceptions=False)
         assert done.exit_code == 0
-        assert "known answers: 5 right; a logit is off by" in done.stdout
-        assert {"vision", "decoder", "head"} == set(runs)
+        assert "known answers on cpu: 5 right; a logit is off by" in done.stdout
+        assert {"vision.cpu", "decoder", "head"} == set(runs)
     told = json.loads(CliRunner().invoke(doctor, [str(artifact), "--json"], catch_exceptions=False).stdout)
     answers = told["artifact"]["answers"]
     assert len(answers) == 5

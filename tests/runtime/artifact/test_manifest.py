@@ -43,9 +43,12 @@ FILES = {
     "decoder.kv-fp16.onnx": EMPTY + b"\x08\x0b",
     "decoder.kv-int8.onnx": EMPTY + b"\x08\x0c",
     "head.onnx": EMPTY + b"\x08\x0d",
+    "vision.cpu.onnx": EMPTY + b"\x08\x0e",
     "head.onnx.data": b"",
 }
-PORTS = {name: expected_ports(model_config("tiny"), name) for name in (*GRAPHS, "decoder.kv-fp16", "decoder.kv-int8")}
+RUNS = {"cpu": {"vision": "vision.cpu"}}
+NAMES = (*GRAPHS, "decoder.kv-fp16", "decoder.kv-int8", "vision.cpu")
+PORTS = {name: expected_ports(model_config("tiny"), name) for name in NAMES}
 
 RECIPE = {
     "precision": "int4",
@@ -64,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
         (folder / name).write_bytes(content)
     files = {name: FileEntry(len(content), sha256_of(folder / name)) for name, content in FILES.items()}
     provenance = {"base": "jinaai/jina-reranker-m0 é", "licence": "cc-by-nc-4.0", "adapters": []}
-    manifest = Manifest(model_config("tiny"), "int4", PORTS, files, provenance, RECIPE)
+    manifest = Manifest(model_config("tiny"), "int4", PORTS, RUNS, files, provenance, RECIPE)
     write_manifest(folder, manifest)
     return folder
 
@@ -96,10 +99,11 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert manifest.schemes == ("fp32", "int4")
     assert manifest.recipe == RECIPE
     assert manifest.graphs == PORTS
+    assert manifest.runs == RUNS
     assert manifest.files["decoder.onnx"].size == 4
     assert manifest.provenance["base"] == "jinaai/jina-reranker-m0 é"
     assert manifest.licence == "cc-by-nc-4.0"
-    assert manifest.num_bytes == 20
+    assert manifest.num_bytes == 24
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     verify_files(folder, manifest)
@@ -150,7 +154,7 @@ def test_the_fingerprint_is_that_of_every_export_of_the_same_weights(folder: Pat
 def test_the_fingerprint_depends_on_what_the_fields_mean(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(folder)
     before = manifest.fingerprint
-    monkeypatch.setattr(module, "FORMAT_VERSION", 3)
+    monkeypatch.setattr(module, "FORMAT_VERSION", 4)
     assert manifest.fingerprint != before
 
 
@@ -228,17 +232,17 @@ def test_json_of_another_kind_is_not_a_manifest(folder: Path, content: str) -> N
 
 
 def test_a_newer_version_asks_for_a_newer_m0kit_before_anything_else_is_read(folder: Path) -> None:
-    edit_manifest(folder, lambda raw: raw.update(format_version=3, files=None, model="unknown"))
+    edit_manifest(folder, lambda raw: raw.update(format_version=4, files=None, model="unknown"))
     with pytest.raises(
-        ArtifactVersionError, match=rf"^{folder / 'manifest.json'}: format version 3; this m0kit reads 2\. Update m0kit"
+        ArtifactVersionError, match=rf"^{folder / 'manifest.json'}: format version 4; this m0kit reads 3\. Update m0kit"
     ):
         read_manifest(folder)
 
 
 def test_an_older_version_asks_for_another_export(folder: Path) -> None:
-    (folder / "manifest.json").write_text('{"format": "m0kit-artifact", "format_version": 1}')  # it had no hash
+    (folder / "manifest.json").write_text('{"format": "m0kit-artifact", "format_version": 2}')  # it had no hash
     with pytest.raises(
-        ArtifactVersionError, match=rf"^{folder / 'manifest.json'}: format version 1; this m0kit reads 2\. Export the"
+        ArtifactVersionError, match=rf"^{folder / 'manifest.json'}: format version 2; this m0kit reads 3\. Export the"
     ):
         read_manifest(folder)
 
@@ -269,6 +273,13 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "graphs list": (lambda raw: raw.update(graphs=[]), "at `$.graphs`"),
     "a graph missing": (lambda raw: raw["graphs"].pop("decoder.kv-int8"), "graphs: decoder.kv-int8 is missing"),
     "a graph too many": (lambda raw: raw["graphs"].update(x=raw["graphs"]["head"]), "graphs: 'x' is not known"),
+    "no runs": (lambda raw: raw.pop("runs"), "missing required field `runs`"),
+    "runs list": (lambda raw: raw.update(runs=["cpu"]), "at `$.runs`"),
+    "a set list": (lambda raw: raw["runs"].update(cpu=["vision.cpu"]), "at `$.runs[...]`"),
+    "a set that is not known": (lambda raw: raw["runs"].update(npu={}), "runs: 'npu' is not known; known are cpu"),
+    "a set without its graph": (lambda raw: raw["runs"].update(cpu={}), "runs: cpu is {}, and it can only be {'vi"),
+    "a set of another graph": (lambda raw: raw["runs"]["cpu"].update(vision="head"), "runs: cpu is {'vision': 'head'}"),
+    "a graph of no set": (lambda raw: raw.update(runs={}), "graphs: 'vision.cpu' is not known"),
     "a port text": (lambda raw: raw["graphs"]["head"]["inputs"].append("hidden"), "at `$.graphs[...].inputs[1]`"),
     "a port's letter": (
         lambda raw: raw["graphs"]["head"]["inputs"][0].update(shape=["B", "D"]),
@@ -312,7 +323,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "large tokenizer": (lambda raw: raw["files"]["tokenizer.json"].update(size=1 << 30), "tokenizer.json has 10737418"),
     "many files": (
         lambda raw: raw["files"].update({f"f{i}": raw["files"]["head.onnx"] for i in range(1000)}),
-        "files: lists 1007",
+        "files: lists 1008",
     ),
     "two spellings": (lambda raw: raw["files"].update({"HEAD.onnx": raw["files"]["head.onnx"]}), "in two spellings"),
     **{

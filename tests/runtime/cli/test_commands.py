@@ -1,6 +1,7 @@
 """The command's results, messages and exit codes, as a shell sees them."""
 
 import base64
+import gc
 import io
 import json
 import os
@@ -9,16 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests import pdfs
 
 from m0kit import Reranker, __version__
 from m0kit.artifact.manifest import read_manifest, write_manifest
 from m0kit.cli.commands import main
+from m0kit.reading.pdf import PdfPage, pdf_pages
 from m0kit.scoring import sessions
 
 Make = Callable[..., Image.Image]
@@ -250,6 +254,95 @@ def test_an_empty_query_is_empty_and_not_missing(
 # --- documents -----------------------------------------------------------------------------------------
 
 
+class TestPdfs:
+    """Each page is a document, drawn when its turn comes."""
+
+    @pytest.fixture
+    def paper(self, tmp_path: Path) -> Path:
+        pytest.importorskip("pypdfium2", reason="needs m0kit[pdf]")
+        (path := tmp_path / "paper.pdf").write_bytes(pdfs.pdf([pdfs.text(f"page {i}\nslm markdown") for i in range(3)]))
+        return path
+
+    def test_pages_are_ranked_as_their_images_are(
+        self, m0kit: Callable[..., Done], artifact: Path, reranker: Reranker, documents: list[Path], paper: Path
+    ) -> None:
+        done = m0kit("rerank", artifact, "--query", "q", documents[0], paper, documents[3], "--json")
+        pages = list(pdf_pages(paper))
+        contents = [next(iter(TEXTS.values())).removesuffix("\n"), *pages, documents[3]]
+        scores = {row["document"]: row["score"] for row in done.rows}
+        names = [str(documents[0]), *(f"{paper}#page={page.number}" for page in pages), str(documents[3])]
+        expected = reranker.score([("q", content) for content in contents]).tolist()
+        assert [scores[name] for name in names] == pytest.approx(expected, abs=1e-5)
+        assert [row["score"] for row in done.rows] == sorted(scores.values(), reverse=True)
+        assert sorted(row["index"] for row in done.rows) == [0, 1, 2, 3, 4]
+
+        second = m0kit("rerank", artifact, "--query", "q", f"{paper}#page=2", "--json")
+        assert [row["document"] for row in second.rows] == [names[2]]
+        assert second.rows[0]["score"] == pytest.approx(scores[names[2]], abs=1e-5)
+        piped = m0kit("rerank", artifact, "--query", "q", "-", "--json", stdin=paper.read_bytes())
+        assert {row["document"] for row in piped.rows} == {f"-#page={number}" for number in (1, 2, 3)}
+
+    def test_a_pdf_that_cannot_be_read_costs_itself_alone(
+        self, m0kit: Callable[..., Done], artifact: Path, paper: Path, tmp_path: Path
+    ) -> None:
+        (shut := tmp_path / "shut.pdf").write_bytes(pdfs.locked([pdfs.text("a")]))
+        (part := tmp_path / "part.pdf").write_bytes(paper.read_bytes().replace(b"12 0 obj", b"99 0 obj"))
+        done = m0kit("rerank", artifact, "--query", "q", shut, part, paper)
+        assert done.code == 3
+        assert len(done.lines) == 1 + 3 + 3
+        assert done.err.splitlines() == [
+            f"error: {shut}: needs a password. Save it without one.",
+            f"error: {part}#page=2: is damaged and cannot be drawn. Save it again, or give it as PNG.",
+        ]
+        strict = m0kit("rerank", artifact, "--query", "q", paper, part, "--strict")
+        assert (strict.code, strict.lines) == (1, [])
+        assert (
+            strict.err == f"error: {part}#page=2: is damaged and cannot be drawn. Save it again, or give it as PNG.\n"
+        )
+
+    def test_a_page_of_the_ranking_shows_them(
+        self, m0kit: Callable[..., Done], artifact: Path, paper: Path, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "ranking.html"
+        assert m0kit("rerank", artifact, "--query", "q", paper, "--html", place).code == 0
+        assert place.read_text("utf-8").count('<img class="thumbnail"') == 3
+
+    def test_pages_that_were_ranked_are_not_held(
+        self, m0kit: Callable[..., Done], artifact: Path, monkeypatch: pytest.MonkeyPatch, paper: Path
+    ) -> None:
+        """One page is there at a time, in a few hands; what waits to be run is bounded by bytes."""
+        paper.write_bytes(pdfs.pdf([pdfs.text(f"page {i}") for i in range(30)], size=(60, 60)))
+        held: list[int] = []
+
+        def there() -> int:
+            return sum(type(one) is PdfPage for one in gc.get_objects())
+
+        before = there()  # what other tests left
+
+        def counted(*args: Any, **options: Any) -> Any:
+            for page in pdf_pages(*args, **options):
+                yield page
+                del page
+                held.append(there() - before)
+
+        monkeypatch.setattr("m0kit.cli.documents.pdf_pages", counted)
+        assert len(m0kit("rerank", artifact, "--query", "q", paper).lines) == 30
+        assert len(held) == 30
+        assert max(held) <= 4
+
+    def test_an_index_knows_pages_by_their_names(
+        self, m0kit: Callable[..., Done], artifact: Path, paper: Path, tmp_path: Path
+    ) -> None:
+        library = tmp_path / "library"
+        added = m0kit("index", "add", artifact, library, paper, "--kv", "fp32", "--json")
+        assert json.loads(added.out)["read"] == 3
+        asked = m0kit("rerank", artifact, "--index", library, "--query", "q", "--json")
+        direct = m0kit("rerank", artifact, "--query", "q", paper, "--json")
+        assert {row["document"]: row["score"] for row in asked.rows} == {
+            row["document"]: pytest.approx(row["score"], abs=1e-5) for row in direct.rows
+        }
+
+
 @pytest.mark.parametrize(
     "raw", [b"\xef\xbb\xbfone\ntwo", b"one\ntwo\n", b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\r\ntwo\r\n"]
 )
@@ -285,8 +378,8 @@ def test_a_folder_stands_for_its_files_and_says_which_it_passes_over(
     folder = documents[0].parent
     below = folder / "below"
     below.mkdir()
-    for name in ("paper.pdf", "other.pdf"):
-        (below / name).write_bytes(b"%PDF-1.7\n\xff")
+    for name in ("paper.docx", "other.docx"):
+        (below / name).write_bytes(b"PK\x03\x04\xff")
     (below / ".hidden.txt").write_text("hidden")
     (below / "broken.png").write_text("no image")
     (below / "again").symlink_to(folder)  # a circle
@@ -295,11 +388,11 @@ def test_a_folder_stands_for_its_files_and_says_which_it_passes_over(
     scores = {row["document"]: row["score"] for row in done.rows if "score" in row}
     assert scores == {str(path): pytest.approx(s, abs=1e-5) for path, s in zip(documents, expected, strict=True)}
     note, error = done.err.splitlines()
-    assert note.startswith(f"note: {below / 'other.pdf'}, {below / 'paper.pdf'}: is a PDF.")
+    assert note.startswith(f"note: {below / 'other.docx'}, {below / 'paper.docx'}: is a ZIP archive")
     assert error.startswith(f"error: {below / 'broken.png'}: ")
     (below / "broken.png").unlink()
     assert m0kit("rerank", artifact, "--query", "slm markdown", folder).code == 0
-    assert m0kit("rerank", artifact, "--query", "q", below / "paper.pdf").code == 1
+    assert m0kit("rerank", artifact, "--query", "q", below / "paper.docx").code == 1
 
 
 def test_a_pattern_that_the_shell_left_is_matched(
@@ -328,7 +421,8 @@ def test_a_dash_is_one_document_from_stdin(
         done = m0kit("rerank", artifact, "--query", "slm markdown", "-", "--json", stdin=raw)
         assert done.rows == [{"rank": 1, "index": 0, "document": "-", "score": pytest.approx(expected[i], abs=1e-5)}]
     done = m0kit("rerank", artifact, "--query", "slm markdown", "-", stdin=b"%PDF-1.7")
-    assert (done.code, done.err[:21]) == (1, "error: -: is a PDF. m")
+    why = "is no PDF, or so damaged" if find_spec("pypdfium2") else "reading PDFs needs pypdfium2"
+    assert (done.code, done.err.startswith(f"error: -: {why}")) == (1, True), done.err
 
 
 def test_json_lines_hold_documents(
@@ -623,7 +717,7 @@ def test_inspect_shows_licence_and_dimensions(m0kit: Callable[..., Done], artifa
     assert "files" not in facts
 
 
-def test_inspect_names_the_adapters_that_were_merged(
+def test_inspect_names_the_adapters_that_were_merged_and_the_sets_of_graphs(
     m0kit: Callable[..., Done], artifact: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
@@ -636,6 +730,7 @@ def test_inspect_names_the_adapters_that_were_merged(
     write_manifest(copy, replace(manifest, provenance=dict(manifest.provenance) | {"adapters": adapters}))
     facts = {line[:12].strip(): line[13:] for line in m0kit("inspect", copy).lines}
     assert facts["adapters"] == "code, legal × 0.5 (mit)"
+    assert facts["graphs"] == "vision, decoder, head; on cpu vision.cpu"
 
 
 def test_inspect_prints_json(m0kit: Callable[..., Done], artifact: Path) -> None:
@@ -644,7 +739,8 @@ def test_inspect_prints_json(m0kit: Callable[..., Done], artifact: Path) -> None
     assert facts["licence"] == "cc-by-nc-4.0"
     assert facts["model"] == json.loads(json.dumps(manifest.model.to_dict()))
     assert (facts["bytes"], facts["scheme"]) == (manifest.num_bytes, "fp32")
-    assert set(facts["graphs"]) == {"vision", "decoder", "decoder.kv-fp16", "decoder.kv-int8", "head"}
+    assert set(facts["graphs"]) == {"vision", "decoder", "decoder.kv-fp16", "decoder.kv-int8", "head", "vision.cpu"}
+    assert facts["runs"] == {"cpu": {"vision": "vision.cpu"}}
     assert facts["provenance"] == manifest.provenance
 
 

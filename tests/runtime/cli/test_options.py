@@ -5,9 +5,10 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from m0kit import Reranker
-from m0kit.cli.options import SIZE, open_reranker, require_pixels, require_place, tell
+from m0kit.cli.options import SIZE, loading, open_reranker, require_pixels, require_place, tell
 from m0kit.errors import OutputError
 
 
@@ -45,6 +46,25 @@ def test_only_its_own_error_is_told_as_an_options(artifact: Path, monkeypatch: p
     monkeypatch.setattr(Reranker, "load", failing)
     with pytest.raises(ValueError, match=r"^something else$"):
         open_reranker(artifact, {"max_pixels": 10**6})
+
+
+def test_limits_of_a_gpu_reach_the_loading_and_go_with_a_gpu_alone() -> None:
+    seen: list[dict[str, object]] = []
+
+    @click.command()
+    @loading
+    def command(load: dict[str, object]) -> None:
+        seen.append(load)
+
+    limits = ["--gpu-bytes", "8G", "--pool-bytes", "500M"]
+    assert CliRunner().invoke(command, ["--device", "cuda:0,cuda:1", *limits]).exit_code == 0
+    assert (seen[0]["gpu_bytes"], seen[0]["pool_bytes"]) == (8 << 30, 500 << 20)
+    for limit in (limits[:2], limits[2:], ["--gpu-bytes", "0"]):
+        done = CliRunner().invoke(command, limit)
+        assert done.exit_code == 2
+        assert "say --device cuda too" in done.output
+    assert CliRunner().invoke(command, []).exit_code == 0
+    assert (seen[1]["gpu_bytes"], seen[1]["pool_bytes"]) == (None, None)
 
 
 def test_a_page_takes_the_place_of_a_file_and_of_nothing_else(tmp_path: Path) -> None:

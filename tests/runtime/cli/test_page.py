@@ -148,3 +148,11 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         page.write(place, page.page("other", []))
     assert place.read_bytes() == before
     assert list(tmp_path.iterdir()) == [place]
+
+
+def test_an_image_for_which_memory_runs_out_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(page, "thumbnail", full)
+    assert "cannot be shown" in page.Contents().shown(Image.new("RGB", (3, 3)))

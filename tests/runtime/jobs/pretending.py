@@ -70,14 +70,14 @@ class StoppedError(Exception):
     pass
 
 
-def stopping(after: int, engine: Engine = pretended) -> Engine:
-    """`engine`, which fails after so many results."""
+def stopping(after: int, engine: Engine = pretended, error: Exception | None = None) -> Engine:
+    """`engine`, which fails after so many results, with the `error`."""
 
     def stopped(artifact: Path, load: Mapping[str, Any], work: Work) -> Generator[Scored | None, None, None]:
         left = after
         for result in engine(artifact, load, work):
             if left == 0 and result is not None:
-                raise StoppedError
+                raise error or StoppedError
             left -= result is not None
             yield result
 

@@ -7,7 +7,7 @@ import pytest
 from tests.runtime.jobs.pretending import read, texts
 
 from m0kit import Reranker
-from m0kit.errors import M0kitError
+from m0kit.errors import DeviceLostError, M0kitError
 from m0kit.jobs.job import score_file
 
 ONE = {"threads": 1}
@@ -70,3 +70,22 @@ def test_where_nothing_can_be_scored_no_row_is_blamed(
         with pytest.raises(type(error)):
             score_file(artifact, source, source.parent / "out.jsonl", load=ONE)
     assert score_file(artifact, source, source.parent / "out.jsonl", load=ONE).errors == 0
+
+
+def test_a_lost_gpu_is_no_rows_error_and_what_was_scored_before_is_kept(
+    artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output = Reranker.stream, source.parent / "out.jsonl"
+
+    def stream(self: Reranker, pairs: Any, **options: Any) -> Any:
+        for number, found in enumerate(whole(self, pairs, **options)):
+            if number == 30:
+                raise DeviceLostError("the GPU cuda:0 was lost")
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reranker, "stream", stream)
+        with pytest.raises(DeviceLostError):
+            score_file(artifact, source, output, load=ONE)
+    done = score_file(artifact, source, output, load=ONE)
+    assert (done.resumed, done.rows, done.errors) == (30, 50, 0)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -39,7 +40,8 @@ from tests.runtime.jobs.pretending import (
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest, write_manifest
-from m0kit.errors import DependencyError, InputError, M0kitError, OutputError
+from m0kit.cli.commands import cli
+from m0kit.errors import DependencyError, DeviceLostError, InputError, M0kitError, OutputError
 from m0kit.index import add, open_index
 from m0kit.jobs import job as jobs
 from m0kit.jobs import output as output_file
@@ -50,6 +52,7 @@ from m0kit.jobs.output import Summary
 from m0kit.jobs.rows import Scored
 from m0kit.jobs.windows import Work
 from m0kit.reading import lines
+from m0kit.terminal import run
 
 pa, pq = optional("pyarrow"), optional("pyarrow.parquet")
 
@@ -830,6 +833,27 @@ def test_an_error_of_the_engine_comes_out_of_the_process_in_which_rows_are_tried
     with pytest.raises(DependencyError, match="nothing"):
         score_file(artifact, source, output, engine=raising(DependencyError("nothing")))
     assert score_file(artifact, source, output, engine=pretended).rows == 50
+
+
+def test_a_gpu_that_is_lost_leaves_what_is_done_and_the_job_goes_on(
+    artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No row is blamed for it, and none is scored twice."""
+    output, lost = source.parent / "out.jsonl", DeviceLostError("the GPU cuda:0 was lost while it computed.")
+    arguments = ["score", str(artifact), str(source), "-o", str(output)]
+    command = functools.partial(cli.main, arguments, standalone_mode=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("m0kit.jobs.engine.local_engine", stopping(20, error=lost))
+        assert run(command) == 75
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"{output}: not finished; the same command goes on with it",
+        f"error: {lost}",
+    ]
+    assert not output.exists()
+    done = score_file(artifact, source, output, engine=pretended)
+    assert (done.resumed, done.rows) == (20, 50)
+    score_file(artifact, source, source.parent / "wanted.jsonl", engine=pretended)
+    assert read(output) == read(source.parent / "wanted.jsonl")
 
 
 def raising(error: Exception) -> Engine:

@@ -21,7 +21,7 @@ from m0kit.errors import ArtifactError, DependencyError, DeviceError, InputError
 from m0kit.jobs import ray_engine as engine_file
 from m0kit.jobs.engine import dependencies
 from m0kit.jobs.job import score_file
-from m0kit.jobs.ray_engine import blocks, ray_engine
+from m0kit.jobs.ray_engine import PATIENCE, blocks, ray_engine
 from m0kit.jobs.rows import Row, Scored
 from m0kit.jobs.windows import Work
 
@@ -33,7 +33,7 @@ WORDS = ["small", "language", "models", "write", "markdown", "Wetter", "Oslo", "
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster with several workers; its address."""
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")
+    os.environ.update(PATIENCE)
     context = ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield context.address_info["address"]
     ray.shutdown()
@@ -246,16 +246,91 @@ def test_the_command_starts_a_cluster_and_leaves_none(artifact: Path, tmp_path: 
     assert not left
 
 
-def test_on_gpus_each_actor_has_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(engine_file, "connect", lambda cores: asked.append(("cores", cores)) or False)
-    monkeypatch.setattr(engine_file, "scored_blocks", lambda *args: asked.append(args) or iter(()))
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the engine asks of a cluster that others started and that has four GPUs."""
+    said: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(engine_file, "connect", lambda cores: said.append(("cores", cores)) or False)
+    monkeypatch.setattr(engine_file, "scored_blocks", lambda *args: said.append(args) or iter(()))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 4.0})
+    return said
+
+
+def test_on_gpus_each_actor_has_one(asked: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """It sees no other, so that it is the first of those it sees."""
     work = Work(tmp_path / "in.jsonl", [])
-    list(ray_engine(3)(tmp_path, {"device": "cuda:1"}, work))
-    assert asked == [("cores", 3), (tmp_path, {"device": "cuda"}, work, 3, 1, 1)]
+    for device in ("cuda", "cuda:0", "CUDAExecutionProvider"):
+        asked.clear()
+        list(ray_engine(3)(tmp_path, {"device": device}, work))
+        assert asked == [("cores", 3), (tmp_path, {"device": "cuda:0"}, work, 3, 1, 1)]
+    asked.clear()
+    list(ray_engine()(tmp_path, {"device": "cuda"}, work))
+    assert asked[1] == (tmp_path, {"device": "cuda:0"}, work, 4, 1, 1), "one for each GPU"
     asked.clear()
     list(ray_engine(3)(tmp_path, {"device": "cpu", "threads": 2}, work))
-    assert asked == [("cores", 6), (tmp_path, {"device": "cpu", "threads": 2}, work, 3, 2, 0)]
+    list(ray_engine()(tmp_path, {"device": "cpu", "threads": 2}, work))
+    assert asked[1] == (tmp_path, {"device": "cpu", "threads": 2}, work, 3, 2, 0)
+    assert asked[3] == (tmp_path, {"device": "cpu", "threads": 2}, work, 1, 2, 0)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:0,cuda:1"])
+def test_which_gpu_an_actor_has_is_for_ray_to_say(asked: list[tuple[Any, ...]], tmp_path: Path, device: str) -> None:
+    with pytest.raises(DeviceError, match=f"^device '{device}': Ray gives each worker a GPU of its own. Say cuda"):
+        list(ray_engine(2)(tmp_path, {"device": device}, Work(tmp_path / "in.jsonl", [])))
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("there", "said"), [({}, "finds no GPU .*--device cpu"), ({"GPU": 2.0}, "finds 2 GPUs .* of 3 .*fewer --workers")]
+)
+def test_more_actors_than_gpus_would_wait_for_ever(
+    asked: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, float], said: str
+) -> None:
+    monkeypatch.setattr(engine_file, "connect", lambda _: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(ray, "shutdown", lambda: asked.append(("shutdown",)))
+    with pytest.raises(DeviceError, match=said):
+        list(ray_engine(3)(tmp_path, {"device": "cuda"}, Work(tmp_path / "in.jsonl", [])))
+    assert asked == [("shutdown",)]
+
+
+def test_an_actor_whose_gpu_is_lost_is_started_again(
+    cluster: str, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = candidates(tmp_path / "in.parquet", 300)
+    (tmp_path / "lost_graphs.py").write_text(LOST_GRAPHS)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("lost_graphs")
+    ray.cloudpickle.register_pickle_by_value(module)  # the workers cannot import it
+    monkeypatch.setattr(module, "MARK", str(tmp_path / "lost"))
+    load = {**ONE, "open_graph": module.open_lost}
+    score_file(artifact, source, tmp_path / "out.parquet", engine=ray_engine(1), load=load)
+    assert (tmp_path / "lost").exists()
+    score_file(artifact, source, tmp_path / "wanted.parquet", load=ONE)
+    same(tmp_path / "out.parquet", tmp_path / "wanted.parquet")
+
+
+LOST_GRAPHS = """
+import os
+from m0kit.errors import DeviceLostError
+from m0kit.scoring.sessions import open_graph
+
+MARK = ""
+
+class Lost:
+    def __init__(self, graph):
+        self.graph, self.runs = graph, 0
+
+    def run(self, feeds, outputs):
+        self.runs += 1
+        if self.runs > 6 and not os.path.exists(MARK):
+            open(MARK, "w").close()
+            raise DeviceLostError("the GPU cuda:0 was lost")
+        return self.graph.run(feeds, outputs)
+
+def open_lost(folder, name, **options):
+    return Lost(open_graph(folder, name, device="cpu", threads=1, prepack=False, **options))
+"""
 
 
 def test_without_ray_the_extra_is_named() -> None:

@@ -79,6 +79,17 @@ class Model(RuleBasedStateMachine):
                 assert seen is None
                 self.misses += 1
 
+    @rule()
+    def drop_least(self) -> None:
+        assert self.cache.drop_least() == bool(self.values)
+        gone = self.values.keys() - set(self.cache)
+        assert len(gone) == bool(self.values)
+        for known in gone:
+            self.age = self.ranks.pop(known)
+            assert self.age <= min(self.ranks.values(), default=self.age), "what went was worth more than what stayed"
+            del self.values[known]
+            self.dropped += 1
+
     @invariant()
     def it_holds_what_it_should_and_no_more_than_its_limit(self) -> None:
         assert set(self.cache) == self.values.keys()

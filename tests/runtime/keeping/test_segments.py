@@ -151,3 +151,16 @@ def test_a_file_longer_than_memory_can_hold_is_no_disaster(segments: Segments) -
         assert segments.map(1, 1 << 62) is None
     finally:
         os.truncate(segments.path(1), 0)
+
+
+def test_a_file_and_then_its_folder_are_durable_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "segments").mkdir()
+    segments = Segments(tmp_path)
+    done: list[object] = []
+    monkeypatch.setattr(module, "sync", lambda file: done.append(os.fstat(file).st_size))
+    monkeypatch.setattr(module, "sync_path", done.append)
+    new = [New(False, name, [memoryview(name * size)], 1.5, 1, None) for name, size in ((b"a", 1), (b"b", 9000))]
+    segments.append(new, None, 8192, iter((1, 2)).__next__)
+    assert done == [4096, 12288, segments.folder]

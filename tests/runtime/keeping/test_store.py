@@ -1669,7 +1669,7 @@ def changes(db: sqlite3.Connection) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("counted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_changed_field_or_lost_row_gives_a_document_anothers_state(
     held: Path, tmp_path: Path, counted: bool
 ) -> None:

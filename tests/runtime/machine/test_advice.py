@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m0kit.machine.advice import NEEDS, Against, advise, fit
-from m0kit.machine.detect import FEATURES, Gpu, Machine
+from m0kit.machine.advice import NEEDS, Against, OnGpu, advise, fit, on_gpus
+from m0kit.machine.detect import FEATURES, Machine
 from m0kit.precision import SCHEMES, supported
+from m0kit.scoring import gpus
+from m0kit.scoring.gpus import Gpu
 
 GB = 10**9
 CPU = ("CPUExecutionProvider",)
@@ -43,13 +45,17 @@ RULES = [
     ({"free_disk": 2 * GB}, "int4", "cpu", "disk has no room"),
     ({"free_disk": None}, "int8", "cpu", "VNNI"),
     ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),)}, "fp16", "cuda", "T4 through CUDA with 16.0 GB"),
-    ({"providers": CUDA, "gpus": (Gpu("GTX", 6 * GB),)}, "int4", "cuda", "with 6.0 GB"),
+    ({"providers": CUDA, "gpus": (Gpu("GTX", 6 * GB),)}, "int8", "cuda", "with 6.0 GB"),
+    ({"providers": CUDA, "gpus": (Gpu("GTX", 4 * GB),)}, "int4", "cuda", "with 4.0 GB"),
     ({"providers": CUDA, "gpus": (Gpu("MX", 2 * GB),)}, "int8", "cpu", "VNNI"),
     ({"providers": CUDA, "gpus": (Gpu("Jetson", None),)}, "fp16", "cuda", "Jetson"),
     ({"providers": CUDA, "gpus": (Gpu("MX", 2 * GB), Gpu("T4", 16 * GB))}, "fp16", "cuda", "T4"),
-    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),), "free_disk": 3 * GB}, "int4", "cuda", "T4"),
+    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),), "free_disk": 3 * GB}, "int8", "cuda", "T4"),
+    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),), "free_disk": 2 * GB}, "int4", "cuda", "T4"),
     ({"providers": CUDA, "gpus": ()}, "int8", "cpu", "VNNI"),
+    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),), "cuda": "no libcublas"}, "int8", "cpu", "VNNI"),
     ({"providers": CPU, "gpus": (Gpu("T4", 16 * GB),)}, "int8", "cpu", "VNNI"),
+    ({"providers": CUDA, "gpus": (Gpu("V100", 32 * GB, None, (7, 0)),)}, "int8", "cpu", "VNNI"),
     ({"onnxruntime": None, "providers": ()}, "int8", "cpu", "VNNI"),
 ]
 
@@ -91,7 +97,6 @@ def test_every_machine_gets_one_recommendation_and_a_reason_against_each_other_p
     need, has = NEEDS[advice.precision], any_machine
     if advice.device == "cuda":
         assert "CUDAExecutionProvider" in has.providers
-        assert need.gpu is not None
         assert any(gpu.memory is None or gpu.memory >= need.gpu * GB for gpu in has.gpus)
     elif has.memory is not None and has.memory >= NEEDS["int8"].peak * GB:
         assert has.memory >= need.peak * GB, "never more than the machine holds"
@@ -112,14 +117,14 @@ def test_every_artifact_gets_a_verdict_with_reasons(any_machine: Machine, scheme
 
 def test_the_table_has_the_precisions_and_kernels_that_the_runtime_has() -> None:
     assert set(NEEDS) == set(SCHEMES)
-    assert {name for name, need in NEEDS.items() if need.gpu is not None} == set(supported("cuda"))
+    assert set(supported("cuda")) == set(NEEDS)
 
 
 def test_less_memory_never_asks_for_a_larger_precision() -> None:
     order = [advise(machine(memory=gb * GB)).precision for gb in range(32)]
     assert [NEEDS[name].peak for name in order] == sorted(NEEDS[name].peak for name in order)
     on_gpu = [advise(machine(providers=CUDA, gpus=(Gpu("g", gb * GB),))) for gb in range(32)]
-    assert [a.precision for a in on_gpu if a.device == "cuda"] == ["int4"] * 3 + ["fp16"] * 25
+    assert [a.precision for a in on_gpu if a.device == "cuda"] == ["int4", *["int8"] * 2, *["fp16"] * 25]
 
 
 def test_reasons_against_are_those_of_the_machine() -> None:
@@ -129,10 +134,13 @@ def test_reasons_against_are_those_of_the_machine() -> None:
     assert "less memory" in cpu["int4"].why
     assert "QLoRA" in cpu["nf4"].why
     gpu = advise(machine(providers=CUDA, gpus=(Gpu("T4", 16 * GB),))).others
-    assert not gpu["int8"].possible
-    assert "no CUDA kernels" in gpu["int8"].why
+    assert gpu["int8"] == gpu["int4"]
+    assert "only saves memory" in gpu["int8"].why
     little = advise(machine(providers=CUDA, gpus=(Gpu("GTX", 6 * GB),))).others
-    assert little["fp16"] == Against(False, "needs about 7 GB of GPU memory, there are 6.0 GB")
+    assert little["fp16"] == Against(False, "needs about 6.7 GB of GPU memory, there are 6.0 GB")
+    old = advise(machine(providers=CUDA, gpus=(Gpu("T4", 16 * GB, None, (7, 5)),))).others
+    assert old["bf16"] == Against(False, "T4 has no bf16, which came with compute capability 8.0")
+    assert old["fp32"].possible
     small = advise(machine(memory=2 * GB)).others
     assert "read again and again" in small["int8"].why
     assert "wants 4.8 GB of memory, here are 4.0 GB" in advise(machine(memory=4 * GB)).others["int8"].why
@@ -145,9 +153,12 @@ NOTES = [
     ({"onnxruntime": None}, "not installed: pip install 'm0kit"),
     ({"onnxruntime": "1.29.1"}, "1.29.1 is too old: artifacts need 1.30"),
     ({"gpus": (Gpu("T4", 16 * GB),)}, "T4 is not used: .* pip install 'm0kit.gpu.'"),
-    ({"providers": CUDA}, "no NVIDIA driver answered"),
+    ({"providers": CUDA, "cuda": "device cuda: there is no NVIDIA driver"}, "there is no NVIDIA driver"),
+    ({"gpus": (Gpu("T4", 16 * GB),), "cuda": "both are installed"}, "both are installed"),
     ({"providers": CUDA, "gpus": (Gpu("MX", 2 * GB),)}, "MX is not used: its memory"),
-    ({"providers": CUDA, "gpus": (Gpu("Jetson", None),)}, "memory is unknown; fp16 needs about 7 GB"),
+    ({"providers": CUDA, "gpus": (Gpu("V100", 32 * GB, None, (7, 0)),)}, "V100 is not used: CUDA 13 has kernels from"),
+    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB, None, (7, 5)),)}, "T4 is older than Ampere .* more slowly"),
+    ({"providers": CUDA, "gpus": (Gpu("Jetson", None),)}, "memory is unknown; fp16 needs about 6.7 GB"),
     ({"providers": ("CoreMLExecutionProvider", *CPU)}, "not considered: CoreMLExecutionProvider"),
     ({"free_disk": GB}, "int4 takes 1.45 GB of disk, 1.0 GB are free"),
     ({"features": features("x86_64")}, "this CPU has no instructions"),
@@ -182,9 +193,9 @@ FITS = [
     ({"available": GB}, "int8", 2.6, "works", "only 1.0 GB of memory are free now"),
     ({"memory": 4 * GB, "available": 4 * GB}, "int8", 0.02, "suits", "int8 on the CPU"),
     ({"free_disk": 0}, "int8", 2.6, "suits", "int8 on the CPU"),
-    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),)}, "int8", 2.6, "works", "no CUDA kernels"),
+    ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),)}, "int8", 2.6, "works", "only saves memory"),
     ({"providers": CUDA, "gpus": (Gpu("T4", 16 * GB),)}, "fp16", 4.45, "suits", "fp16 on the GPU"),
-    ({"providers": CUDA, "gpus": (Gpu("T4", 6 * GB),)}, "fp16", 4.45, "works", "int4 on the GPU"),
+    ({"providers": CUDA, "gpus": (Gpu("T4", 6 * GB),)}, "fp16", 4.45, "works", "int8 on the GPU"),
     ({}, "int2", 1.0, "works", "knows nothing of the precision int2"),
     ({"onnxruntime": None}, "int8", 2.6, "cannot run", "not installed"),
 ]
@@ -197,3 +208,17 @@ def test_an_artifact_is_held_against_the_machine(
     result = fit(machine(**known), scheme, int(gigabytes * GB))
     assert result.verdict == verdict
     assert word in " ".join(result.why)
+
+
+def test_each_gpu_is_told_what_fits_on_it() -> None:
+    old, small = Gpu("T4", 16 * GB, 15 * GB, (7, 5)), Gpu("A2", 16 * GB, 4 * GB, (8, 6))
+    both = machine(providers=CUDA, gpus=(old, small))
+    first, second = on_gpus(both, ("fp16",), int(4.45 * GB))
+    assert first == OnGpu("cuda:0", "", ("fp32", "fp16", "int8", "int4", "nf4"))
+    assert (second.device, second.fits) == ("cuda:1", ("int4", "nf4"))
+    assert second.problem == gpus.problem(small, ("fp16",), int(4.45 * GB)) != ""
+    assert [each.problem for each in on_gpus(both, ("bf16",), GB)] == [gpus.problem(old, ("bf16",), GB), ""]
+    assert [each.problem for each in on_gpus(both, ("new",), GB)] == ["there are no CUDA kernels for new"] * 2
+    assert on_gpus(replace(both, providers=CPU), ("fp16",), GB)[0].problem == "this onnxruntime has no CUDA"
+    assert on_gpus(replace(both, cuda="no libcublas"), ("fp16",), GB)[0].problem == "CUDA does not start"
+    assert on_gpus(machine(), ("fp16",), GB) == ()

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from m0kit.errors import DependencyError
+from m0kit.errors import DependencyError, DeviceError
 from m0kit.machine.advice import advise
 from m0kit.machine.detect import (
     FEATURES,
-    Gpu,
+    cuda_problem,
     describe,
     detect,
     linux_memory,
     read_cpuinfo,
-    read_nvidia_smi,
     read_sysctl,
 )
-from m0kit.scoring import sessions
+from m0kit.scoring import cuda, gpus, sessions
+from m0kit.scoring.gpus import Gpu
 
 
 def features(arch: str, *present: str) -> dict[str, bool | None]:
@@ -140,35 +139,28 @@ def test_cores_are_those_that_may_be_used(tmp_path: Path, monkeypatch: pytest.Mo
     assert detect(tmp_path, old).cores == 8
 
 
-def test_gpus_are_those_the_driver_names() -> None:
-    text = "NVIDIA H100 80GB HBM3, 81559\nNVIDIA GB10, [N/A]\n"
-    assert read_nvidia_smi(text) == (Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20), Gpu("NVIDIA GB10", None))
-    assert read_nvidia_smi("") == ()
-    assert read_nvidia_smi("No devices were found\n") == ()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell scripts")
-def test_a_driver_that_fails_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-
-    def write(script: str) -> None:
-        tool.write_text(f"#!/bin/sh\n{script}\n")
-        tool.chmod(0o755)
-
-    write("echo 'Tesla T4, 15360'")
-    assert detect(root=tmp_path).gpus == (Gpu("Tesla T4", 15360 * 2**20),)
-    write("echo 'NVIDIA-SMI has failed, no driver'; exit 9")
+def test_gpus_are_those_that_cuda_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = gpus.Devices((), gpus.NO_DRIVER)
+    monkeypatch.setattr(gpus, "devices", lambda: seen)
     assert detect(root=tmp_path).gpus == ()
     tree(tmp_path, dev__nvidia0="")
-    assert detect(root=tmp_path).gpus == (Gpu("an NVIDIA GPU", None),), "a device without its tool"
+    assert detect(root=tmp_path).gpus == (Gpu("an NVIDIA GPU", None),), "a device without the driver's libraries"
+    seen = gpus.Devices((Gpu("Tesla T4", 16 * 10**9), Gpu("GTX", 6 * 10**9)))
+    assert detect(root=tmp_path).gpus == seen.gpus
 
-    def hangs(*_: Any, timeout: float, **__: Any) -> Any:
-        raise subprocess.TimeoutExpired("nvidia-smi", timeout)
 
-    monkeypatch.setattr(subprocess, "run", hangs)
-    assert detect(root=tmp_path).gpus == (Gpu("an NVIDIA GPU", None),)
+def test_why_cuda_is_of_no_use_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Any) -> Any:
+        raise DeviceError("device cuda: libcublas.so.13 is missing")
+
+    monkeypatch.setattr(cuda, "both_installed", lambda: "")
+    monkeypatch.setattr(cuda, "start", fails)
+    assert cuda_problem(["CPUExecutionProvider"]) == ""
+    assert cuda_problem(["CUDAExecutionProvider"]) == "device cuda: libcublas.so.13 is missing"
+    monkeypatch.setattr(cuda, "start", lambda _: None)
+    assert cuda_problem(["CUDAExecutionProvider"]) == ""
+    monkeypatch.setattr(cuda, "both_installed", lambda: "both are installed")
+    assert cuda_problem(["CPUExecutionProvider"]) == "both are installed"
 
 
 def test_this_machine_is_seen(tmp_path: Path) -> None:

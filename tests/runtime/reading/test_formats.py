@@ -82,7 +82,7 @@ def test_an_image_is_one_under_any_name_that_does_not_deny_it(kind: str, name: s
         ("a.docx", b"just a text", InputError, ["its name ends with .docx, but it holds text"]),
         ("a.png", b"", ImageError, ["its name ends with .png, but it is empty"]),
         ("a.svg", b'<?xml version="1.0"?><svg></svg>', FormatError, ["an SVG drawing", "render"]),
-        ("a.pdf", b"%PDF-1.7\n\x00\xff", FormatError, ["is a PDF. m0kit reads text and images: render its"]),
+        ("a.pdf", b"%PDF-1.7\n\x00\xff", FormatError, ["is a PDF. One text or image is read here: give a page"]),
         ("a.txt", b"%PDF-1.7\nall in letters", FormatError, ["is a PDF"]),
         ("a.png", b"%PDF-1.7\n\x00\xff", FormatError, ["is a PDF"]),
         ("a.docx", b"PK\x03\x04\x00\x00", FormatError, ["is a ZIP archive, as Office documents are"]),

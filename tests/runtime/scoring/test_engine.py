@@ -11,7 +11,7 @@ from PIL import Image
 from m0kit import Reranker
 from m0kit.artifact.ports import KV, decoder_name, expected_ports
 from m0kit.scoring import sessions
-from m0kit.scoring.engine import RunStats
+from m0kit.scoring.engine import GraphEngine, RunStats
 
 PAIRS: list[Any] = [
     ("query", "a text " * 30),
@@ -78,3 +78,13 @@ def test_a_copy_is_told_of_too_and_keeps_its_own(artifact: Path) -> None:
     reranker.score([("query", "a text")])
     limited.score([("query", "a text")])
     assert len(told) == 2
+
+
+def test_what_is_kept_in_one_form_is_not_found_in_another(artifact: Path) -> None:
+    image = Image.new("RGB", (56, 56))
+    plain, half = Reranker.load(artifact, threads=1), Reranker.load(artifact, threads=1, kv="fp16")
+    one, other = (each.begin()[0].prepare(("q", image)).document for each in (plain, half))
+    assert one.key != other.key
+    assert isinstance(plain.engine, GraphEngine)
+    assert isinstance(half.engine, GraphEngine)
+    assert plain.engine.key(one.images[0]) != half.engine.key(one.images[0])

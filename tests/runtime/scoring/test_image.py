@@ -23,7 +23,7 @@ from m0kit.config import ImageConfig
 from m0kit.errors import ImageError
 from m0kit.reading.decoding import MAX_DECODED_PIXELS
 from m0kit.reading.inputs import Picture, parse_content
-from m0kit.scoring.image import patchify, ready_grid, resize, smart_resize
+from m0kit.scoring.image import patches_uint8, patchify, ready_grid, resize, smart_resize
 from m0kit_parity.samples.checkpoints import model_config
 
 theirs = optional("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
@@ -248,6 +248,20 @@ def test_a_patch_holds_channel_frame_row_column_and_groups_of_four_stand_togethe
         expected = normal[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14].transpose(2, 0, 1)
         for frame in (0, 1):
             np.testing.assert_allclose(patch[:, frame], expected, atol=1e-6)  # float32 of values up to 2.7
+
+
+@pytest.mark.parametrize("size", [(28, 28), (56, 84), (448, 392)])
+def test_bytes_of_patches_are_patches_before_they_are_normalised(size: tuple[int, int]) -> None:
+    """Rescaled in float64, normalised in float32 and repeated for the second frame: the same to the bit."""
+    pixels = resize(Picture(Image.fromarray(noise(*size)), "image"), SMALL, "image")
+    values, grid_thw = patches_uint8(pixels, SMALL)
+    patches = patchify(pixels, SMALL)
+    assert (values.dtype, values.shape) == (np.uint8, (len(patches.values), 3 * 14 * 14))
+    assert grid_thw.tolist() == patches.grid_thw.tolist()
+    rescaled = (values.astype(np.float64) * SMALL.rescale).astype(np.float32).reshape(-1, 3, 1, 14, 14)
+    mean, std = (np.asarray(v, np.float32).reshape(3, 1, 1, 1) for v in (SMALL.mean, SMALL.std))
+    both = np.repeat((rescaled - mean) / std, 2, axis=2).reshape(len(values), -1)
+    np.testing.assert_array_equal(both, patches.values, strict=True)
 
 
 def test_a_pil_image_is_left_as_it_was() -> None:

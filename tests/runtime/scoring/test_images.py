@@ -105,3 +105,20 @@ def test_an_image_that_several_threads_want_is_encoded_once(artifact: Path, unas
     assert encoded == [1]
     expected = Reranker.load(artifact, threads=1).score([(pages[0], f"text {i}") for i in range(4)])
     np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
+
+
+def test_a_file_that_was_seen_is_known_again_without_decoding_it(
+    artifact: Path, pages: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By later calls too, where its state is kept; its pixels are made where they are wanted."""
+    kept = Reranker.load(artifact, threads=1, cache_bytes=1 << 24)
+    pairs: list[Any] = [("what", pages[0]), ("what", pages[1].read_bytes())]
+    expected = kept.score(pairs)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "resize", lambda *_: pytest.fail("it was decoded"))
+        np.testing.assert_array_equal(kept.score([("what", pages[0].read_bytes()), ("what", pages[1])]), expected)
+    kept.cache = None
+    np.testing.assert_array_equal(kept.score(pairs), Reranker.load(artifact, threads=1).score(pairs))
+    changed = pages[2].read_bytes()
+    pages[0].write_bytes(changed)
+    np.testing.assert_array_equal(kept.score([("what", pages[0])]), kept.score([("what", changed)]))

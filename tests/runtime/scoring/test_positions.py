@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m0kit.scoring.positions import mrope_positions, vision_positions
+from m0kit.scoring.positions import mrope_positions, position_after, vision_positions
 
 if TYPE_CHECKING:
     from m0kit_parity.reference import Reference
@@ -52,6 +52,19 @@ def test_text_after_an_image_goes_on_from_the_highest_position() -> None:
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
     ]
+
+
+@settings(max_examples=300)
+@given(mixes, st.integers(0, 20), mixes)
+def test_a_suffix_stands_where_it_does_in_the_whole(prefix: Mix, lost: int, suffix: Mix) -> None:
+    """Behind all of the images of a prefix, and any of the text after them; with images of its own."""
+    before, grids = tokens(prefix)
+    after, own = tokens(suffix)
+    text = next((len(before) - 1 - i for i in np.flatnonzero(before == PAD)[::-1]), len(before))
+    used = before[: len(before) - min(lost, text)]
+    whole = mrope_positions(np.concatenate([used, after]), np.concatenate([grids, own]), PAD, 2)
+    start = position_after(len(used), grids, 2)
+    np.testing.assert_array_equal(mrope_positions(after, own, PAD, 2, start), whole[:, len(used) :], strict=True)
 
 
 @settings(max_examples=200)

@@ -12,6 +12,7 @@ from m0kit import Reranker
 from m0kit.errors import ImageError, InputError
 from m0kit.index import add, open_index
 from m0kit.reading.inputs import Known, Picture, Text, parse_content
+from m0kit.scoring import images
 from m0kit.scoring.prepare import ENCODING_COST, Preparer
 
 
@@ -92,6 +93,47 @@ def test_a_document_of_an_index_costs_what_it_is(artifact: Path, reranker: Reran
         preparer.estimate(Known("nope"))
 
 
+def test_a_document_of_an_index_is_read_once_for_as_long_as_it_is_the_same(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all calls; its pixels, which may not stay, are read again where they are wanted, and are those or none."""
+    kept = Reranker.load(artifact, threads=1, kv="fp16")
+    page, text = Image.effect_noise((90, 60), 80).convert("RGB"), "some text"
+    with open_index(tmp_path / "library", kept) as store:
+        add(kept, store, [("text", text, ""), ("page", page, "")])
+    reranker = Reranker.load(artifact, threads=1, index=tmp_path / "library")
+    assert reranker.store is not None
+    pairs: list[Any] = [("query", {"id": "text"}), ("query", {"id": "page"}), ({"id": "page"}, {"id": "text"})]
+    first = [reranker.begin()[0].prepare(pair) for pair in pairs]
+    read = reranker.store.document_reads
+    num_bytes = read.num_bytes
+    limited = reranker.with_limits(max_query_length=100)
+    for again in ([one.begin()[0].prepare(pair) for pair in pairs] for one in (reranker, limited)):
+        assert [one.document for one in again] == [one.document for one in first]
+        assert read.num_bytes == num_bytes
+        (image,) = again[1].document.images
+        np.testing.assert_array_equal(image.pixels().values, first[1].document.images[0].pixels().values)
+        num_bytes = read.num_bytes
+    late = reranker.begin()[0].prepare(pairs[1])
+    with open_index(tmp_path / "library", kept) as store:
+        add(kept, store, [("text", page, ""), ("page", text, "")])
+    changed = [reranker.begin()[0].prepare(pair).document for pair in pairs[:2]]
+    assert changed == [first[1].document, first[0].document]
+    with pytest.raises(ImageError, match=r"^document: was changed while it was being scored"):
+        late.document.images[0].require()
+
+
+def test_what_is_quick_has_little_to_tokenise_and_nothing_to_decode(artifact: Path, tmp_path: Path) -> None:
+    preparer = Reranker.load(artifact, threads=1).begin()[0]
+    page, long = Image.new("RGB", (56, 56)), "a long text " * 100
+    quick: list[Any] = [("q", "d"), ["q", {"text": "d"}], {"query": "q", "document": "d"}, ("q", {"id": "d"})]
+    slow: list[Any] = [("q", page), ("q", {"image": png(page)}), (tmp_path / "q", "d"), ("q", long), (long, "d")]
+    assert [preparer.is_quick(pair) for pair in (*quick, *slow)] == [True] * 4 + [False] * 5
+    preparer.prepare(("q", long))
+    assert [preparer.is_quick(pair) for pair in (("another", long), ("q", long + "!"))] == [True, False]
+    assert not any(preparer.is_quick(wrong) for wrong in ("qd", 7, None, ("q", 7), {"query": "q", "document": {}}))
+
+
 def test_the_cost_of_a_pair_is_that_of_its_parts(preparer: Preparer) -> None:
     image = Image.new("RGB", (84, 56))
     prepared = preparer.prepare((image, image))
@@ -100,3 +142,21 @@ def test_the_cost_of_a_pair_is_that_of_its_parts(preparer: Preparer) -> None:
     assert prepared.num_rows == len(prepared.prompt.suffix)
     assert prepared.num_bytes > prepared.prompt.suffix.nbytes
     np.testing.assert_array_equal(prepared.document.images[0].grid_thw, [1, 4, 6])
+
+
+def test_images_of_the_same_bytes_in_another_shape_are_other_documents(artifact: Path) -> None:
+    preparer, _ = Reranker.load(artifact, threads=1).begin()
+    wide, high = (preparer.prepare(("q", Image.new("RGB", size))).document for size in ((112, 56), (56, 112)))
+    assert wide != high
+    assert wide.images[0] is not high.images[0]
+
+
+def test_an_image_of_an_index_is_not_decoded_for_a_new_query(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reranker = Reranker.load(artifact, threads=1, kv="fp16")
+    with open_index(tmp_path / "library", reranker) as store:
+        add(reranker, store, [("page", Image.new("RGB", (280, 280)), "")])
+    preparer, _ = Reranker.load(artifact, threads=1, index=tmp_path / "library").begin()
+    monkeypatch.setattr(images, "resize", lambda *_: pytest.fail("was decoded"))
+    preparer.prepare(("q", {"id": "page"}))

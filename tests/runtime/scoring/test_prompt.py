@@ -1,6 +1,7 @@
 """Prompts are those of the published procedure, token by token, at every edge of truncation."""
 
 import gc
+import tracemalloc
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -344,6 +345,20 @@ def test_a_query_of_megabytes_is_cut_like_any_other(builders: Builders, theirs: 
         expected, _ = published(theirs, config, *shorter)
         assert prompt.token_ids.tolist() == expected
         assert (prompt.query_truncated, prompt.document.truncated) == (query is longer, document is longer)
+
+
+def test_what_is_remembered_of_short_documents_takes_no_more_than_is_counted(tokenizer_file: Path) -> None:
+    builder = PromptBuilder(tokenizer_file, prompt_config())
+    builder.document("the first one makes what all share")
+    tracemalloc.start()
+    try:
+        for number in range(2000):
+            builder.document(f"document {number}")
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(builder.remembered) == 2001
+    assert taken < builder.remembered.num_bytes < 2 * taken
 
 
 def test_what_is_remembered_of_documents_is_bounded(tokenizer_file: Path) -> None:

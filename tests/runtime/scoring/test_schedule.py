@@ -4,8 +4,8 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from PIL import Image
 from m0kit import Reranker, Result
 from m0kit.artifact.manifest import read_manifest
 from m0kit.config import ModelConfig
-from m0kit.errors import InputError
+from m0kit.errors import ImageError, InputError
 from m0kit.scoring.engine import Part, RunStats
 from m0kit.scoring.images import SeenImage
-from m0kit.scoring.planner import TOKEN_BUDGET
 from m0kit.scoring.prepare import Document, Prepared
 from m0kit.scoring.prompt import Prompt, PromptDocument
-from m0kit.scoring.schedule import LOW_MEMORY_PAST_BYTES, PAST_BYTES, Schedule
+from m0kit.scoring.schedule import Schedule
 
-PER_TOKEN = PAST_BYTES // 2048  # bytes of a state: two of the longest fill a run
+PER_TOKEN = 1000  # bytes of a state
 
 
 @pytest.mark.parametrize("options", [{}, {"kv": "fp16"}, {"memory": "low"}, {"cache_bytes": 1 << 24}])
@@ -138,12 +137,18 @@ class Numbers:
     config: ModelConfig
     keeps: bool = True
     low_memory: bool = False
+    rows: int = 1024
+    past_bytes: int = 2048 * PER_TOKEN  # less than the longest
+    runs_ahead: int = 0
+    prepare_threads: int = 1
     kept: str = "what is kept"
     bad: frozenset[bytes] = frozenset()  # documents whose states are not finite
     there: dict[bytes, State] = field(default_factory=dict)
     computed: Counter[bytes] = field(default_factory=Counter)
     num_runs: int = 0
-    kv: Any = "fp32"
+    in_flight: int = 0
+    registers: bool = False  # documents of a run are there from then on
+    fails: Callable[[], bool] = lambda: False  # a run, when it is waited for
 
     def find(self, document: Document) -> State | None:
         return self.there.get(document.key)
@@ -156,23 +161,37 @@ class Numbers:
 
     def states(self, documents: Sequence[Document]) -> list[State]:
         assert self.keeps
-        assert len(documents) == 1 or sum(document.length for document in documents) <= TOKEN_BUDGET
+        assert len(documents) == 1 or sum(document.length for document in documents) <= self.rows
         self.computed.update(document.key for document in documents)
         return [State(PER_TOKEN * d.length, d.key not in self.bad) for d in documents]
 
     def encode(self, images: Sequence[SeenImage]) -> None:
         assert not images
 
-    def run(self, parts: Sequence[Part]) -> list[float]:
+    def begin(self, parts: Sequence[Part]) -> Callable[[], list[float]]:
+        assert self.in_flight <= self.runs_ahead
         self.num_runs += 1
+        self.in_flight += 1
         suffixes = sum(pair.num_rows for part in parts for pair in part.pairs)
         rows = suffixes + sum(part.document.length for part in parts if part.state is None)
         past = sum(part.state.num_bytes for part in parts if part.state is not None)
-        assert len(parts) == 1 or rows <= TOKEN_BUDGET
-        assert suffixes <= TOKEN_BUDGET or len(parts[0].pairs) == 1
-        assert len(parts) == 1 or past <= (LOW_MEMORY_PAST_BYTES if self.low_memory else PAST_BYTES)
-        assert all((part.state is not None) == self.keeps for part in parts)
-        return [float(pair.prompt.suffix[0]) for part in parts for pair in part.pairs]
+        assert len(parts) == 1 or rows <= self.rows
+        assert suffixes <= self.rows or len(parts[0].pairs) == 1
+        assert len(parts) == 1 or past <= self.past_bytes
+        if self.registers:
+            new = [part.document for part in parts if part.state is None]
+            assert not self.there.keys() & {document.key for document in new}
+            self.there |= {document.key: State(PER_TOKEN * document.length) for document in new}
+        else:
+            assert all((part.state is not None) == self.keeps for part in parts)
+
+        def wait() -> list[float]:
+            self.in_flight -= 1
+            if self.fails():
+                raise MemoryError
+            return [float(pair.prompt.suffix[0]) for part in parts for pair in part.pairs]
+
+        return wait
 
     def rest(self, used: Iterable[Document]) -> None:
         list(used)
@@ -185,7 +204,7 @@ def config(artifact: Path) -> ModelConfig:
 
 def prepared(number: int, document: int, length: int, rows: int) -> Prepared:
     prefix = np.zeros(length, np.int64)
-    begun = PromptDocument(prefix, "", 0, truncated=False)
+    begun = PromptDocument(prefix, "", 0, 0, truncated=False)
     prompt = Prompt(begun, length, np.full(rows, number, np.int64), -1, query_truncated=False)
     return Prepared(Document(bytes([document]), prefix, ()), prompt, ())
 
@@ -197,7 +216,7 @@ def test_every_pair_is_done_once_or_cancelled(config: ModelConfig, rng: random.R
     bad = frozenset(bytes([i]) for i in range(12) if keeps and rng.random() < 0.1)
     engine = Numbers(config, keeps=keeps, low_memory=low, bad=bad)
     engine.there = {bytes([i]): State(PER_TOKEN * lengths[i]) for i in range(12) if keeps and rng.random() < 0.2}
-    schedule = Schedule(engine, low_memory=low)
+    schedule = Schedule(engine)
     waiting: dict[int, tuple[int, bytes]] = {}
     cancelled: set[int] = set()
     done: dict[int, Result] = {}
@@ -264,7 +283,7 @@ def test_an_engine_that_fails_costs_the_pairs_of_its_run(config: ModelConfig, mo
     def failing(_: Any) -> Any:
         raise MemoryError
 
-    for name in ("run", "states"):
+    for name in ("begin", "states"):
         with monkeypatch.context() as patch:
             patch.setattr(engine, name, failing)
             with pytest.raises(MemoryError):
@@ -273,3 +292,162 @@ def test_an_engine_that_fails_costs_the_pairs_of_its_run(config: ModelConfig, mo
     done = dict(itertools.chain.from_iterable(iter(lambda: schedule.step() if len(schedule) else None, None)))
     assert list(done) == tickets[2:]
     assert (schedule.num_bytes, schedule.num_rows) == (0, 0)
+
+
+# --- an engine that computes beside it -------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(st.randoms(use_true_random=False))
+def test_a_run_in_flight_changes_no_result_and_fails_alone(config: ModelConfig, rng: random.Random) -> None:
+    """As with an engine that computes at once: each pair is done once, cancelled, or of a run that failed."""
+    lengths = [rng.choice([1, 20, 300, 1024, 3000]) for _ in range(12)]
+    often = rng.choice([0, 0, 0.3])
+    keeps = rng.random() < 0.3
+    engine = Numbers(
+        config,
+        keeps=keeps,
+        rows=rng.choice([100, 1024, 8192]),
+        runs_ahead=rng.randint(0, 2),
+        registers=not keeps and rng.random() < 0.7,
+        fails=lambda: rng.random() < often,
+    )
+    schedule = Schedule(engine)
+    asked: dict[int, int] = {}
+    gone: set[int] = set()
+    done: dict[int, Result] = {}
+
+    def step() -> None:
+        before = len(schedule)
+        try:
+            new = check_new(schedule.step(), done)
+        except MemoryError:
+            assert often
+            assert len(schedule) <= before  # fewer, unless all of that run were cancelled
+        else:
+            assert len(schedule) == before - len(new)
+            done.update(new)
+        assert engine.in_flight <= engine.runs_ahead
+
+    for number in range(rng.randint(1, 80)):
+        document = rng.randrange(12)
+        asked[schedule.add(prepared(number, document, lengths[document], rng.choice([1, 7, 200, 1500])))] = number
+        if rng.random() < 0.1:
+            ticket = rng.choice(list(asked))
+            schedule.cancel(ticket)
+            gone |= {ticket} - done.keys()
+        if rng.random() < 0.3:
+            step()
+    while len(schedule):
+        step()
+    assert not done.keys() & gone
+    assert often or done.keys() == asked.keys() - gone
+    assert all(result.logit == asked[ticket] for ticket, result in done.items())
+    assert (schedule.num_bytes, schedule.num_rows) == (0, 0)
+
+
+def test_a_run_is_begun_before_the_one_before_is_waited_for(config: ModelConfig) -> None:
+    engine = Numbers(config, keeps=False, runs_ahead=1)
+    schedule = Schedule(engine)
+    tickets = [schedule.add(prepared(number, number, 600, 30)) for number in range(3)]
+    told = []
+    while len(schedule):
+        told.append(([ticket for ticket, _ in schedule.step()], engine.num_runs, engine.in_flight))
+    assert told == [([], 1, 1), (tickets[:1], 2, 1), (tickets[1:2], 3, 1), (tickets[2:], 3, 0)]
+
+
+def test_an_error_in_flight_is_raised_where_it_is_waited_for(config: ModelConfig) -> None:
+    failing = iter([True, False, False])
+    engine = Numbers(config, keeps=False, runs_ahead=1, fails=lambda: next(failing))
+    schedule = Schedule(engine)
+    tickets = [schedule.add(prepared(number, number, 600, 30)) for number in range(3)]
+    assert schedule.step() == []
+    with pytest.raises(MemoryError):
+        schedule.step()
+    assert len(schedule) == 2
+    assert [ticket for ticket, _ in schedule.step() + schedule.step()] == tickets[1:]
+
+
+def test_what_is_done_is_told_though_a_run_beside_it_failed(config: ModelConfig) -> None:
+    """A pair whose image is gone is done in the step that raises for others, and told by the next."""
+
+    class Gone:
+        def require(self) -> None:
+            raise InputError("is gone")
+
+    engine = Numbers(config, keeps=False, fails=lambda: True)
+    schedule = Schedule(engine)
+    image: Any = Gone()
+    lost = replace(prepared(1, 1, 100, 10), images=(image,))
+    ticket, _ = schedule.add(lost), schedule.add(prepared(2, 2, 100, 10))
+    with pytest.raises(MemoryError):
+        schedule.step()
+    assert len(schedule) == 1
+    assert [ticket for ticket, _ in schedule.step()] == [ticket]
+
+
+def test_closing_forgets_what_is_in_flight(config: ModelConfig) -> None:
+    engine = Numbers(config, keeps=False, runs_ahead=2, fails=lambda: True)
+    schedule = Schedule(engine)
+    for number in range(4):
+        schedule.add(prepared(number, number, 600, 30))
+    schedule.step()
+    schedule.step()
+    schedule.close()
+    assert (len(schedule), schedule.step(), engine.in_flight) == (0, [], 2)
+
+
+@pytest.mark.parametrize("runs_ahead", [0, 1])
+def test_documents_that_are_there_need_no_rows(config: ModelConfig, runs_ahead: int) -> None:
+    """An engine that computes beside is asked at once, since who fills its runs goes by the rows that wait."""
+    engine = Numbers(config, keeps=False, runs_ahead=runs_ahead, registers=True)
+    schedule = Schedule(engine)
+    schedule.add(prepared(1, 1, 600, 30))
+    assert schedule.num_rows == 630
+    while len(schedule):
+        schedule.step()
+    assert schedule.num_rows == 0
+    schedule.add(prepared(2, 1, 600, 30))
+    schedule.add(prepared(3, 1, 600, 30))
+    assert schedule.num_rows == (60 if runs_ahead else 660)
+    schedule.step()
+    assert schedule.num_rows == 0
+
+
+def test_documents_of_one_run_are_computed_together(config: ModelConfig) -> None:
+    engine = Numbers(config)
+    schedule = Schedule(engine)
+    for number in range(1, 4):
+        schedule.add(prepared(number, number, 300, 30))
+    assert schedule.step() == []
+    assert len(engine.computed) == 3
+
+
+def test_all_pairs_of_a_document_are_told_at_once_that_it_cannot_be_kept(config: ModelConfig) -> None:
+    engine = Numbers(config, bad=frozenset([b"\1"]))
+    schedule = Schedule(engine)
+    tickets = [schedule.add(prepared(number, 1, 300, 30)) for number in range(1, 4)]
+    assert [ticket for ticket, result in schedule.step() if result.error] == tickets
+    assert engine.computed == {b"\1": 1}
+
+
+class Gone:
+    """An image whose file went."""
+
+    num_tokens = 4
+
+    def require(self) -> None:
+        raise ImageError("is gone.", where="document")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_image_that_went_costs_the_pairs_on_it_and_no_run(config: ModelConfig, keeps: bool) -> None:
+    engine = Numbers(config, keeps=keeps)
+    schedule = Schedule(engine)
+    pair = prepared(1, 1, 300, 30)
+    gone: Any = Gone()
+    document = Document(b"gone", pair.document.prefix, (gone,))
+    tickets = [schedule.add(Prepared(document, pair.prompt, ())) for _ in range(3)]
+    assert [ticket for ticket, result in schedule.step() if result.error] == tickets
+    assert not engine.computed
+    assert not engine.num_runs

@@ -12,7 +12,9 @@ import pytest
 from m0kit import Reranker
 from m0kit.artifact.ports import GraphPorts, Port, expected_ports
 from m0kit.config import ModelConfig
-from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, M0kitError
+from m0kit.errors import ArtifactDamagedError, DependencyError, DeviceError, DeviceLostError, M0kitError
+from m0kit.scoring import cuda
+from m0kit.scoring.gpus import Devices, Gpu
 from m0kit.scoring.sessions import OnnxRuntimeGraph, open_graph
 
 
@@ -59,7 +61,8 @@ def test_a_device_that_is_not_there_is_an_error_and_no_fallback(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(DeviceError) as caught:
         Reranker.load(artifact, device=device)
-    assert f"device {device!r}: this onnxruntime has CPUExecutionProvider, not {provider}." in str(caught.value)
+    told = "cuda" if hint else repr(device)
+    assert f"device {told}: this onnxruntime has CPUExecutionProvider, not {provider}." in str(caught.value)
     assert ("pip install 'm0kit[gpu]'" in str(caught.value)) is hint
     assert isinstance(caught.value, RuntimeError)
 
@@ -79,9 +82,47 @@ def test_a_device_that_does_not_start_is_an_error_and_no_fallback(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
+    monkeypatch.setattr(cuda, "start", lambda _: Devices((Gpu("A", 10**10), Gpu("B", 10**10))))
     with pytest.raises(DeviceError, match=r"^device 'cuda:1': CUDAExecutionProvider .* did not start.*say device"):
         open_graph(artifact, "head", device="cuda:1")
-    assert asked == [("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
+    assert asked == [("CUDAExecutionProvider", cuda.provider_options(1)), "CPUExecutionProvider"]
+
+
+def test_what_fails_on_a_gpu_is_told_for_what_it_is_and_nothing_goes_on_elsewhere(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def fail(*_: Any, **options: Any) -> Any:
+        asked.update(options)
+        raise RuntimeError("CUDA failure 719: unspecified launch failure ; GPU=1")
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    monkeypatch.setattr(cuda, "start", lambda _: Devices((Gpu("A", 10**10), Gpu("B", 10**10))))
+    with pytest.raises(DeviceLostError, match="cuda:1 was lost"):
+        open_graph(artifact, "head", device="cuda:1")
+    assert asked["enable_fallback"] is False, "ONNX Runtime would print, and take the CPU"
+    with pytest.raises(DeviceError, match=r"'cuda:2' is not there; there are cuda:0 \(A\), cuda:1 \(B\)"):
+        open_graph(artifact, "head", device="cuda:2")
+    session: Any = type("Session", (), {"run": staticmethod(fail)})
+    with pytest.raises(DeviceLostError, match="cuda:1 was lost"):
+        OnnxRuntimeGraph(session, "head", None, gpu=1).run({"hidden": np.zeros((1, 2))}, ["logit"])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda:0,cuda:1", "a graph runs on one GPU"),
+        ("cuda:0,cpu", "cannot stand"),
+        ("cuda:0,cuda:0", "names a GPU twice"),
+    ],
+)
+def test_a_graph_is_on_one_device(artifact: Path, device: str, said: str) -> None:
+    with pytest.raises(DeviceError, match=f"^device '{device}'.*{said}"):
+        open_graph(artifact, "head", device=device)
 
 
 def test_without_onnxruntime_the_extras_are_named(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

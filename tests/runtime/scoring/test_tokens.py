@@ -99,6 +99,27 @@ def test_the_start_is_that_of_the_whole(
     check(request.getfixturevalue(name), text, count, width)
 
 
+@pytest.mark.parametrize("name", ["small", "real", "tricky"])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts, st.sampled_from(["\n**Query**:\n", "=-=", "Query: ", "\n", " \n \t", "word", ""]), texts)
+@example("d", "\n**Query**:\n", "\n\nq")
+@example("d", "Query: ", " q")
+@example("d", "Query: ", "\u0301q")
+@example("abcdefg", "", "h")
+def test_what_stands_before_a_continuation_stands_in_the_whole(
+    name: str, request: pytest.FixtureRequest, document: str, header: str, query: str
+) -> None:
+    encoder = Encoder(request.getfixturevalue(name))
+    text = document + header
+    ids, certain, place = encoder.before(text)
+    assert ids == encoder.all(text)
+    threaded = Encoder(encoder.tokenizer, in_threads=True)
+    assert (threaded.before(text), threaded.all(query)) == ((ids, certain, place), encoder.all(query))
+    assert ids[:certain] + encoder.all(text[place:] + query) == encoder.all(text + query)
+    if header.endswith("**:\n"):
+        assert text[place:] == "**:\n"
+
+
 @pytest.mark.parametrize("name", ["small", "real"])
 @pytest.mark.parametrize(
     "unit",
