@@ -202,13 +202,15 @@ def _report(
         sections += map(blamed.to_html, found)
     if activations is not None:
         from m0kit_parity.evaluate import activations as stated
+        from m0kit_parity.evaluate import beside
 
-        tables = stated.to_text(activations)
-        texts.append(f"{stated.summary(activations)}\n\n{tables}")
+        summary, tables = stated.summary(activations), stated.to_text(activations)
+        compared = beside.to_text(activations)
+        texts.append(f"{summary}\n\n{compared}\n\n{tables}")
         facts["activations"] = asdict(activations)
         sections.append(
-            f"<h2>Activations</h2><p>{text(stated.summary(activations))}</p><details><summary>All figures</summary>"
-            f'<div class="wide"><pre>{escape(tables)}</pre></div></details>'
+            f'<h2>Activations</h2><p>{text(summary)}</p><div class="wide"><pre>{escape(compared)}</pre></div>'
+            f'<details><summary>All figures</summary><div class="wide"><pre>{escape(tables)}</pre></div></details>'
         )
     say(*(f"note: {note}" for note in notes))
     tell("error", map(_place_and_reason, evaluation.errors))

@@ -1,15 +1,18 @@
 """A checkpoint in several precisions: what is finished stays finished, and no more lies on the disk than was said."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.hub import cached
 from tests.parity.evaluate.conftest import invoke, judged, row
 
 from m0kit.artifact.manifest import MANIFEST
@@ -124,7 +127,24 @@ def test_what_is_still_true_is_kept_and_what_is_not_is_done_again(
     ]  # fmt: skip
     assert "judged.jsonl, 2 queries" in done.stdout
     assert "no channel of the residual stream is massive" in done.stdout
+    assert re.search(r"^decoder +this +small-massive +Qwen2\.5-1\.5B", done.stdout, re.MULTILINE)
+    assert "as activations go, its figures hold here" in done.stdout
     assert not (tmp_path / "here").exists()
+
+
+def test_a_checkpoint_of_the_hub_is_evaluated_as_one_here(
+    small: Path, tmp_path: Path, fast: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(small, tmp_path / "home")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    pairs = judged(tmp_path, row(relevance=[2, 0, 1]))
+    options = ("--precision", "int8", "--pairs", pairs, "--threads", 1, "--no-speed", "--json")
+    found = [json.loads(invoke(name, *options).stdout) for name in ("org/name", small)]
+    hub, here = (report["artifacts"][1] for report in found)
+    assert hub["quality"] == here["quality"]
+    assert not list(tmp_path.glob("*.evaluation"))
+    with pytest.raises(CheckpointError, match="no such folder here"):
+        invoke("org/other", *options)
 
 
 def test_a_bad_line_is_told_and_the_rest_reported(small: Path, tmp_path: Path, fast: list[Any]) -> None:
