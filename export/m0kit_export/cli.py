@@ -1,6 +1,6 @@
 """`m0kit export` and `m0kit quantize`. Owns option names and what is printed, nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,10 +159,17 @@ def describe(output: Path, manifest: Manifest, as_json: bool) -> None:
     for adapter in manifest.provenance.get("adapters", []):
         if left_out := adapter.get("left_out"):  # not in artifacts of earlier versions
             say(f"left out of adapter {adapter.get('name')}: {', '.join(left_out)}")
-    if wider := manifest.provenance["stored_wider"]:
-        shown = [f"{name} ({each['scheme']}, {_loss(each['lost'])})" for name, each in list(wider.items())[:5]]
-        more = f", and {len(wider) - 5} more, which the manifest names" if len(wider) > 5 else ""
-        say(f"stored wider, for what float16 would lose of a row or column: {', '.join(shown)}{more}")
+    wider = manifest.provenance["stored_wider"]
+    lost = [f"{name} ({each['scheme']}, {_loss(each['lost'])})" for name, each in wider.items() if "lost" in each]
+    far = [f"{name} ({each['scheme']}, {each['times']:g} times)" for name, each in wider.items() if "times" in each]
+    _tell_wider("what float16 would lose of a row or column", lost)
+    _tell_wider("a column far larger than the others", far)
+
+
+def _tell_wider(why: str, matrices: Sequence[str]) -> None:
+    more = f", and {len(matrices) - 5} more, which the manifest names" if len(matrices) > 5 else ""
+    if matrices:
+        say(f"stored wider, for {why}: {', '.join(matrices[:5])}{more}")
 
 
 def _loss(lost: float | None) -> str:

@@ -50,6 +50,7 @@ from m0kit_quant import nf4
 from m0kit_quant.calibration import Calibration, channel_scales
 from m0kit_quant.equalize import ChannelGroup, Rescaled, channel_groups
 from m0kit_quant.halves import Fit, fit_halves
+from m0kit_quant.outlying import WIDER, losing, outlying
 from m0kit_quant.recipe import Recipe
 from m0kit_quant.rotate import Rotated
 from m0kit_quant.scheme import Scheme
@@ -172,8 +173,15 @@ def _write(
             if fit.scales:
                 scales |= fit.scales
                 weights = Rescaled(basis, groups, scales)
-            if fit.wider:
-                recipe = recipe.storing({name: each.scheme for name, each in fit.wider.items()})
+            wider: dict[str, Any] = {
+                name: {"scheme": each.scheme, "lost": each.lost if math.isfinite(each.lost) else None}
+                for name, each in fit.wider.items()
+            }
+            if recipe.widen:
+                apart = _outlying(source, weights, graphs, bar, progress)
+                wider |= {name: {"scheme": WIDER, "times": round(times, 1)} for name, times in apart.items()}
+            if wider:
+                recipe = recipe.storing({name: each["scheme"] for name, each in wider.items()})
                 graphs = build_graphs(source.config, recipe, frequencies=frequencies)
                 num_bytes = sum(graph.data_bytes for graph in graphs.values())
             _begin("writing", bar, num_bytes, progress)
@@ -208,10 +216,7 @@ def _write(
             provenance={
                 **source.provenance(),
                 "calibration": calibration.about if calibration else None,
-                "stored_wider": {
-                    name: {"scheme": each.scheme, "lost": each.lost if math.isfinite(each.lost) else None}
-                    for name, each in fit.wider.items()
-                },
+                "stored_wider": wider,
                 "tools": _tools(),
             },
             recipe=recipe.to_dict(),
@@ -254,6 +259,18 @@ def _fitted(
     move: Callable[[str], object] = lambda name: bar.update(num_bytes[name])  # noqa: E731
     half = {w.name for g in graphs.values() for w in g.weights if w.half}
     return fit_halves(weights, source.config, schemes_of(graphs), half, equalize=equalize, done=move)
+
+
+def _outlying(
+    source: Source, weights: Weights, graphs: Mapping[str, Graph], bar: Any, progress: bool
+) -> dict[str, float]:
+    """Matrices with columns that stand far out, with the bar moving."""
+    schemes = schemes_of(graphs)
+    num_bytes = {name: 4 * math.prod(source.shape(name)) for name in losing(schemes)}
+    if not num_bytes:
+        return {}
+    _begin("looking for outlying columns", bar, sum(num_bytes.values()), progress)
+    return outlying(weights, schemes, lambda name: bar.update(num_bytes[name]))
 
 
 @contextmanager

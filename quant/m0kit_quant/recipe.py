@@ -4,6 +4,7 @@
     device = "cpu"                      # where it runs most, "cpu" or "cuda"; it runs on both
     rotate = true                       # first put the residual stream into another basis (m0kit_quant.rotate)
     equalize = true                     # then share channel ranges between layers (m0kit_quant.equalize)
+    widen = true                        # store a matrix with a column far out in bf16 (m0kit_quant.outlying)
     feedback = true                     # make up for each rounding error in those that follow (m0kit_quant.feedback)
 
     [[weights]]                         # the first rule that matches a tensor's name decides
@@ -36,6 +37,7 @@ from m0kit_quant.schemes import SCHEMES
 from m0kit_quant.weights import EMBEDDING
 
 DEVICES: Final = ("cpu", "cuda")
+_FLAGS: Final = ("rotate", "equalize", "widen", "feedback")
 _FITS_ALL: Final = {"cpu": "int8", "cuda": "fp16"}  # the fewest bits that any matrix fits, a table too
 # A rule of its own for each of the published model's 324 matrices is 25 kB.
 _MAX_BYTES: Final = 1 << 18
@@ -61,6 +63,7 @@ class Recipe:
     device: str
     rotate: bool
     equalize: bool
+    widen: bool
     feedback: bool
     rules: tuple[Rule, ...]
 
@@ -106,13 +109,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> "Recipe":
         """The form it has in a manifest. Raises RecipeError that names `source` and what is wrong."""
-        _only(raw, ("precision", "device", "rotate", "equalize", "feedback", "weights"), source)
+        _only(raw, ("precision", "device", *_FLAGS, "weights"), source)
         precision, device = raw.get("precision"), raw.get("device", "cpu")
         if not isinstance(precision, str) or not 0 < len(precision) <= _MAX_LETTERS:
             raise RecipeError(f"{source}: precision must be a name, got {precision!r:.60}.")
         if device not in DEVICES:
             raise RecipeError(f"{source}: device must be one of {_list(DEVICES)}, got {device!r:.60}.")
-        rotate, equalize, feedback = (_flag(raw, name, source) for name in ("rotate", "equalize", "feedback"))
+        flags = {name: _flag(raw, name, source) for name in _FLAGS}
         entries = raw.get("weights")
         if not isinstance(entries, list) or not entries:
             raise RecipeError(f"{source}: needs at least one [[weights]] rule.")
@@ -125,7 +128,7 @@ class Recipe:
                     f"{source}: {rule.scheme} has no kernels on {device} in ONNX Runtime; "
                     f"there {_list(supported(device))} work."
                 )
-        return cls(precision, device, rotate, equalize, feedback, rules)
+        return cls(precision, device, **flags, rules=rules)
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest; `from_dict` reads it."""
@@ -141,6 +144,7 @@ class Recipe:
         flags = {
             **({"rotate": True} if self.rotate else {}),
             "equalize": self.equalize,
+            **({"widen": True} if self.widen else {}),
             **({"feedback": True} if self.feedback else {}),
         }
         return {"precision": self.precision, "device": self.device, **flags, "weights": rules}

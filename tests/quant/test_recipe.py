@@ -152,7 +152,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     )
     found = Recipe.read(path)
     rules = Rule("a.*", "int4", (64,)), Rule("*", "int4", (128, 64, 32))
-    assert found == Recipe("größer", "cpu", rotate=False, equalize=True, feedback=False, rules=rules)
+    assert found == Recipe("größer", "cpu", rotate=False, equalize=True, widen=False, feedback=False, rules=rules)
     assert found.schemes == ("int4",)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as another editor saves it
     assert Recipe.read(path) == found

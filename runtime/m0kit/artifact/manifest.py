@@ -118,6 +118,7 @@ class _Recipe(TypedDict):
     device: NotRequired[str]
     rotate: NotRequired[bool]  # not there: false
     equalize: NotRequired[bool]
+    widen: NotRequired[bool]  # not there: false
     feedback: NotRequired[bool]  # not there: false
     weights: Required[Annotated[list[_Rule], Meta(min_length=1)]]
 

@@ -14,6 +14,7 @@ from m0kit_export.cuda import cuda_graphs
 from m0kit_export.graphs import build_graphs
 from m0kit_parity.cuda.coverage import on_host, uncovered
 from m0kit_parity.samples.checkpoints import Shape, model_config
+from m0kit_quant.outlying import WIDER
 from m0kit_quant.recipe import Recipe
 
 PRECISIONS = tuple(name for name in SCHEMES if name != "fp32")  # which has no graphs for CUDA
@@ -48,6 +49,18 @@ def test_no_node_of_a_graph_for_cuda_is_left_to_the_host(shape: Shape, precision
     """Not even shape arithmetic, so that a session may be opened without the CPU."""
     models = cuda_models(model_config(shape), precision)
     assert {name: said for name, model in models.items() if (said := on_host(model))} == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "nf4"])
+def test_so_has_a_matrix_that_is_stored_wider_for_a_column(precision: str, device: str) -> None:
+    recipe = Recipe.default(precision, device)
+    columns = ("visual.blocks.0.mlp.fc2.weight", "model.layers.1.mlp.down_proj.weight")
+    wider = recipe.storing(dict.fromkeys(columns, WIDER))
+    config = model_config("tiny")
+    for model in (each.model for each in cuda_graphs(config, wider, build_graphs(config, wider)).values()):
+        assert not uncovered(model)
+        assert not on_host(model)
 
 
 @pytest.mark.parametrize("precision", SCHEMES)
