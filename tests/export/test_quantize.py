@@ -303,8 +303,9 @@ def rotated(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_basis_leaves_the_function_as_it_is(rotated: Path, tiny: Path, tiny_artifact: Path) -> None:
     assert_stored(rotated, tiny, {})
     expected, found = score(tiny_artifact), score(rotated)
-    # Every weight is rounded once more (6e-8), as each product is in fp32; measured 4e-7.
-    assert 0 < np.abs(found - expected).max() <= 3e-6 * np.abs(expected).max()
+    # Every weight is rounded once more (6e-8), as each product is in fp32, whose sums come in the CPU's own order: 4e-7
+    # of the largest logit on an Intel Xeon, 3.3e-6 on an AMD EPYC.
+    assert 0 < np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     plain = decoded(tiny_artifact)
     assert sum(not np.array_equal(values, plain[name]) for name, values in decoded(rotated).items()) > 20
 

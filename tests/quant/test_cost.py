@@ -27,7 +27,7 @@ GOALS = {"fp16": 0.0, "int8": 0.2, "int4": 1.0, "nf4": 1.0}
 # Root of the mean squared change of a score (0 to 1), a third above what was seen: it sees what a ranking of ten
 # happens to forgive. With massive activations most of it is a few texts in which a planted detector changes its mind.
 CHANGES = {"fp16": 1e-4, "int8": 0.0056, "int4": 0.0058, "nf4": 0.0067}
-MASSIVE_CHANGES = {"int8": 0.085, "int4": 0.085, "nf4": 0.085}
+MASSIVE_CHANGES = {"int8": 0.033, "int4": 0.033, "nf4": 0.027}
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +107,15 @@ def massive(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path
 
 
 def test_massive_activations_cost_what_they_must(massive: Callable[[Recipe], Path], items: list[Item]) -> None:
-    """By another basis, feedback, more bits in the first layer and wider columns: without them little is left of it."""
+    """In another basis only with feedback and with what has a column far out in bf16."""
     exact = scores_of(massive(Recipe.default("fp32")), items)
     for precision, most in MASSIVE_CHANGES.items():
         scores = scores_of(massive(Recipe.default(precision)), items)
         assert least_loss(scores, exact, items) <= GOALS[precision]
-        print(precision, change(scores, exact))
         assert change(scores, exact) <= most
-    int4 = Recipe.default("int4")
-    plain = replace(
-        int4, rotate=False, widen=False, feedback=False, rules=tuple(r for r in int4.rules if ".0." not in r.match)
-    )
-    assert least_loss(scores_of(massive(plain), items), exact, items) > 5
+    int8 = Recipe.default("int8")
+    bare = scores_of(massive(replace(int8, widen=False, feedback=False)), items)
+    assert least_loss(bare, exact, items) > 0
+    assert change(bare, exact) > 3 * MASSIVE_CHANGES["int8"]
+    narrow = scores_of(massive(replace(int8, widen=False)), items)
+    assert change(narrow, exact) > 1.5 * MASSIVE_CHANGES["int8"]
