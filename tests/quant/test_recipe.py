@@ -128,6 +128,7 @@ recipes = st.builds(
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.lists(rules, min_size=1, max_size=5).map(tuple),
 )
 
@@ -137,10 +138,11 @@ def test_any_recipe_survives_the_manifest(found: Recipe) -> None:
     assert Recipe.from_dict(found.to_dict(), "manifest") == found
 
 
-def test_a_recipe_that_does_not_rotate_says_nothing_of_it() -> None:
+@pytest.mark.parametrize("flag", ["rotate", "widen", "feedback"])
+def test_a_recipe_that_does_not_do_so_says_nothing_of_it(flag: str) -> None:
     """So that its artifacts are those of before, byte for byte."""
-    assert "rotate" not in recipe(GOOD, rotate=False).to_dict()
-    assert recipe(GOOD, rotate=True).to_dict()["rotate"] is True
+    assert flag not in recipe(GOOD, **{flag: False}).to_dict()
+    assert recipe(GOOD, **{flag: True}).to_dict()[flag] is True
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
