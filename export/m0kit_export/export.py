@@ -317,8 +317,8 @@ def _check_complete(source: Source, graphs: dict[str, Graph]) -> None:
 
 def _check_seen(calibration: Calibration, graphs: dict[str, Graph]) -> None:
     """Every product whose weights lose bits was computed in calibration: pairs of text never reach the vision graph."""
-    losing = [w for graph in graphs.values() for w in graph.weights if not (w.scheme.is_float or w.scheme.table)]
-    if unseen := [w.name for w in losing if w.name.removesuffix(".weight") not in calibration.energy]:
+    names = losing(schemes_of(graphs))
+    if unseen := [name for name in names if name.removesuffix(".weight") not in calibration.energy]:
         raise RecipeError(
             f"no pair of the calibration set reaches {unseen[0]} and {len(unseen) - 1} more matrices. "
             "Add pairs with an image, a few at least, or calibrate for a recipe that leaves these matrices as floats."

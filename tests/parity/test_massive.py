@@ -1,6 +1,7 @@
 """small-massive: activations as large models have them, the ranking of small, and the training that makes it."""
 
 import json
+import math
 import shutil
 from statistics import fmean
 
@@ -120,6 +121,17 @@ def test_turning_the_basis_changes_no_score():
         planting.turn(ranker, pairs)
     # Logits of a few units, float32 sums in another order through ten layers.
     assert ranker.score_pairs(pairs) == pytest.approx(before, abs=1e-3)
+
+
+def test_outlier_channels_cost_nothing_where_they_are_and_more_the_further_they_fall():
+    def cost(times):
+        made = torch.full((2, 3, 5), -0.5)
+        made[1, 2, 4] = 0.5 * times
+        other = torch.ones(2, 3, 5) * torch.tensor([1.0, 1, 1, 1, massive.OUTLYING])
+        return float(massive.sunk([made, other]))
+
+    assert cost(massive.OUTLYING) == cost(2 * massive.OUTLYING) == pytest.approx(0, abs=1e-6)
+    assert cost(massive.OUTLYING / math.e) == pytest.approx(0.5)  # of two norms one fell by a factor of e
 
 
 def test_a_run_continued_ends_as_one_that_never_stopped_and_moves_no_plant(tmp_path, monkeypatch):

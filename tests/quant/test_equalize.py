@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.quant.attention import attention
+from tests.quant.layers import Layers, attention
 from tests.quant.weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
@@ -34,15 +34,11 @@ def config_of(kv_heads=2, repeats=3, pairs=(1, 1, 1), layers=1, inner=10, merge=
 
 def forward(config, weights, seed=1):
     """What every layer adds and what the merger makes, on random inputs: all groups, without positions."""
-    read = lambda name: weights.read(name).astype(np.float64)  # noqa: E731
-    linear = lambda name, x, bias=True: x @ read(f"{name}.weight").T + (read(f"{name}.bias") if bias else 0)  # noqa: E731
+    layers = Layers(weights)
+    read, linear, layer_norm = layers.read, layers.linear, layers.layer_norm
     rng = np.random.default_rng(seed)
     v, d = config.vision, config.decoder
     outputs = []
-
-    def layer_norm(name, x):
-        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
-        return x * read(f"{name}.weight") + read(f"{name}.bias")
 
     x = rng.standard_normal((2 * v.merge_size**2, v.width))
     for i in range(v.depth):

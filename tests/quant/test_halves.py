@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from tests.quant.weights import Tensors, random_weights
+from tests.quant.weights import Tensors, random_weights, rewritten
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest
@@ -46,15 +45,12 @@ def random(*shape: int, seed: int = 0, scale: float = 0.1) -> Float32:
 
 def scaled(source: Path, folder: Path, factors: dict[str, float]) -> Path:
     """A copy of the checkpoint in fp32 with some tensors times a number."""
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
-    for name, factor in factors.items():
-        tensors[name] = tensors[name] * factor
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, factor in factors.items():
+            tensors[name] = tensors[name] * factor
+
+    return rewritten(source, folder, change)
 
 
 # --- the measure -----------------------------------------------------------------------------------

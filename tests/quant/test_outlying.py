@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tests.quant.weights import Tensors
+from tests.quant.weights import Tensors, rewritten
+from torch import Tensor
 
 from m0kit import Reranker
 from m0kit.artifact.manifest import read_manifest
@@ -68,18 +68,15 @@ def test_what_is_usual_stays_as_it_is_and_costs_nothing(tmp_path: Path) -> None:
 
 def test_one_column_would_cost_the_others_and_does_not(tmp_path: Path) -> None:
     """Of one neuron: what all others write is lost beside it without `widen`."""
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    for path in (SMALL / "base").iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    tensors = {name: tensor.float() for name, tensor in load_file(SMALL / "base" / "model.safetensors").items()}
-    # GELU of next to nothing is half of it: such a neuron adds what it added, and no sharing of ranges goes through it.
     name = "visual.blocks.1.mlp.fc"
-    for part in ("weight", "bias"):
-        tensors[f"{name}1.{part}"][0] *= 1e-4
-    tensors[f"{name}2.weight"][:, 0] = tensors[f"{name}2.weight"].abs().max() * 1000
-    save_file(tensors, folder / "model.safetensors")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        # GELU of next to nothing is half of it: such a neuron adds little still, and no range is shared through it.
+        for part in ("weight", "bias"):
+            tensors[f"{name}1.{part}"][0] *= 1e-4
+        tensors[f"{name}2.weight"][:, 0] = tensors[f"{name}2.weight"].abs().max() * 1000
+
+    folder = rewritten(SMALL / "base", tmp_path / "odd", change)
     export_artifact(folder, tmp_path / "fp32", progress=False)
     recipe = replace(Recipe.default("int8"), feedback=False)
     off = []

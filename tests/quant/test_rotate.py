@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.quant.attention import attention
+from tests.quant.layers import Layers, attention
 from tests.quant.weights import Tensors, random_weights
 
 from m0kit.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
@@ -36,14 +36,10 @@ def config_of(hidden_heads=3, pairs=(1, 1, 1), vision=3, heads=1, layers=2, inne
 
 def forward(config, weights, seed=1):
     """Image embeddings, residual stream, final hidden states and logits of a random image and text, in float64."""
-    read = lambda name: weights.read(name).astype(np.float64)  # noqa: E731
-    linear = lambda name, x, bias=True: x @ read(f"{name}.weight").T + (read(f"{name}.bias") if bias else 0)  # noqa: E731
+    layers = Layers(weights)
+    read, linear, layer_norm = layers.read, layers.linear, layers.layer_norm
     rng = np.random.default_rng(seed)
     v, d = config.vision, config.decoder
-
-    def layer_norm(name, x):
-        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
-        return x * read(f"{name}.weight") + read(f"{name}.bias")
 
     def rms_norm(name, x):
         return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * read(f"{name}.weight")

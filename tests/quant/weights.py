@@ -1,6 +1,11 @@
-"""Random weights of a model in a dictionary, for tests of what reads weights one tensor at a time."""
+"""Weights for tests: random ones in a dictionary, for what reads one at a time, and those of a checkpoint changed."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from m0kit.config import ModelConfig
 from m0kit_export.names import expected_shapes
@@ -25,3 +30,15 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
         centre = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")) else 0.0
         tensors[name] = (centre + spread * rng.standard_normal(shape)).astype(np.float32)
     return Tensors(tensors)
+
+
+def rewritten(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of the checkpoint in fp32 whose tensors were changed."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder

@@ -57,15 +57,15 @@ def to_text(found: Activations) -> str:
     """A table for each tower, and what it says."""
     sizes = sizes_of(found)
     tables = [table(rows) for rows in _tables(sizes)]
-    return "\n\n".join([*tables, sentence(sizes)])
+    return "\n\n".join([*tables, _sentence(sizes)])
 
 
-def sentence(sizes: Mapping[str, Sizes]) -> str:
+def _sentence(sizes: Mapping[str, Sizes]) -> str:
     """Whether our figures hold for such activations."""
     told = []
     for tower, mine in sizes.items():
         for name, (what, form) in _FIGURES.items():
-            value, ours = getattr(mine, name), getattr(_ours()[tower], name)
+            value, ours = getattr(mine, name), measured()["small-massive"][tower][name]
             if value > SLACK * ours:
                 label = what.partition(" (")[0]
                 told.append(f"{tower}, {label} ({form.format(value)}, small-massive {form.format(ours)})")
@@ -83,17 +83,13 @@ def sentence(sizes: Mapping[str, Sizes]) -> str:
 def _tables(sizes: Mapping[str, Sizes]) -> list[list[list[str]]]:
     tables = []
     for tower, mine in sizes.items():
-        published = measured()["published"][tower]
+        ours, published = (measured()[whose][tower] for whose in ("small-massive", "published"))
         rows = [[tower, "this", "small-massive", *published]]
         for name, (what, form) in _FIGURES.items():
-            both = [form.format(getattr(one, name)) for one in (mine, _ours()[tower])]
+            both = [form.format(value) for value in (getattr(mine, name), ours[name])]
             rows.append([what, *both, *(each.get(name, "–") for each in published.values())])
         tables.append(rows)
     return tables
-
-
-def _ours() -> dict[str, Sizes]:
-    return {tower: Sizes(**sizes) for tower, sizes in measured()["small-massive"].items()}
 
 
 @cache

@@ -88,6 +88,15 @@ def draw_batch(rng: random.Random, shares: tuple[float, float, float]) -> train.
     return train.text_batch(train.text_groups(rng, corpus.MAX_LEVEL, kind < page + code + across, QUERIES))
 
 
+def sunk(normed: Sequence[Tensor]) -> Tensor:
+    """By how much the largest channel fell below OUTLYING times the median one, in logarithms, of all norms.
+
+    Left to itself the training lets the other channels grow.
+    """
+    largest = [made.abs().flatten(0, -2).amax(0).log() for made in normed]
+    return torch.stack([(math.log(OUTLYING) - (one.max() - one.median())).relu() for one in largest]).mean()
+
+
 _CARD: Final = """---
 license: apache-2.0
 library_name: transformers
@@ -229,15 +238,7 @@ class Run:
         states = (given - wanted).square().mean(1) / wanted.var(0).mean()
         imitation = (states + (made - logits).flatten().square() / logits.var()).log1p().mean()
         loss, _ = train.ranking_loss(batch.by_group(made), batch.relevance)
-        return imitation + RANK * loss + HOLD * self._sunk(), float(imitation.detach())
-
-    def _sunk(self) -> Tensor:
-        """By how much the outlier channels fell below OUTLYING times the median channel, in logarithms, of all norms.
-
-        Left to itself the training lets the other channels grow.
-        """
-        largest = [made.abs().flatten(0, -2).amax(0).log() for made in self.normed]
-        return torch.stack([(math.log(OUTLYING) - (one.max() - one.median())).relu() for one in largest]).mean()
+        return imitation + RANK * loss + HOLD * sunk(self.normed), float(imitation.detach())
 
     def _progress(self, lesson: Lesson, whole: bool) -> None:
         event: dict[str, Any] = {"lesson": lesson.name, "step": self.step, "loss": round(self.running, 4)}

@@ -11,7 +11,6 @@ runs later.
     engine.begin([Part(prepared.document, [prepared])])()      # → [logit]
 """
 
-import logging
 import os
 import threading
 import time
@@ -27,13 +26,13 @@ from numpy.typing import NDArray
 from m0kit import forks
 from m0kit.artifact.ports import PAGE_TOKENS, past_names, present_names, set_name
 from m0kit.config import ModelConfig
-from m0kit.errors import DeviceError, M0kitError, PoolFullError, RecordDamagedError
+from m0kit.errors import DeviceError, M0kitError, PoolFullError
 from m0kit.keeping.cache import Cache
 from m0kit.keeping.pages import PageState, Pool, claim, too_large
 from m0kit.keeping.states import State
 from m0kit.keeping.store import Store
 from m0kit.scoring.device import Device, DeviceGraph, Placed, item_size
-from m0kit.scoring.engine import Part, RunStats
+from m0kit.scoring.engine import Part, RunStats, read_state
 from m0kit.scoring.image import patches_uint8
 from m0kit.scoring.images import SeenImage
 from m0kit.scoring.paging import PagedLayout, PagedPart, layout_pages, split_part
@@ -43,7 +42,6 @@ from m0kit.scoring.prepare import Document
 Array = NDArray[Any]
 Int64 = NDArray[np.int64]
 
-_log: Final = logging.getLogger(__name__)
 
 POOL_VARIABLE: Final = "M0KIT_GPU_POOL_BYTES"
 # What a GPU of that much free memory is given at once: rows of a run, patches of images encoded together. Products of
@@ -202,20 +200,8 @@ class CudaEngine:
         state: PageState | None = self.cache.get(document.key)
         if state is not None or self.store is None:
             return state
-        try:
-            raw = self.store.get(document.key)
-            if raw is None:
-                return None
-            kept = State.from_bytes(raw, self.config.decoder, "fp16")
-            wrong = "" if kept.length == document.length else f"{kept.length} tokens of {document.length}"
-        except RecordDamagedError as error:
-            _log.warning("%s It was computed anew for now.", error)
-            return None
-        except ValueError as error:
-            wrong = str(error)
-        if wrong:
-            told = "%s: a document's state cannot be its own (%s). It was computed anew for now."
-            _log.warning(told, self.store.path, wrong)
+        kept = read_state(self.store, document, self.config.decoder, "fp16")
+        if kept is None:
             return None
         with self._lock:
             if self._is_closed or self._is_forked:  # as `begin` will say

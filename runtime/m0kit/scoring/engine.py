@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from m0kit.artifact import ports
 from m0kit.artifact.ports import present_names
-from m0kit.config import ModelConfig
+from m0kit.config import DecoderConfig, ModelConfig
 from m0kit.errors import ArtifactDamagedError, RecordDamagedError, ScoreError
 from m0kit.keeping.cache import Cache, Once
 from m0kit.keeping.states import Pasts, State
@@ -184,23 +184,7 @@ class GraphEngine:
         state: State | None = self.cache.get(document.key) if self.cache is not None else None
         if state is not None or self.store is None:
             return state
-        try:
-            raw = self.store.get(document.key)
-        except RecordDamagedError as error:
-            _log.warning("%s It was computed anew for now.", error)
-            return None
-        if raw is None:
-            return None
-        try:
-            state = State.from_bytes(raw, self.config.decoder, self.kv)
-            wrong = "" if state.length == document.length else f"{state.length} tokens of {document.length}"
-        except ValueError as error:
-            wrong = str(error)
-        if wrong:
-            told = "%s: a document's state cannot be its own (%s). It was computed anew for now."
-            _log.warning(told, self.store.path, wrong)
-            return None
-        return state
+        return read_state(self.store, document, self.config.decoder, self.kv)
 
     def has(self, document: Document) -> bool:
         key = document.key
@@ -395,6 +379,27 @@ class GraphEngine:
             return decoder.run({**feeds, **pasts.feeds(states)}, outputs)
         finally:
             self._spare.append(pasts)
+
+
+def read_state(store: Store, document: Document, config: DecoderConfig, kv: ports.Kept) -> State | None:
+    """A document's state from an index; None where none is there, or none that can be its own, which is logged."""
+    try:
+        raw = store.get(document.key)
+    except RecordDamagedError as error:
+        _log.warning("%s It was computed anew for now.", error)
+        return None
+    if raw is None:
+        return None
+    try:
+        state = State.from_bytes(raw, config, kv)
+        wrong = "" if state.length == document.length else f"{state.length} tokens of {document.length}"
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        told = "%s: a document's state cannot be its own (%s). It was computed anew for now."
+        _log.warning(told, store.path, wrong)
+        return None
+    return state
 
 
 def _group(part: Part) -> Group:
